@@ -1,0 +1,25 @@
+"""The command line: ``python -m apollo_kernels info [--json]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from apollo_kernels import info
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m apollo_kernels")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("info", help="versions and back ends, ready to paste")
+    command.add_argument("--json", action="store_true", help="machine-readable")
+    options = parser.parse_args(arguments)
+    collected = info.collect()
+    print(json.dumps(collected, indent=2) if options.json else info.as_text(collected))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""The random projection as a pure function of (key, epoch, rank row j, contracted index k).
+
+Philox4x32 with 7 rounds (Salmon et al., SC 2011) turns a counter into four 32-bit words; the words
+become normals (Box-Muller) or signs in the order in which one lane holds the 16-deep A operand of
+mma.m16n8k16. DESIGN.md, "Random numbers", is the contract; every back end draws the same words, and
+nothing drawn here is ever part of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+try:
+    import apollo_kernels._C as _C
+except ModuleNotFoundError:  # installed without a C++ compiler: the form below gives the same bits
+    _C = None
+
+DISTRIBUTIONS = ("gaussian", "rademacher")
+
+ROUNDS = 7
+GAUSSIAN, RADEMACHER = 0, 1  # the counter's last word: no two uses of the generator share a counter
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_BLOCK = {"gaussian": 16, "rademacher": 512}  # contracted indices that four calls cover
+
+
+def _splitmix64(x: int) -> int:
+    z = (x + 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+def parameter_key(seed: int, position: int) -> int:
+    """The 63-bit Philox key of the parameter at ``position`` (over all groups), given the seed.
+
+    63 bits, because operator schemas refuse integers from 2**63 on. It is equal on every rank of a
+    data-parallel group.
+    """
+    return _splitmix64((_splitmix64(seed & _MASK64) + position) & _MASK64) & (2**63 - 1)
+
+
+def words(
+    key: int,
+    c0: Tensor | int,
+    c1: Tensor | int,
+    c2: Tensor | int,
+    c3: Tensor | int,
+    rounds: int = ROUNDS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32 of the counters (c0, c1, c2, c3), which broadcast: four int64 tensors of uint32s.
+
+    An int64 product of two uint32 values wraps exactly as uint64 does, so its halves are a shift
+    and a mask away.
+    """
+    c = [torch.as_tensor(x, dtype=torch.int64) for x in (c0, c1, c2, c3)]
+    k = [key & _MASK32, (key >> 32) & _MASK32]
+    for _ in range(rounds):
+        p0, p1 = c[0] * _MULTIPLIERS[0], c[2] * _MULTIPLIERS[1]
+        c = [
+            ((p1 >> 32) & _MASK32) ^ c[1] ^ k[0],
+            p1 & _MASK32,
+            ((p0 >> 32) & _MASK32) ^ c[3] ^ k[1],
+            p0 & _MASK32,
+        ]
+        k = [(x + w) & _MASK32 for x, w in zip(k, _WEYL, strict=True)]
+    w0, w1, w2, w3 = torch.broadcast_tensors(*c)
+    return w0, w1, w2, w3
+
+
+def _box_muller(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two normals from two words, in float64: rounded to bf16, no libm's last bit shows."""
+    u1 = ((w0 >> 9).double() + 0.5) * 2.0**-23
+    angle = (w1 >> 9).double() * 2.0**-23 * (2.0 * math.pi)
+    rho = torch.sqrt(-2.0 * torch.log(u1))
+    return rho * torch.cos(angle), rho * torch.sin(angle)
+
+
+def _normals(w: Sequence[Tensor], rank: int) -> Tensor:
+    """Words [rank, 4 blocks] -> [rank, 16 blocks]: call t gives k = 2t, 2t+1, 2t+8, 2t+9."""
+    z = torch.stack([*_box_muller(w[0], w[1]), *_box_muller(w[2], w[3])], dim=-1)
+    z = z.view(rank, w[0].shape[1] // 4, 4, 2, 2)  # [rank, block, t, h, e]
+    return z.transpose(2, 3).flatten(1)  # k = 16 block + 8h + 2t + e
+
+
+def _signs(w: Sequence[Tensor], rank: int) -> Tensor:
+    """Words [rank, 4 blocks] -> [rank, 512 blocks]: bit i + 16e of word v of call t is the sign of
+    k = 8p + 2t + e in its block, where p = 16v + i counts the runs of 8."""
+    shift = torch.arange(32, device=w[0].device).view(2, 16).t()  # [i, e] -> i + 16e
+    packed = torch.stack(list(w), dim=-1).view(rank, w[0].shape[1] // 4, 4, 4, 1, 1)
+    bits = (packed >> shift) & 1  # [rank, block, t, v, i, e]
+    return (1 - 2 * bits).permute(0, 1, 3, 4, 2, 5).flatten(1)
+
+
+def draw(
+    key: int,
+    epoch: int,
+    rank: int,
+    dim: int,
+    distribution: str = "gaussian",
+    *,
+    start: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """z(j, k) for j < ``rank`` and ``start`` <= k < ``start + dim``.
+
+    Returns
+        z [rank, dim] bfloat16, not yet divided by sqrt(rank): standard normals, or signs (-1, +1).
+    Raises
+        ValueError: for an unknown distribution or a negative size.
+    """
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
+    for name, value in (("epoch", epoch), ("rank", rank), ("dim", dim), ("start", start)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    code = DISTRIBUTIONS.index(distribution)
+    device = torch.device(device)
+    if _C is not None and device.type == "cpu":
+        z = torch.empty(rank, dim, dtype=torch.bfloat16)
+        _C.draw(z.data_ptr(), key, epoch, rank, dim, start, code)
+        return z
+    block = _BLOCK[distribution]
+    first, last = start // block, -(-(start + dim) // block)
+    c0 = torch.arange(4 * first, 4 * last, device=device)
+    c1 = torch.arange(rank, device=device).view(-1, 1)
+    w = words(key, c0, c1, torch.tensor(epoch, device=device), torch.tensor(code, device=device))
+    z = _normals(w, rank) if distribution == "gaussian" else _signs(w, rank)
+    return z[:, start - block * first :][:, :dim].float().bfloat16()
+
+
+def projection_matrix(
+    seed: int,
+    epoch: int,
+    rank: int,
+    dim: int,
+    distribution: str = "gaussian",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """P = z / sqrt(rank) of the parameter whose key is ``seed`` (paper, section 4.1, Theorem A.1).
+
+    For tests and for reading: the kernels draw it on the fly and never store it.
+
+    Args
+        seed: the parameter's 64-bit key, ``optimizer.state[p]["seed"]``.
+        epoch: how many times P has been redrawn, ``(step - 1) // update_proj_gap``.
+        rank, dim: the projected and the contracted size.
+        distribution: "gaussian" (N(0, 1/rank)) or "rademacher" (+-1/sqrt(rank)).
+    Returns
+        P [rank, dim] ``dtype``. z is rounded to bf16 first, whatever the dtype: all back ends do.
+    """
+    z = draw(seed, epoch, rank, dim, distribution, device=device)
+    return z.to(torch.promote_types(dtype, torch.float32)).div_(math.sqrt(max(rank, 1))).to(dtype)
+
+
+class ProjectionCache:
+    """The current P of each parameter, for the CPU, where drawing P costs more than reading it.
+
+    It holds at most ``limit`` bytes (a float32 P takes 4 * rank * dim; beyond the limit P is drawn
+    anew at each step, so a large model costs time, not memory), one entry a parameter, and is no
+    part of state, checkpoints or pickles.
+    """
+
+    def __init__(self, limit: int = 256 * 2**20):
+        self.limit = limit
+        self._entries: dict[int, tuple[tuple, Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.numel() * p.element_size() for _, p in self._entries.values())
+
+    def get(
+        self,
+        key: int,
+        epoch: int,
+        rank: int,
+        dim: int,
+        distribution: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """``projection_matrix(...)`` with the same arguments, from the cache where it is there."""
+        wanted = (epoch, rank, dim, distribution, dtype, device)
+        have = self._entries.get(key)
+        if have is not None and have[0] == wanted:
+            return have[1]
+        self._entries.pop(key, None)
+        p = projection_matrix(key, epoch, rank, dim, distribution, dtype=dtype, device=device)
+        if self.nbytes + p.numel() * p.element_size() <= self.limit:
+            self._entries[key] = (wanted, p)
+        return p

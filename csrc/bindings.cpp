@@ -1,0 +1,58 @@
+// The border between Python and native code: pointers and sizes come in as integers, checked there.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "philox.cuh"
+
+namespace py = pybind11;
+
+namespace {
+
+py::object text_or_none(const char* text) {
+  if (*text == '\0') return py::none();
+  return py::str(text);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = APOLLO_VERSION;
+  info["compiler"] = APOLLO_COMPILER;
+  info["cpp_standard"] = static_cast<long>(__cplusplus);
+  info["build_type"] = APOLLO_BUILD_TYPE;
+  info["cuda"] = false;
+  info["cuda_toolkit"] = text_or_none(APOLLO_CUDA_TOOLKIT);
+  info["cuda_architectures"] = std::vector<std::string>{};
+  info["cuda_missing"] = text_or_none(APOLLO_CUDA_MISSING);
+  return info;
+}
+
+std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key,
+                                   int rounds) {
+  apollo::Words words{{counter[0], counter[1], counter[2], counter[3]}};
+  words = apollo::philox4x32(words, key[0], key[1], rounds);
+  return {words.w[0], words.w[1], words.w[2], words.w[3]};
+}
+
+void draw(uintptr_t out, uint64_t key, uint32_t epoch, int64_t rank, int64_t dim, int64_t start,
+          int distribution) {
+  const auto kind = static_cast<apollo::Distribution>(distribution);
+  apollo::draw(reinterpret_cast<uint16_t*>(out), key, epoch, rank, dim, start, kind);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Native part of apollo_kernels: links neither libtorch nor a CUDA library.";
+  module.def("build_info", &build_info, "How this module was built, as a dict.");
+  module.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"),
+             py::arg("rounds") = apollo::kRounds, "The four words of a counter under a key.");
+  module.def("draw", &draw, py::arg("out"), py::arg("key"), py::arg("epoch"), py::arg("rank"),
+             py::arg("dim"), py::arg("start"), py::arg("distribution"),
+             py::call_guard<py::gil_scoped_release>(),
+             "Writes z [rank, dim] (bf16 bits, row-major) for k from start to the address out; "
+             "distribution 0 is gaussian, 1 rademacher.");
+}

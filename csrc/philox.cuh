@@ -1,0 +1,102 @@
+// Philox4x32 (Salmon et al., SC 2011) and the projection's entries z(j, k) made from it.
+// DESIGN.md, "Random numbers", is the contract; the file is read by g++ and nvcc alike.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define APOLLO_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define APOLLO_HOST_DEVICE inline
+#endif
+
+namespace apollo {
+
+constexpr int kRounds = 7;  // the fewest that pass BigCrush
+
+struct Words {
+  uint32_t w[4];
+};
+
+// The counter's last word says what the numbers are for, so no two uses share a counter.
+enum Distribution : uint32_t { kGaussian = 0, kRademacher = 1 };
+
+APOLLO_HOST_DEVICE Words philox4x32(Words c, uint32_t key0, uint32_t key1, int rounds = kRounds) {
+  for (int i = 0; i < rounds; ++i) {
+    const uint64_t p0 = uint64_t{0xD2511F53u} * c.w[0];
+    const uint64_t p1 = uint64_t{0xCD9E8D57u} * c.w[2];
+    c = {{uint32_t(p1 >> 32) ^ c.w[1] ^ key0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.w[3] ^ key1,
+          uint32_t(p0)}};
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return c;
+}
+
+// The float nearest to x, as the bits of the nearest bfloat16 (ties to even); x is finite.
+inline uint16_t bfloat16_bits(double x) {
+  const float narrow = static_cast<float>(x);
+  uint32_t bits;
+  std::memcpy(&bits, &narrow, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Box-Muller in float64: after the rounding to bf16 no libm's last bit shows, so that the PyTorch
+// form (philox.py) draws the same bits.
+inline void normal_pair(uint32_t w0, uint32_t w1, uint16_t* z0, uint16_t* z1) {
+  const double u1 = (double(w0 >> 9) + 0.5) * 0x1p-23;
+  const double angle = double(w1 >> 9) * 0x1p-23 * 6.283185307179586476925;
+  const double rho = std::sqrt(-2.0 * std::log(u1));
+  *z0 = bfloat16_bits(rho * std::cos(angle));
+  *z1 = bfloat16_bits(rho * std::sin(angle));
+}
+
+// One block of 16 normals of rank row j: call t holds k = 2t, 2t+1, 2t+8, 2t+9 of the block.
+inline void normal_block(uint32_t block, uint32_t j, uint32_t epoch, uint32_t key0, uint32_t key1,
+                         uint16_t z[16]) {
+  for (uint32_t t = 0; t < 4; ++t) {
+    const Words v = philox4x32({{4 * block + t, j, epoch, kGaussian}}, key0, key1);
+    normal_pair(v.w[0], v.w[1], z + 2 * t, z + 2 * t + 1);
+    normal_pair(v.w[2], v.w[3], z + 2 * t + 8, z + 2 * t + 9);
+  }
+}
+
+// One block of 512 signs: bit i + 16e of word v of call t is k = 8 (16v + i) + 2t + e of the block.
+inline void sign_block(uint32_t block, uint32_t j, uint32_t epoch, uint32_t key0, uint32_t key1,
+                       uint16_t z[512]) {
+  for (uint32_t t = 0; t < 4; ++t) {
+    const Words words = philox4x32({{4 * block + t, j, epoch, kRademacher}}, key0, key1);
+    for (uint32_t p = 0; p < 64; ++p) {
+      for (uint32_t e = 0; e < 2; ++e) {
+        const uint32_t minus = (words.w[p / 16] >> (p % 16 + 16 * e)) & 1u;
+        z[8 * p + 2 * t + e] = static_cast<uint16_t>(0x3F80u | (minus << 15));
+      }
+    }
+  }
+}
+
+// z [rank, dim] for k from start on, as bfloat16 bits in row-major order.
+inline void draw(uint16_t* out, uint64_t key, uint32_t epoch, int64_t rank, int64_t dim,
+                 int64_t start, Distribution distribution) {
+  const uint32_t key0 = uint32_t(key), key1 = uint32_t(key >> 32);
+  const int64_t width = distribution == kGaussian ? 16 : 512;
+  uint16_t z[512];
+  for (int64_t j = 0; j < rank; ++j) {
+    for (int64_t first = start / width * width; first < start + dim; first += width) {
+      const uint32_t block = uint32_t(first / width);
+      if (distribution == kGaussian) {
+        normal_block(block, uint32_t(j), epoch, key0, key1, z);
+      } else {
+        sign_block(block, uint32_t(j), epoch, key0, key1, z);
+      }
+      const int64_t begin = first < start ? start : first;
+      const int64_t end = first + width < start + dim ? first + width : start + dim;
+      std::memcpy(out + j * dim + (begin - start), z + (begin - first),
+                  sizeof(uint16_t) * size_t(end - begin));
+    }
+  }
+}
+
+}  // namespace apollo
