@@ -237,8 +237,7 @@ class APOLLO(torch.optim.Optimizer):
             raise ValueError(
                 f"the state of a parameter of shape {tuple(p.shape)} does not fit its group: "
                 f"exp_avg has shape {tuple(state['exp_avg'].shape)}, rank {group['rank']} and "
-                f"proj_type {group['proj_type']!r} need {expected}; neither can change after the first "
-                "step"
+                f"proj_type {group['proj_type']!r} need {expected}; neither changes after step 1"
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -174,9 +174,6 @@ def apply(w: Tensor, x: Tensor, coefficient: Tensor, decay: float) -> None:
         coefficient: [C] or [1], in the dtype of the arithmetic.
         decay: lr * weight_decay; 1 - decay is never formed, since float32 would lose 1e-7.
     """
-    if coefficient.numel() == 1 and not decay:  # torch computes this in float32, rounded once
-        w.add_(x, alpha=-float(coefficient))
-        return
     dtype = coefficient.dtype
     column = -coefficient.expand(w.shape[0]).unsqueeze(1)
     for c in _chunks(*w.shape):

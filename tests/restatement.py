@@ -1,0 +1,115 @@
+"""APOLLO once more, from the paper and the contract, in NumPy float64 and plain integers.
+
+It shares no code with the package: a second reading of the same text.
+"""
+
+import math
+
+import numpy as np
+
+MASK = 0xFFFFFFFF
+
+
+def philox(counter, key, rounds=7):
+    """Philox4x32 (Salmon et al. 2011) on Python integers; key is one 64-bit integer."""
+    x0, x1, x2, x3 = counter
+    k0, k1 = key & MASK, key >> 32
+    for _ in range(rounds):
+        a, b = 0xD2511F53 * x0, 0xCD9E8D57 * x2
+        x0, x1, x2, x3 = (b >> 32) ^ x1 ^ k0, b & MASK, (a >> 32) ^ x3 ^ k1, a & MASK
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return x0, x1, x2, x3
+
+
+def splitmix64(x):
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def key_of(seed, position):
+    return splitmix64((splitmix64(seed % 2**64) + position) % 2**64) % 2**63
+
+
+def normal(key, epoch, j, k):
+    """z(j, k) before its rounding to bf16."""
+    t = k % 8 // 2
+    w = philox((4 * (k // 16) + t, j, epoch, 0), key)
+    a, b = (w[2], w[3]) if k % 16 >= 8 else (w[0], w[1])
+    u1, u2 = ((a >> 9) + 0.5) / 2**23, (b >> 9) / 2**23
+    trig = math.sin if k % 2 else math.cos
+    return math.sqrt(-2 * math.log(u1)) * trig(2 * math.pi * u2)
+
+
+def sign(key, epoch, j, k):
+    w = philox((4 * (k // 512) + k % 8 // 2, j, epoch, 1), key)
+    p = 2 * (k % 512 // 16) + k % 16 // 8
+    return -1.0 if w[p // 16] >> (p % 16 + 16 * (k % 2)) & 1 else 1.0
+
+
+def to_bfloat16(x):
+    """The nearest bf16, ties to even (normal range)."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(mantissa * 256), exponent - 8)
+
+
+def projection(key, epoch, rank, dim, distribution):
+    if distribution == "rademacher":
+        z = [[sign(key, epoch, j, k) for k in range(dim)] for j in range(rank)]
+    else:
+        z = [[to_bfloat16(normal(key, epoch, j, k)) for k in range(dim)] for j in range(rank)]
+    return np.array(z, dtype=np.float64).reshape(rank, dim) / math.sqrt(rank)
+
+
+class Apollo:
+    """One parameter under Algorithm 1. ``step(w, g)`` gives the new weight."""
+
+    def __init__(self, shape, *, key, rank, proj_type="std", scale_type="channel", scale=1.0,
+                 lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, update_proj_gap=200,
+                 correct_bias=True, scale_front=False, disable_nl=False, distribution="gaussian"):  # fmt: skip
+        m, n = shape
+        contract_columns = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False}
+        self.rows = contract_columns[proj_type]
+        self.k = n if self.rows else m
+        self.rank = min(rank, self.k)
+        self.hyper = dict(lr=lr, b1=betas[0], b2=betas[1], eps=eps, wd=weight_decay)
+        self.alpha, self.gap = math.sqrt(scale), update_proj_gap
+        self.scale_type, self.distribution, self.key = scale_type, distribution, key
+        self.correct_bias, self.front, self.no_limiter = correct_bias, scale_front, disable_nl
+        self.t = 0
+        self.m = self.v = 0.0
+        self.norm = None  # unset
+        self.p = None
+
+    def step(self, w, g):
+        h = self.hyper
+        x = g if self.rows else g.T
+        if self.t % self.gap == 0:
+            epoch = self.t // self.gap
+            self.p = projection(self.key, epoch, self.rank, self.k, self.distribution)
+        self.t += 1
+        r = x @ self.p.T
+        self.m = h["b1"] * self.m + (1 - h["b1"]) * r
+        self.v = h["b2"] * self.v + (1 - h["b2"]) * r**2
+        adam = self.m / (np.sqrt(self.v) + h["eps"])
+        if self.scale_type == "channel":
+            s = np.linalg.norm(adam, axis=1) / (np.linalg.norm(r, axis=1) + 1e-8)
+        else:
+            s = np.full(len(x), np.linalg.norm(adam) / (np.linalg.norm(r) + 1e-8))
+        update = s[:, None] * x
+        if self.front:
+            update = update * self.alpha
+        if not self.no_limiter:
+            size = np.linalg.norm(update)
+            if self.norm is not None:
+                update = update / max(size / (self.norm + 1e-8) / 1.01, 1.0)
+            size = np.linalg.norm(update)
+            self.norm = size if size >= 1e-8 else None
+        if not self.front:
+            update = update * self.alpha
+        lr = h["lr"]
+        if self.correct_bias:
+            lr *= math.sqrt(1 - h["b2"] ** self.t) / (1 - h["b1"] ** self.t)
+        self.update = lr * (update if self.rows else update.T)
+        return w - h["lr"] * h["wd"] * w - self.update
