@@ -63,7 +63,9 @@ def check_run(config, dtype, steps, seed=3, shapes=SHAPES):
                 bound = (1e-12 if dtype == torch.float64 else 3e-6) * abs(expected).max()
                 assert abs(moment - expected).max() <= bound, f"{where}: {name}"
             if not config["disable_nl"]:
-                assert float(state["update_norm"]) == pytest.approx(oracle.norm, rel=max(rtol, 1e-9))
+                assert float(state["update_norm"]) == pytest.approx(
+                    oracle.norm, rel=max(rtol, 1e-9)
+                )
 
 
 def every_config():
@@ -84,7 +86,7 @@ def name(config):
 
 @pytest.mark.filterwarnings("ignore:rank .* is clamped")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("config", every_config(), ids=name)
+@pytest.mark.parametrize("config", list(every_config()), ids=name)
 def test_every_configuration_follows_algorithm_1(config, dtype):
     check_run(config, dtype, steps=16)
 

@@ -1,0 +1,218 @@
+"""Nothing is lost on save, load, pickle and deepcopy; nothing is half loaded."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from apollo_kernels import APOLLO
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def model(dtype, seed=0):
+    torch.manual_seed(seed)
+    shapes = [(12, 8), (8, 12), (5,), (4, 3, 2, 2), ()]
+    return [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
+
+
+def make(params, **options):
+    groups = [
+        {"params": params[:2], "rank": 4, "update_proj_gap": 3},
+        {"params": params[2:], "rank": 1, "scale_type": "tensor", "scale": 128.0},
+    ]
+    return APOLLO(groups, lr=0.01, weight_decay=0.01, **options)
+
+
+def train(params, optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def through_file(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def equal_bits(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_resumed_run_continues_bit_for_bit(dtype):
+    whole = model(dtype)
+    train(whole, make(whole), range(12))
+    first = model(dtype)
+    optimizer = make(first)
+    train(first, optimizer, range(5))
+    saved = through_file({"model": first, "optimizer": optimizer.state_dict()})
+    second = [torch.nn.Parameter(p.detach()) for p in saved["model"]]
+    resumed = make(second, seed=99)  # the state's seeds hold, not the new optimizer's
+    resumed.load_state_dict(saved["optimizer"])
+    train(second, resumed, range(5, 12))
+    assert equal_bits(whole, second)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loaded_state_keeps_its_dtypes_and_values(dtype):
+    params = model(dtype)
+    optimizer = make(params)
+    train(params, optimizer, range(4))
+    other = make(model(dtype))
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for p, q in zip(params, (p for g in other.param_groups for p in g["params"]), strict=True):
+        mine, theirs = optimizer.state[p], other.state[q]
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            if key == "seed":
+                assert type(theirs[key]) is int and theirs[key] == value
+                continue
+            assert theirs[key].dtype == (torch.float32 if key == "step" else wide), key
+            assert torch.equal(theirs[key], value), key
+
+
+def test_state_is_empty_before_the_first_step_and_holds_only_tensors_and_ints():
+    params = model(torch.float32)
+    optimizer = make(params)
+    assert not optimizer.state
+    train(params, optimizer, range(1))
+    low_rank, dense = optimizer.state[params[0]], optimizer.state[params[2]]
+    assert set(low_rank) == {"step", "exp_avg", "exp_avg_sq", "update_norm", "seed"}
+    assert set(dense) == {"step", "exp_avg", "exp_avg_sq"}
+    assert low_rank["exp_avg"].shape == (12, 4) and low_rank["update_norm"].shape == ()
+    assert optimizer.state[params[3]]["exp_avg"].shape == (12, 1)  # [4, 12]: columns are channels
+    for state in optimizer.state.values():
+        assert all(type(v) in (torch.Tensor, int) for v in state.values())
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_deepcopy_and_pickle_continue_bit_for_bit(clone):
+    params = model(torch.bfloat16)
+    optimizer = make(params, seed=7)
+    train(params, optimizer, range(3))
+    copied = clone(optimizer)
+    copies = [p for group in copied.param_groups for p in group["params"]]
+    assert equal_bits(params, copies)
+    assert copied.defaults["seed"] == 7
+    train(params, optimizer, range(3, 8))
+    train(copies, copied, range(3, 8))
+    assert equal_bits(params, copies)
+    # what deepcopy drops must not be missed when the copy loads in turn
+    copied.load_state_dict(optimizer.state_dict())
+    assert copied.state[copies[0]]["exp_avg"].dtype == torch.float32
+
+
+def test_two_optimizers_never_share_loaded_tensors():
+    params, twins = model(torch.float32), model(torch.float32)
+    optimizer, other = make(params), make(twins)
+    train(params, optimizer, range(2))
+    other.load_state_dict(optimizer.state_dict())
+    before = optimizer.state[params[0]]["exp_avg"].clone()
+    train(twins, other, range(2, 4))
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], before)
+
+
+def test_users_hooks_see_and_may_replace_the_state():
+    params = model(torch.bfloat16)
+    optimizer = make(params)
+    train(params, optimizer, range(2))
+    saved = optimizer.state_dict()
+    other, seen = make(model(torch.bfloat16)), []
+
+    def replace(_, state_dict):
+        state = {k: dict(v) for k, v in state_dict["state"].items()}
+        state[0]["update_norm"] = torch.tensor(0.125)
+        return {**state_dict, "state": state}
+
+    def look(loaded):
+        state = loaded.state[loaded.param_groups[0]["params"][0]]
+        seen.append((float(state["update_norm"]), state["exp_avg"].dtype))
+
+    other.register_load_state_dict_pre_hook(replace)
+    other.register_load_state_dict_post_hook(look)
+    other.load_state_dict(saved)
+    assert seen == [(0.125, torch.float32)]
+
+
+@pytest.mark.parametrize("damage", ["shape", "missing", "kind", "projector"])
+def test_a_state_that_does_not_fit_changes_nothing(damage):
+    params = model(torch.float32)
+    optimizer = make(params)
+    train(params, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    state = saved["state"][1]
+    if damage == "shape":
+        state["exp_avg"] = torch.zeros(3, 3)
+    elif damage == "missing":
+        del state["exp_avg_sq"]
+    elif damage == "kind":
+        del state["update_norm"]
+    else:
+        state["projector"] = object()
+    before = copy.deepcopy(optimizer.state_dict())
+    expected = {"projector": "load_apollo_torch", "missing": "lacks.*exp_avg_sq"}
+    with pytest.raises(ValueError, match=expected.get(damage, "does not fit")):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    for i, state in before["state"].items():
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(after["state"][i][key]), torch.as_tensor(value))
+
+
+def test_a_changed_rank_is_named():
+    params = model(torch.float32)
+    optimizer = make(params)
+    train(params, optimizer, range(1))
+    optimizer.param_groups[0]["rank"] = 5
+    with pytest.raises(ValueError, match="rank 5"):
+        train(params, optimizer, range(1))
+
+
+def test_torch_distributed_checkpoint_s_state_dict_functions_round_trip():
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    def net():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Linear(12, 4))
+
+    def steps(module, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            module(torch.randn(16, 8)).square().mean().backward()
+            optimizer.step()
+
+    first, second = net().bfloat16().float(), net()
+    optimizer, fresh = (APOLLO(m.parameters(), lr=0.01, rank=4) for m in (first, second))
+    steps(first, optimizer, 3)
+    saved = dcp.get_optimizer_state_dict(first, optimizer)
+    second.load_state_dict(first.state_dict())
+    # on a fresh optimizer this makes state by a step with lr 0 and zero gradients
+    dcp.set_optimizer_state_dict(second, fresh, saved)
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(torch.as_tensor(fresh.state[q][key]), torch.as_tensor(value)), key
+    torch.manual_seed(1)
+    steps(first, optimizer, 3)
+    torch.manual_seed(1)
+    steps(second, fresh, 3)
+    assert equal_bits(first.parameters(), second.parameters())
+
+
+def test_an_older_group_without_some_keys_still_loads():
+    params = model(torch.float32)
+    optimizer = make(params)
+    train(params, optimizer, range(1))
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["disable_nl"]
+    other = make(model(torch.float32))
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["disable_nl"] is False

@@ -1,0 +1,178 @@
+"""What is shipped, what an import costs, and that the folder triton/ is never the package Triton."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, cwd=ROOT, **environment):
+    """Stdout of a command; its output goes into the failure."""
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def checkout(target):
+    """The tracked and new files of the tree, without what was built in place."""
+    files = run("git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    for name in files:
+        if (ROOT / name).is_symlink() or (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name, follow_symlinks=False)
+    return target
+
+
+def build(source, out, *options, **environment):
+    # Without isolation: the same backend from the pinned requirements, and no network in a test.
+    run(sys.executable, "-m", "build", "--no-isolation", *options, "-o", out, source, cwd=source.parent, **environment)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """An sdist of a clean tree and the wheel that is built from it."""
+    base = tmp_path_factory.mktemp("packaging")
+    build(checkout(base / "tree"), base / "dist")  # build's default: the wheel from the sdist
+    return base / "dist"
+
+
+def members(built):
+    return zipfile.ZipFile(next(built.glob("*.whl"))).namelist()
+
+
+def test_the_wheel_s_top_level_is_the_package_alone(built):
+    top = {name.split("/")[0] for name in members(built)}
+    assert top == {"apollo_kernels", "apollo_kernels-0.1.0.dist-info"}
+
+
+def test_the_wheel_holds_the_native_module_the_types_and_the_licence(built):
+    names = members(built)
+    assert any(n.startswith("apollo_kernels/_C.") and n.endswith(".so") for n in names)
+    assert "apollo_kernels/py.typed" in names
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+    modules = {f"apollo_kernels/{p.name}" for p in (ROOT / "apollo_kernels").glob("*.py")}
+    assert modules <= set(names)
+
+
+def test_the_native_module_links_neither_torch_nor_cuda(built, tmp_path):
+    wheel = zipfile.ZipFile(next(built.glob("*.whl")))
+    (library,) = (n for n in wheel.namelist() if "/_C." in n)
+    needed = run("readelf", "-d", wheel.extract(library, tmp_path))
+    libraries = [line.split("[")[1].rstrip("]") for line in needed.splitlines() if "NEEDED" in line]
+    assert libraries
+    assert not [n for n in libraries if "torch" in n or "c10" in n or "cuda" in n or "python" in n]
+
+
+def test_the_sdist_holds_everything_to_build_test_and_measure(built):
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
+    for name in ("csrc/philox.cuh", "CMakeLists.txt", "tests/test_rule.py", "bench/bench_step.py",
+                 "triton/README.md", "Makefile", "LICENSE", "requirements-dev.txt"):  # fmt: skip
+        assert name in names
+
+
+def test_without_a_compiler_the_package_builds_and_says_what_is_missing(tmp_path):
+    tree = checkout(tmp_path / "tree")
+    build(tree, tmp_path / "dist", "--wheel", CXX="/no/such/compiler")
+    wheel = zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl")))
+    assert not any("/_C." in n for n in wheel.namelist())
+    assert "native build failed" in wheel.read("apollo_kernels/_no_native.txt").decode()
+    wheel.extractall(tmp_path / "site")
+    # the editable install's finders would answer first
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
+    code += f"sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+    code += "from apollo_kernels import __main__, philox, projection_matrix\n"
+    code += "print(philox._C, projection_matrix(0, 0, 2, 3).shape); __main__.main(['info'])"
+    out = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert out.startswith("None torch.Size([2, 3])")
+    assert "native module   no: the native build failed" in out
+
+
+def test_demanding_the_native_module_makes_a_failed_build_an_error(tmp_path):
+    tree = checkout(tmp_path / "tree")
+    with pytest.raises(AssertionError, match="returned non-zero exit status"):
+        build(tree, tmp_path / "dist", "--wheel", CXX="/no/such/compiler", APOLLO_KERNELS_NATIVE="on")  # fmt: skip
+
+
+# A finder that hides an installed Triton but not a mere folder of that name.
+HIDE_TRITON = """
+import importlib.machinery, sys
+class Hide(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        spec = super().find_spec(name, path, target)
+        return None if name == "triton" and spec is not None and spec.origin else spec
+    @classmethod
+    def invalidate_caches(cls): pass
+sys.meta_path = [Hide if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+"""
+
+
+def test_the_folder_would_pose_as_triton_without_the_guard():
+    """The trap is real: if this fails, the guard may go."""
+    code = "import os, sys; sys.path = ['', *[p for p in sys.path if 'site-packages' not in p]]\n"
+    code += "import triton; print(triton.__file__)"
+    assert run(sys.executable, "-c", code).strip() == "None"
+
+
+def test_an_optimizer_can_be_built_from_the_root_without_triton():
+    code = HIDE_TRITON + "import apollo_kernels, torch\n"
+    code += "torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])\n"
+    code += "try: import triton\nexcept ModuleNotFoundError: print('absent')"
+    assert run(sys.executable, "-c", code).strip() == "absent"
+
+
+def test_an_installed_triton_is_left_alone(tmp_path):
+    package = tmp_path / "triton"
+    package.mkdir()
+    (package / "__init__.py").write_text("real = True\n")
+    code = f"import sys; sys.path.append({str(tmp_path)!r})\n"  # after the root, on purpose
+    code += "import apollo_kernels, triton; print(triton.real, triton.__file__)"
+    env = {"PYTHONPATH": ""}
+    out = run(sys.executable, "-c", HIDE_INSTALLED.format(keep=str(tmp_path)) + code, **env)
+    assert out.strip() == f"True {package / '__init__.py'}"
+
+
+# Hides only a Triton of site-packages, so that the stand-in on a later path is found.
+HIDE_INSTALLED = """
+import sys, importlib.machinery
+_find = importlib.machinery.PathFinder.find_spec
+class Only(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name == "triton":
+            path = [p for p in sys.path if "site-packages" not in p]
+        return _find(name, path, target)
+    @classmethod
+    def invalidate_caches(cls): pass
+sys.meta_path = [Only if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+"""
+
+
+def test_import_is_light():
+    """No transformers, bitsandbytes, compiler, DTensor or CUDA context; the modules say it best."""
+    code = "import sys, torch; before = set(sys.modules); import apollo_kernels\n"
+    code += "new = {m for m in set(sys.modules) - before if sys.modules[m] is not None}\n"
+    code += "print(len(new), *sorted(new))\n"
+    code += "assert not torch.cuda.is_initialized()"
+    count, *new = run(sys.executable, "-c", code).split()
+    heavy = ("transformers", "bitsandbytes", "triton", "numpy", "torch._dynamo", "torch._inductor")
+    heavy += ("torch.distributed.tensor", "torch.distributed.checkpoint")
+    assert not [m for m in new if m.startswith(heavy)]
+    assert int(count) < 40
+
+
+def test_the_version_is_stated_once():
+    import apollo_kernels
+    from apollo_kernels import philox
+
+    assert philox._C.build_info()["version"] == apollo_kernels.__version__
