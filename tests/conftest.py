@@ -1,4 +1,7 @@
-import apollo_kernels  # noqa: F401  (before torch: guards against the folder triton/)
+# isort: off
+import apollo_kernels  # noqa: F401  (first: it guards torch against the folder triton/)
+
+# isort: on
 import pytest
 import torch
 

@@ -1,7 +1,7 @@
 """Golden words: what every back end must draw, bit for bit.
 
-KNOWN_ANSWERS are Random123's published vectors (kat_vectors): rounds, counter, key, words. The layout
-vectors were written down from a plain-integer Philox (tests/restatement.py), not from the package.
+KNOWN_ANSWERS are Random123's published vectors (kat_vectors): rounds, counter, key, words. The
+others were written down from a plain-integer Philox (tests/restatement.py), not from the package.
 """
 
 _ONES = 0xFFFFFFFF

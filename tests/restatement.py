@@ -65,9 +65,25 @@ def projection(key, epoch, rank, dim, distribution):
 class Apollo:
     """One parameter under Algorithm 1. ``step(w, g)`` gives the new weight."""
 
-    def __init__(self, shape, *, key, rank, proj_type="std", scale_type="channel", scale=1.0,
-                 lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, update_proj_gap=200,
-                 correct_bias=True, scale_front=False, disable_nl=False, distribution="gaussian"):  # fmt: skip
+    def __init__(
+        self,
+        shape,
+        *,
+        key,
+        rank,
+        proj_type="std",
+        scale_type="channel",
+        scale=1.0,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-6,
+        weight_decay=0.0,
+        update_proj_gap=200,
+        correct_bias=True,
+        scale_front=False,
+        disable_nl=False,
+        distribution="gaussian",
+    ):
         m, n = shape
         contract_columns = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False}
         self.rows = contract_columns[proj_type]

@@ -42,7 +42,7 @@ def pair(**options):
     return params, [APOLLO([p], **{"lr": 0.1, "rank": 4, **options}) for p in params]
 
 
-# ---- torch's own table of optimizer inputs --------------------------------------------------------
+# ---- torch's own table of optimizer inputs -----------------------------------------------------
 
 
 def inputs(device=None):
@@ -175,7 +175,7 @@ def test_a_derived_run_of_torch_s_own_suite(dtype, proj_type):
     assert float(runs[0].state[params[3]]["step"]) == 7
 
 
-# ---- step -----------------------------------------------------------------------------------------
+# ---- step --------------------------------------------------------------------------------------
 
 
 def test_closure_runs_with_gradients_and_its_loss_is_returned():
@@ -277,7 +277,7 @@ def test_parameters_may_be_added_frozen_and_thawed():
     assert len(keys) == 3 and float(optimizer.state[late]["step"]) == 2
 
 
-# ---- shapes, strides, dtypes ----------------------------------------------------------------------
+# ---- shapes, strides, dtypes -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -406,7 +406,7 @@ def test_named_parameters_are_accepted():
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
 
 
-# ---- arguments ------------------------------------------------------------------------------------
+# ---- arguments ---------------------------------------------------------------------------------
 
 BAD = [
     ("lr", -1.0, "lr must be a number >= 0, got -1.0"),
@@ -498,9 +498,20 @@ def test_the_drop_in_takes_the_published_arguments_by_position():
     p, q = parameter(), parameter()
     published = {"rank": 4, "proj": "random", "scale_type": "channel", "scale": 1.0}
     published.update(update_proj_gap=200, proj_type="std")
-    a = APOLLOAdamW([{"params": [p], **published}], 0.01, (0.9, 0.99), 1e-7, 0.1, False, True, True, False)  # fmt: skip
-    b = APOLLO([q], lr=0.01, betas=(0.9, 0.99), eps=1e-7, weight_decay=0.1, correct_bias=False,
-               scale_front=True, disable_nl=True, rank=4)  # fmt: skip
+    a = APOLLOAdamW(
+        [{"params": [p], **published}], 0.01, (0.9, 0.99), 1e-7, 0.1, False, True, True, False
+    )
+    b = APOLLO(
+        [q],
+        lr=0.01,
+        betas=(0.9, 0.99),
+        eps=1e-7,
+        weight_decay=0.1,
+        correct_bias=False,
+        scale_front=True,
+        disable_nl=True,
+        rank=4,
+    )
     steps(a, [p])
     steps(b, [q])
     assert torch.equal(p, q)
@@ -520,7 +531,7 @@ def test_backends_are_chosen_in_one_place(monkeypatch):
         APOLLO([p], rank=4).step()
 
 
-# ---- reports --------------------------------------------------------------------------------------
+# ---- reports -----------------------------------------------------------------------------------
 
 
 def test_memory_report_counts_state_before_and_after_the_first_step():

@@ -76,7 +76,9 @@ def test_a_published_state_dict_is_taken_over(module, optimizer):
     check(optimizer, saved)
 
 
-def test_a_published_file_needs_an_opt_in_and_not_the_package(module, optimizer, tmp_path, monkeypatch):  # fmt: skip
+def test_a_published_file_needs_an_opt_in_and_not_the_package(
+    module, optimizer, tmp_path, monkeypatch
+):
     saved = published_state(module)
     path = tmp_path / "optimizer.pt"
     torch.save(saved, path)

@@ -109,9 +109,13 @@ def test_presets_are_the_paper_s():
 def test_hugging_face_llama_goes_as_in_the_paper():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=88, num_hidden_layers=2,
-        num_attention_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=88,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+    )
     model = transformers.LlamaForCausalLM(config)
     groups = apollo(model, lr=0.5)
     assert groups[0]["rank"] == 8 and all(g["lr"] == 0.5 for g in groups)

@@ -1,4 +1,4 @@
-"""What is shipped, what an import costs, and that the folder triton/ is never the package Triton."""
+"""What is shipped, what an import costs, and that the folder triton/ never is Triton."""
 
 import os
 import shutil
@@ -34,7 +34,18 @@ def checkout(target):
 
 def build(source, out, *options, **environment):
     # Without isolation: the same backend from the pinned requirements, and no network in a test.
-    run(sys.executable, "-m", "build", "--no-isolation", *options, "-o", out, source, cwd=source.parent, **environment)  # fmt: skip
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        *options,
+        "-o",
+        out,
+        source,
+        cwd=source.parent,
+        **environment,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -75,8 +86,16 @@ def test_the_native_module_links_neither_torch_nor_cuda(built, tmp_path):
 def test_the_sdist_holds_everything_to_build_test_and_measure(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
-    for name in ("csrc/philox.cuh", "CMakeLists.txt", "tests/test_rule.py", "bench/bench_step.py",
-                 "triton/README.md", "Makefile", "LICENSE", "requirements-dev.txt"):  # fmt: skip
+    for name in (
+        "csrc/philox.cuh",
+        "CMakeLists.txt",
+        "tests/test_rule.py",
+        "bench/bench_step.py",
+        "triton/README.md",
+        "Makefile",
+        "LICENSE",
+        "requirements-dev.txt",
+    ):
         assert name in names
 
 
@@ -100,7 +119,9 @@ def test_without_a_compiler_the_package_builds_and_says_what_is_missing(tmp_path
 def test_demanding_the_native_module_makes_a_failed_build_an_error(tmp_path):
     tree = checkout(tmp_path / "tree")
     with pytest.raises(AssertionError, match="returned non-zero exit status"):
-        build(tree, tmp_path / "dist", "--wheel", CXX="/no/such/compiler", APOLLO_KERNELS_NATIVE="on")  # fmt: skip
+        build(
+            tree, tmp_path / "dist", "--wheel", CXX="/no/such/compiler", APOLLO_KERNELS_NATIVE="on"
+        )
 
 
 # A finder that hides an installed Triton but not a mere folder of that name.
@@ -159,7 +180,7 @@ sys.meta_path = [Only if f is importlib.machinery.PathFinder else f for f in sys
 
 
 def test_import_is_light():
-    """No transformers, bitsandbytes, compiler, DTensor or CUDA context; the modules say it best."""
+    """No transformers, bitsandbytes, compiler, DTensor or CUDA context: few and light modules."""
     code = "import sys, torch; before = set(sys.modules); import apollo_kernels\n"
     code += "new = {m for m in set(sys.modules) - before if sys.modules[m] is not None}\n"
     code += "print(len(new), *sorted(new))\n"

@@ -1,4 +1,4 @@
-"""The random numbers are the contract's, on every path, and have the statistics that the paper needs."""
+"""The random numbers are the contract's on every path, and as random as the paper needs."""
 
 import math
 

@@ -1,7 +1,7 @@
 """The optimizer against an independent restatement of Algorithm 1 in float64 (restatement.py).
 
-Gradients come from outside, so moments and norms can be compared over a whole run. Weights are compared
-step by step, each from the optimizer's own previous weight, so that a rounding counts once.
+Gradients come from outside, so moments and norms can be compared over a whole run. Weights are
+compared step by step, each from the optimizer's own previous weight: a rounding counts once.
 """
 
 import itertools
@@ -22,8 +22,8 @@ FLAGS = ("scale_front", "disable_nl", "correct_bias", "weight_decay")
 def tolerance(dtype, config):
     """Relative error of a channel's update that float32 arithmetic is allowed.
 
-    Sums of at most 9 products err by 1e-6. Below rank 4 with channel scaling, R_c of few entries can
-    cancel, and the ratio |N_c| / |R_c| amplifies that (measured up to 2e-2, see DESIGN.md).
+    Sums of at most 9 products err by 1e-6. Below rank 4 with channel scaling, R_c of few entries
+    can cancel, and the ratio |N_c| / |R_c| amplifies that (measured: up to 2e-2).
     """
     if dtype == torch.float64:
         return 1e-10 if config["rank"] >= 4 else 1e-8
@@ -144,7 +144,7 @@ def test_a_zero_first_gradient_does_not_freeze_the_parameter():
 def test_the_norm_of_the_update_grows_by_at_most_one_percent():
     p, optimizer = one(correct_bias=False)
     sizes = list(updates(p, optimizer, [torch.randn(6, 4) for _ in range(100)]))
-    growth = [b / a for a, b in zip(sizes, sizes[1:], strict=False)]
+    growth = [b / a for a, b in itertools.pairwise(sizes)]
     assert max(growth) < 1.01 * (1 + 1e-5)
     assert max(growth) > 1.0099  # and the limiter did act
     assert optimizer.stats()["limited"] > 0
@@ -153,7 +153,7 @@ def test_the_norm_of_the_update_grows_by_at_most_one_percent():
 def test_disable_nl_lets_the_norm_grow_and_leaves_it_unset():
     p, optimizer = one(correct_bias=False, disable_nl=True)
     sizes = list(updates(p, optimizer, [torch.randn(6, 4) for _ in range(50)]))
-    assert max(b / a for a, b in zip(sizes, sizes[1:], strict=False)) > 1.02
+    assert max(b / a for a, b in itertools.pairwise(sizes)) > 1.02
     assert float(optimizer.state[p]["update_norm"]) == 0
 
 

@@ -1,0 +1,122 @@
+"""Pre-trains a LLaMA on bytes of text with AdamW, APOLLO or APOLLO-Mini.
+
+    python examples/pretrain.py --demo                     all three, a table and a picture
+    python examples/pretrain.py --optimizer apollo-mini --preset 60m --save runs/mini.pt
+    python examples/pretrain.py --resume runs/mini.pt --save runs/mini.pt
+
+A run that was killed and is resumed continues to the bit on one machine: batches are a function of
+(seed, step), and the checkpoint holds the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from training import (
+    DENSE_LEARNING_RATE,
+    LEARNING_RATES,
+    OPTIMIZERS,
+    PRESETS,
+    Run,
+    Settings,
+    Stop,
+    load_data,
+    pretrain,
+)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, defaults = parser.add_argument, Settings()
+    add("--demo", action="store_true", help="AdamW, APOLLO and Mini in turn; a table and a PNG")
+    add("--sweep", action="store_true", help="repeat the search for the learning rates")
+    add("--optimizer", choices=OPTIMIZERS, help=f"default {defaults.optimizer}")
+    add("--preset", "--config", choices=PRESETS, help=f"default {defaults.preset}")
+    add("--data", nargs="+", metavar="FILE", help="text files (default: Python's standard library)")
+    add("--steps", type=int, help=f"default {defaults.steps}")
+    add("--batch-size", type=int, help=f"default {defaults.batch_size}")
+    add("--seq-len", type=int, help=f"default {defaults.seq_len}")
+    add("--lr", type=float, help=f"of the matrices; default by optimizer: {LEARNING_RATES}")
+    add("--dense-lr", type=float, help=f"of all else; default {DENSE_LEARNING_RATE}")
+    add("--rank", type=int, help="default: a quarter of the hidden size; 1 for Mini")
+    add("--warmup", type=float, help="share of the steps; default 0.1")
+    add("--seed", type=int)
+    add("--dtype", choices=("float32", "bfloat16"))
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--eval-every", type=int)
+    add("--eval-batches", type=int)
+    add("--save", type=Path, metavar="FILE", help="write checkpoints here")
+    add("--save-every", type=int, default=100, metavar="STEPS")
+    add("--resume", type=Path, metavar="FILE", help="go on from a checkpoint")
+    add("--log", type=Path, metavar="CSV")
+    add("--out", type=Path, default=Path("runs/demo"), help="of the demo; default runs/demo")
+    options = parser.parse_args(arguments)
+    for name in ("steps", "batch_size", "seq_len", "rank", "save_every", "eval_every", "lr"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
+    return options
+
+
+def settings_of(options: argparse.Namespace, **defaults: object) -> Settings:
+    given = {f.name: getattr(options, f.name) for f in fields(Settings)}
+    given = {k: v for k, v in given.items() if v is not None}
+    given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    settings = Settings(**{**defaults, **given})
+    settings.data = tuple(str(Path(p).resolve()) for p in settings.data)
+    return settings
+
+
+def resumed_settings(options: argparse.Namespace, content: dict) -> Settings:
+    """The checkpoint's settings; raises Stop for an argument that contradicts them."""
+    saved = json.loads(content["settings"])
+    for name, value in saved.items():
+        given = getattr(options, name)
+        if name == "data" and given is not None:
+            given = [str(Path(p).resolve()) for p in given]
+        if given is not None and given != value:
+            flag = name.replace("_", "-")
+            raise Stop(f"--{flag} {given} contradicts the checkpoint, which was made with {value}")
+    return Settings(**{**saved, "data": tuple(saved["data"])})
+
+
+def load_checkpoint(path: Path) -> dict:
+    if not path.is_file():
+        raise Stop(f"--resume: no such file: {str(path)!r}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise Stop(f"--resume: {str(path)!r} is no checkpoint of this script: {error}") from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        if options.demo or options.sweep:
+            import demo
+
+            (demo.sweep if options.sweep else demo.demo)(options)
+            return 0
+        content = load_checkpoint(options.resume) if options.resume else None
+        settings = resumed_settings(options, content) if content else settings_of(options)
+        run = Run(settings, *load_data(settings.data, settings.seq_len))
+        if content:
+            run.restore(content)
+        pretrain(run, options.save, options.save_every, options.log)
+        last = run.log[-1]
+        print(f"step {run.step}: loss {last['loss']:.4f}, validation {last['validation']:.4f}")
+        return 0
+    except Stop as stop:
+        print(f"pretrain.py: error: {stop}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
