@@ -62,24 +62,30 @@ def losses(path):
         return [(r["step"], r["loss"], r["validation"], r["lr"]) for r in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "apollo", "apollo-mini"])
+@pytest.mark.parametrize(
+    "optimizer, dtype",
+    [
+        ("adamw", "float32"),
+        ("apollo", "float32"),
+        ("apollo", "bfloat16"),
+        ("apollo-mini", "float32"),
+    ],
+)
 def test_a_killed_and_resumed_run_has_the_same_losses_to_the_bit(optimizer, dtype, text, tmp_path):
     common = ["--optimizer", optimizer, *MICRO, "--data", text, "--dtype", dtype]
     whole, log, saved = tmp_path / "whole.csv", tmp_path / "log.csv", tmp_path / "run.pt"
-    run(*common, "--steps", "24", "--log", whole)
-    # 24 steps are too short to hit, so the first run is killed once its checkpoint is there
-    process = start(*common, "--steps", "24", "--save", saved, "--save-every", "5", "--log", log)
+    run(*common, "--steps", "100", "--log", whole)
+    process = start(*common, "--steps", "100", "--save", saved, "--save-every", "5", "--log", log)
     while not saved.exists():
         time.sleep(0.002)
         assert process.poll() is None or saved.exists(), process.stderr.read()
     process.send_signal(signal.SIGKILL)
     process.wait()
     step = torch.load(saved, weights_only=True)["step"]
-    assert step % 5 == 0 or step == 24
+    assert step % 5 == 0 and step < 100, "killed too late to prove anything"
     run("--resume", saved, "--save", saved, "--log", log)
     assert losses(log) == losses(whole)
-    assert [int(row[0]) for row in losses(log)] == list(range(1, 25))
+    assert [int(row[0]) for row in losses(log)] == list(range(1, 101))
 
 
 def test_sigterm_saves_and_says_so(text, tmp_path):
