@@ -9,7 +9,7 @@ nothing drawn here is ever part of a checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -157,8 +157,13 @@ def projection_matrix(
     Returns
         P [rank, dim] ``dtype``. z is rounded to bf16 first, whatever the dtype: all back ends do.
     """
-    z = draw(seed, epoch, rank, dim, distribution, device=device)
-    return z.to(torch.promote_types(dtype, torch.float32)).div_(math.sqrt(max(rank, 1))).to(dtype)
+    return scaled(draw(seed, epoch, rank, dim, distribution, device=device), dtype)
+
+
+def scaled(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """z [rank, dim] / sqrt(rank) in ``dtype``."""
+    rank = max(z.shape[0], 1)
+    return z.to(torch.promote_types(dtype, torch.float32)).div_(math.sqrt(rank)).to(dtype)
 
 
 class ProjectionCache:
@@ -184,16 +189,17 @@ class ProjectionCache:
         rank: int,
         dim: int,
         distribution: str,
-        dtype: torch.dtype,
         device: torch.device,
+        form: str,
+        prepare: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """``projection_matrix(...)`` with the same arguments, from the cache where it is there."""
-        wanted = (epoch, rank, dim, distribution, dtype, device)
+        """``prepare(draw(...))`` from the cache where it is there; ``form`` names what it makes."""
+        wanted = (epoch, rank, dim, distribution, device, form)
         have = self._entries.get(key)
         if have is not None and have[0] == wanted:
             return have[1]
         self._entries.pop(key, None)
-        p = projection_matrix(key, epoch, rank, dim, distribution, dtype=dtype, device=device)
+        p = prepare(draw(key, epoch, rank, dim, distribution, device=device))
         if self.nbytes + p.numel() * p.element_size() <= self.limit:
             self._entries[key] = (wanted, p)
         return p

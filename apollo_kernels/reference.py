@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apollo_kernels.philox import ProjectionCache
+from apollo_kernels import host
+from apollo_kernels.philox import ProjectionCache, scaled
 
 NORM_GROWTH = 1.01  # gamma of the norm-growth limiter (paper, section 4.1, after Fira)
 TINY = 1e-8  # keeps quotients of norms finite; a stored norm below it counts as unset
@@ -219,6 +220,18 @@ def _gradient_sign(hyper: Hyper, grad_scale: Tensor | None) -> float:
     return sign if grad_scale is None else sign / float(grad_scale)
 
 
+def _drawn_and_projected(
+    x: Tensor, item: LowRank, epoch: int, hyper: Hyper, cache: ProjectionCache
+) -> tuple[Tensor, Tensor]:
+    """``project`` with the P of this epoch, on the CPU's bf16 units where there are any."""
+    rank, dtype = item.exp_avg.shape[1], item.exp_avg.dtype
+    drawn = (item.key, epoch, rank, x.shape[1], hyper.distribution, x.device)
+    if host.supported(x):
+        form = host.layout(x, rank)
+        return host.project(x, cache.get(*drawn, form, lambda z: host.arrange(z, form)), rank)
+    return project(x, cache.get(*drawn, str(dtype), lambda z: scaled(z, dtype)))
+
+
 def step_low_rank(
     batch: Sequence[LowRank],
     hyper: Hyper,
@@ -244,11 +257,7 @@ def step_low_rank(
         item.step.add_(1)
         step = float(item.step)
         x, w = (item.grad, item.weight) if item.rows else (item.grad.t(), item.weight.t())
-        epoch = (int(step) - 1) // hyper.update_proj_gap
-        rank, dtype = item.exp_avg.shape[1], item.exp_avg.dtype
-        p = cache.get(item.key, epoch, rank, x.shape[1], hyper.distribution, dtype, x.device)
-
-        r, q = project(x, p)
+        r, q = _drawn_and_projected(x, item, (int(step) - 1) // hyper.update_proj_gap, hyper, cache)
         if sign != 1:
             r, q = r.mul_(sign), q.mul_(sign**2)
         s, u2 = scale(r, q, item.exp_avg, item.exp_avg_sq, hyper)
@@ -259,7 +268,10 @@ def step_low_rank(
         if not hyper.disable_nl:
             factor, norm = limit(u, float(item.update_norm))
             item.update_norm.fill_(norm)
-        apply(w, x, s * (hyper.step_size(step) * alpha * factor * sign), decay)
+        coefficient = s * (hyper.step_size(step) * alpha * factor * sign)
+        same_order = (w.stride(1) == 1) == (x.stride(1) == 1)
+        update = host.apply if host.supported(w, x) and same_order else apply
+        update(w, x, coefficient, decay)
         updates += 1
         limited += factor < 1
     counters += torch.tensor([updates, limited, len(batch) - updates], device=counters.device)

@@ -1,0 +1,222 @@
+#include "host_bf16.h"
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#define APOLLO_AVX512 __attribute__((target("avx512f,avx512bw,avx512bf16,fma")))
+
+namespace apollo {
+namespace {
+
+// Calls work(begin, end) for parts of [0, size), each a multiple of `grain` but the last.
+template <class Work>
+void parallel(int64_t size, int64_t grain, int threads, Work work) {
+  const int64_t grains = (size + grain - 1) / grain;
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, grains));
+  const int64_t part = (grains + parts - 1) / parts * grain;
+  std::vector<std::thread> others;
+  for (int64_t begin = part; begin < size; begin += part) {
+    others.emplace_back(work, begin, std::min(size, begin + part));
+  }
+  work(0, std::min(size, part));
+  for (auto& other : others) other.join();
+}
+
+APOLLO_AVX512 inline __m512bh as_bf16(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
+
+APOLLO_AVX512 inline uint32_t pair_at(const uint16_t* x, bool second) {
+  uint32_t pair = x[0];
+  if (second) std::memcpy(&pair, x, sizeof pair);
+  return pair;
+}
+
+APOLLO_AVX512 inline __mmask32 mask32(int64_t n) {
+  return n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
+}
+
+// RANK dot products and the squared norm of one contiguous channel: streams x, for thin products.
+template <int RANK>
+APOLLO_AVX512 void dot_row(const HostProject& a, int64_t c) {
+  const uint16_t* x = a.x + c * a.ld;
+  __m512 sums[RANK], square = _mm512_setzero_ps();
+  for (auto& sum : sums) sum = _mm512_setzero_ps();
+  for (int64_t k = 0; k < a.k; k += 32) {
+    const __mmask32 mask = mask32(a.k - k);
+    const __m512bh v = as_bf16(_mm512_maskz_loadu_epi16(mask, x + k));
+    square = _mm512_dpbf16_ps(square, v, v);
+    for (int j = 0; j < RANK; ++j) {
+      const __m512bh z = as_bf16(_mm512_maskz_loadu_epi16(mask, a.z + j * a.k + k));
+      sums[j] = _mm512_dpbf16_ps(sums[j], v, z);
+    }
+  }
+  for (int j = 0; j < RANK; ++j) a.r[c * a.rank + j] = a.scale * _mm512_reduce_add_ps(sums[j]);
+  a.q[c] = _mm512_reduce_add_ps(square);
+}
+
+// A tile of M contiguous channels and 16 N rank rows, held in registers.
+template <int M, int N>
+APOLLO_AVX512 void row_tile(const HostProject& a, int64_t c, int64_t j) {
+  __m512 sums[M][N];
+  for (auto& row : sums) {
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  }
+  const uint16_t* x = a.x + c * a.ld;
+  for (int64_t k = 0; k < a.k; k += 2) {
+    __m512bh z[N];
+    for (int n = 0; n < N; ++n) {
+      z[n] = as_bf16(_mm512_loadu_si512(a.z + k * a.padded + 2 * (j + 16 * n)));
+    }
+    for (int m = 0; m < M; ++m) {
+      const __m512bh v = as_bf16(_mm512_set1_epi32(pair_at(x + m * a.ld + k, k + 1 < a.k)));
+      for (int n = 0; n < N; ++n) sums[m][n] = _mm512_dpbf16_ps(sums[m][n], v, z[n]);
+    }
+  }
+  const __m512 scale = _mm512_set1_ps(a.scale);
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) {
+      const int64_t first = j + 16 * n, left = std::min<int64_t>(16, a.rank - first);
+      if (left <= 0) break;
+      _mm512_mask_storeu_ps(a.r + (c + m) * a.rank + first, __mmask16((1u << left) - 1),
+                            _mm512_mul_ps(sums[m][n], scale));
+    }
+  }
+}
+
+template <int M>
+APOLLO_AVX512 void row_tiles(const HostProject& a, int64_t c) {
+  int64_t j = 0;
+  for (; j + 64 <= a.padded; j += 64) row_tile<M, 4>(a, c, j);
+  for (; j < a.padded; j += 16) row_tile<M, 1>(a, c, j);
+}
+
+APOLLO_AVX512 void row_square(const HostProject& a, int64_t c) {
+  const uint16_t* x = a.x + c * a.ld;
+  __m512 square = _mm512_setzero_ps();
+  for (int64_t k = 0; k < a.k; k += 32) {
+    const __m512bh v = as_bf16(_mm512_maskz_loadu_epi16(mask32(a.k - k), x + k));
+    square = _mm512_dpbf16_ps(square, v, v);
+  }
+  a.q[c] = _mm512_reduce_add_ps(square);
+}
+
+APOLLO_AVX512 void project_rows(const HostProject& a, int64_t begin, int64_t end) {
+  if (a.rank <= kDotRank) {
+    void (*const dots[])(const HostProject&, int64_t) = {dot_row<1>, dot_row<2>, dot_row<3>,
+                                                         dot_row<4>};
+    for (int64_t c = begin; c < end; ++c) dots[a.rank - 1](a, c);
+    return;
+  }
+  int64_t c = begin;
+  for (; c + 6 <= end; c += 6) row_tiles<6>(a, c);
+  for (; c < end; ++c) row_tiles<1>(a, c);
+  for (c = begin; c < end; ++c) row_square(a, c);
+}
+
+// A tile of 32 neighbouring columns (the channels) and J rank rows; with SQUARE also their norms.
+template <int J, bool SQUARE>
+APOLLO_AVX512 void column_tile(const HostProject& a, int64_t c, int64_t j, __m512i low,
+                               __m512i high) {
+  __m512 sums[J][2], square[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (auto& pair : sums) pair[0] = pair[1] = _mm512_setzero_ps();
+  const __mmask32 mask = mask32(a.channels - c);
+  for (int64_t k = 0; k < a.k; k += 2) {
+    const uint16_t* x = a.x + k * a.ld + c;
+    const __m512i even = _mm512_maskz_loadu_epi16(mask, x);
+    const __m512i odd =
+        k + 1 < a.k ? _mm512_maskz_loadu_epi16(mask, x + a.ld) : _mm512_setzero_si512();
+    const __m512bh v[2] = {as_bf16(_mm512_permutex2var_epi16(even, low, odd)),
+                           as_bf16(_mm512_permutex2var_epi16(even, high, odd))};
+    for (int i = 0; i < 2 && SQUARE; ++i) square[i] = _mm512_dpbf16_ps(square[i], v[i], v[i]);
+    for (int n = 0; n < J; ++n) {
+      uint32_t pair;
+      std::memcpy(&pair, a.z + k * a.padded + 2 * (j + n), sizeof pair);
+      const __m512bh z = as_bf16(_mm512_set1_epi32(pair));
+      for (int i = 0; i < 2; ++i) sums[n][i] = _mm512_dpbf16_ps(sums[n][i], v[i], z);
+    }
+  }
+  const int64_t count = std::min<int64_t>(32, a.channels - c);
+  float lanes[32];
+  for (int n = 0; n < J; ++n) {
+    for (int i = 0; i < 2; ++i) _mm512_storeu_ps(lanes + 16 * i, sums[n][i]);
+    for (int64_t i = 0; i < count; ++i) a.r[(c + i) * a.rank + j + n] = a.scale * lanes[i];
+  }
+  if (SQUARE) {
+    for (int i = 0; i < 2; ++i) _mm512_storeu_ps(lanes + 16 * i, square[i]);
+    std::copy(lanes, lanes + count, a.q + c);
+  }
+}
+
+APOLLO_AVX512 void project_columns(const HostProject& a, int64_t begin, int64_t end) {
+  uint16_t order[2][32];  // interleaves two rows: even k below, odd k above
+  for (int i = 0; i < 16; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      order[half][2 * i] = uint16_t(16 * half + i);
+      order[half][2 * i + 1] = uint16_t(32 + 16 * half + i);
+    }
+  }
+  const __m512i low = _mm512_loadu_si512(order[0]), high = _mm512_loadu_si512(order[1]);
+  for (int64_t c = begin; c < end; c += 32) {
+    column_tile<1, true>(a, c, 0, low, high);
+    int64_t j = 1;
+    for (; j + 12 <= a.rank; j += 12) column_tile<12, false>(a, c, j, low, high);
+    for (; j + 4 <= a.rank; j += 4) column_tile<4, false>(a, c, j, low, high);
+    for (; j < a.rank; ++j) column_tile<1, false>(a, c, j, low, high);
+  }
+}
+
+inline float widen(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// To nearest even; NaN stays NaN.
+inline uint16_t narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+// One row of W <- W - decay W - coefficient X: 6 bytes a weight, all rounding at the store.
+template <bool BY_ROW>
+APOLLO_AVX512 void apply_row(const HostApply& a, int64_t i) {
+  uint16_t* __restrict__ w = a.w + i * a.w_ld;
+  const uint16_t* __restrict__ x = a.x + i * a.x_ld;
+  const float* __restrict__ coefficient = a.coefficient + (BY_ROW ? i : 0);
+  const float decay = -a.decay;
+  for (int64_t k = 0; k < a.inner; ++k) {
+    const float old = widen(w[k]);
+    const float kept = decay == 0 ? old : std::fma(old, decay, old);  // 0 * Inf is NaN
+    w[k] = narrow(std::fma(-coefficient[BY_ROW ? 0 : k], widen(x[k]), kept));
+  }
+}
+
+}  // namespace
+
+bool host_bf16_supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+
+void host_project(const HostProject& a, int threads) {
+  if (a.channels * a.k * (a.rank + 8) < (1 << 20)) threads = 1;  // a thread costs microseconds
+  parallel(a.channels, a.rows ? 6 : 32, threads, [&a](int64_t begin, int64_t end) {
+    a.rows ? project_rows(a, begin, end) : project_columns(a, begin, end);
+  });
+}
+
+void host_apply(const HostApply& a, int threads) {
+  if (a.outer * a.inner < (1 << 17)) threads = 1;
+  parallel(a.outer, 1, threads, [&a](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) a.by_row ? apply_row<true>(a, i) : apply_row<false>(a, i);
+  });
+}
+
+}  // namespace apollo
