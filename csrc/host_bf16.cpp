@@ -1,5 +1,7 @@
 #include "host_bf16.h"
 
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+
 #include <immintrin.h>
 
 #include <algorithm>
@@ -220,3 +222,13 @@ void host_apply(const HostApply& a, int threads) {
 }
 
 }  // namespace apollo
+
+#else  // another processor, or a compiler too old for the intrinsics: PyTorch runs instead
+
+namespace apollo {
+bool host_bf16_supported() { return false; }
+void host_project(const HostProject&, int) {}
+void host_apply(const HostApply&, int) {}
+}  // namespace apollo
+
+#endif
