@@ -6,7 +6,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -119,55 +122,70 @@ APOLLO_AVX512 void project_rows(const HostProject& a, int64_t begin, int64_t end
   for (c = begin; c < end; ++c) row_square(a, c);
 }
 
-// A tile of 32 neighbouring columns (the channels) and J rank rows; with SQUARE also their norms.
-template <int J, bool SQUARE>
-APOLLO_AVX512 void column_tile(const HostProject& a, int64_t c, int64_t j, __m512i low,
-                               __m512i high) {
-  __m512 sums[J][2], square[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (auto& pair : sums) pair[0] = pair[1] = _mm512_setzero_ps();
+// 32 neighbouring columns (the channels), pairs of k interleaved: [(k + 1) / 2][2] vectors of 16
+// pairs. Packed once, since every rank row reads them again and rows of x are pages apart.
+APOLLO_AVX512 void pack_columns(const HostProject& a, int64_t c, const __m512i order[2],
+                                __m512i* panel) {
   const __mmask32 mask = mask32(a.channels - c);
+  __m512 square[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   for (int64_t k = 0; k < a.k; k += 2) {
     const uint16_t* x = a.x + k * a.ld + c;
     const __m512i even = _mm512_maskz_loadu_epi16(mask, x);
     const __m512i odd =
         k + 1 < a.k ? _mm512_maskz_loadu_epi16(mask, x + a.ld) : _mm512_setzero_si512();
-    const __m512bh v[2] = {as_bf16(_mm512_permutex2var_epi16(even, low, odd)),
-                           as_bf16(_mm512_permutex2var_epi16(even, high, odd))};
-    for (int i = 0; i < 2 && SQUARE; ++i) square[i] = _mm512_dpbf16_ps(square[i], v[i], v[i]);
+    for (int i = 0; i < 2; ++i) {
+      panel[k + i] = _mm512_permutex2var_epi16(even, order[i], odd);
+      square[i] = _mm512_dpbf16_ps(square[i], as_bf16(panel[k + i]), as_bf16(panel[k + i]));
+    }
+  }
+  float lanes[32];
+  for (int i = 0; i < 2; ++i) _mm512_storeu_ps(lanes + 16 * i, square[i]);
+  std::copy(lanes, lanes + std::min<int64_t>(32, a.channels - c), a.q + c);
+}
+
+// A tile of one panel and J rank rows, held in registers.
+template <int J>
+APOLLO_AVX512 void column_tile(const HostProject& a, int64_t c, int64_t j, const __m512i* panel) {
+  __m512 sums[J][2];
+  for (auto& pair : sums) pair[0] = pair[1] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < a.k; k += 2) {
+    const __m512bh v[2] = {as_bf16(panel[k]), as_bf16(panel[k + 1])};
     for (int n = 0; n < J; ++n) {
       uint32_t pair;
       std::memcpy(&pair, a.z + k * a.padded + 2 * (j + n), sizeof pair);
-      const __m512bh z = as_bf16(_mm512_set1_epi32(pair));
+      const __m512bh z = as_bf16(_mm512_set1_epi32(int32_t(pair)));
       for (int i = 0; i < 2; ++i) sums[n][i] = _mm512_dpbf16_ps(sums[n][i], v[i], z);
     }
   }
   const int64_t count = std::min<int64_t>(32, a.channels - c);
-  float lanes[32];
+  float lanes[J][32];
   for (int n = 0; n < J; ++n) {
-    for (int i = 0; i < 2; ++i) _mm512_storeu_ps(lanes + 16 * i, sums[n][i]);
-    for (int64_t i = 0; i < count; ++i) a.r[(c + i) * a.rank + j + n] = a.scale * lanes[i];
+    for (int i = 0; i < 2; ++i) _mm512_storeu_ps(lanes[n] + 16 * i, sums[n][i]);
   }
-  if (SQUARE) {
-    for (int i = 0; i < 2; ++i) _mm512_storeu_ps(lanes + 16 * i, square[i]);
-    std::copy(lanes, lanes + count, a.q + c);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int n = 0; n < J; ++n) a.r[(c + i) * a.rank + j + n] = a.scale * lanes[n][i];
   }
 }
 
 APOLLO_AVX512 void project_columns(const HostProject& a, int64_t begin, int64_t end) {
-  uint16_t order[2][32];  // interleaves two rows: even k below, odd k above
-  for (int i = 0; i < 16; ++i) {
+  uint16_t interleave[2][32];  // two rows of x: even k below, odd k above
+  for (int i = 0; i < 32; ++i) {
     for (int half = 0; half < 2; ++half) {
-      order[half][2 * i] = uint16_t(16 * half + i);
-      order[half][2 * i + 1] = uint16_t(32 + 16 * half + i);
+      interleave[half][i] = uint16_t(32 * (i % 2) + 16 * half + i / 2);
     }
   }
-  const __m512i low = _mm512_loadu_si512(order[0]), high = _mm512_loadu_si512(order[1]);
+  const __m512i order[2] = {_mm512_loadu_si512(interleave[0]), _mm512_loadu_si512(interleave[1])};
+  const size_t size = size_t(a.k + 1) / 2 * 2;
+  const std::unique_ptr<void, decltype(&std::free)> memory(
+      std::aligned_alloc(64, size * sizeof(__m512i)), &std::free);
+  if (memory == nullptr) throw std::bad_alloc();
+  auto* panel = static_cast<__m512i*>(memory.get());
   for (int64_t c = begin; c < end; c += 32) {
-    column_tile<1, true>(a, c, 0, low, high);
-    int64_t j = 1;
-    for (; j + 12 <= a.rank; j += 12) column_tile<12, false>(a, c, j, low, high);
-    for (; j + 4 <= a.rank; j += 4) column_tile<4, false>(a, c, j, low, high);
-    for (; j < a.rank; ++j) column_tile<1, false>(a, c, j, low, high);
+    pack_columns(a, c, order, panel);
+    int64_t j = 0;
+    for (; j + 12 <= a.rank; j += 12) column_tile<12>(a, c, j, panel);
+    for (; j + 4 <= a.rank; j += 4) column_tile<4>(a, c, j, panel);
+    for (; j < a.rank; ++j) column_tile<1>(a, c, j, panel);
   }
 }
 

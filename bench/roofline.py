@@ -1,0 +1,178 @@
+"""What a step must move and compute, the machine's own ceilings, and the times that follow.
+
+    python bench/roofline.py [--rank 256] [--model 7b] [--out DIR]
+
+The model: `project` reads G (and computes 2 r flops a weight), `scale` reads and writes the float32
+moments, `apply` reads G and reads and writes W. Each verb takes the longer of its bytes over the
+copy bandwidth and its flops over the matmul rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import measure
+import torch
+from shapes import LLAMA
+
+# Of named cards: measured copy bandwidth of 85 to 92 % of the data sheet, dense bf16 rate at 70 %.
+CARDS = {
+    "H200": (4.3e12, 0.7 * 989e12),
+    "H100": (2.9e12, 0.7 * 989e12),
+    "A100-80G": (1.70e12, 0.7 * 312e12),
+    "RTX 4090": (0.92e12, 0.7 * 165e12),
+    "L4": (0.26e12, 0.7 * 121e12),
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """``weight`` and ``grad``: bytes a value; ``reads``: how often G crosses the memory border."""
+
+    name: str
+    rank: int
+    weight: float = 2.0
+    grad: float = 2.0
+    reads: int = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one verb over a set of matrices."""
+
+    nbytes: float
+    flops: float = 0.0
+
+    def ms(self, bandwidth: float, rate: float) -> float:
+        return 1e3 * max(self.nbytes / bandwidth, self.flops / rate)
+
+
+def costs(shapes: list[tuple[int, int]], c: Configuration) -> dict[str, Cost]:
+    """Bytes and flops of each verb over ``shapes``."""
+    weights = sum(m * n for m, n in shapes)
+    moments = sum(2 * 4 * max(shape) * min(c.rank, *shape) for shape in shapes)
+    channels = sum(max(shape) for shape in shapes)
+    second_read = c.grad * weights if c.reads == 2 else 0.0
+    return {
+        "project": Cost(c.grad * weights, 2.0 * (c.rank + 1) * weights),
+        "scale": Cost(2.0 * moments + 8.0 * channels),
+        "apply": Cost(2 * c.weight * weights + second_read, 3.0 * weights),
+    }
+
+
+def step_bytes(shapes: list[tuple[int, int]], c: Configuration) -> float:
+    """Of the whole step, a weight."""
+    total = sum(cost.nbytes for cost in costs(shapes, c).values())
+    return total / sum(m * n for m, n in shapes)
+
+
+def configurations(rank: int) -> list[Configuration]:
+    int8 = 1 + 4 / 128  # a code, and a scale and a zero point for 128 of them
+    return [
+        Configuration(f"bf16, rank {rank}", rank),
+        Configuration(f"bf16, rank {rank}, G read once", rank, reads=1),
+        Configuration("bf16, Mini", 1),
+        Configuration(f"float32, rank {rank}", rank, 4.0, 4.0),
+        Configuration("float32, Mini", 1, 4.0, 4.0),
+        Configuration("int8 weights, Mini", 1, int8, 2.0),
+    ]
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Of this machine, measured: bytes and flops per second."""
+    found = {
+        "copy": measure.copy_bandwidth(device),
+        "read": measure.read_bandwidth(device),
+        "matmul bf16": measure.matmul_rate(device, torch.bfloat16),
+        "matmul float32": measure.matmul_rate(device, torch.float32),
+    }
+    if device.type == "cpu":
+        found["Philox normals"] = _host_normals()
+    return found
+
+
+def _host_normals() -> float:
+    """Normals per second of one thread of the native generator (or PyTorch's, without it)."""
+    from apollo_kernels import philox
+
+    timing = measure.cold(
+        lambda i: i, lambda i: philox.draw(i, 0, 64, 4096), 1, torch.device("cpu"), 0.2
+    )
+    return 64 * 4096 / (timing.median * 1e-3)
+
+
+def predictions(
+    shapes: list[tuple[int, int]], rank: int, here: dict[str, float], name: str
+) -> list[dict[str, object]]:
+    """Milliseconds of a whole step on named cards and on this machine."""
+    machines = {**CARDS, name: (here["copy"], here["matmul bf16"])}
+    adamw = Cost(14.0 * sum(m * n for m, n in shapes))  # bf16 weights, gradients and moments
+    rows: list[dict[str, object]] = [{"configuration": "AdamW, fused, bf16", "bytes/weight": 14.0}]
+    rows[0].update({card: adamw.ms(*rates) for card, rates in machines.items()})
+    for c in configurations(rank):
+        row: dict[str, object] = {"configuration": c.name, "bytes/weight": step_bytes(shapes, c)}
+        verbs = costs(shapes, c).values()
+        row.update({k: sum(v.ms(*rates) for v in verbs) for k, rates in machines.items()})
+        rows.append(row)
+    return rows
+
+
+def draw_roofline(here: dict[str, float], name: str, path: Path) -> None:
+    """Attainable rate over flops per byte, with each verb of the bf16 step on the roof."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    intensity = [2 ** (i / 4) for i in range(-12, 52)]
+    roof = [min(here["matmul bf16"], x * here["copy"]) / 1e9 for x in intensity]
+    axes.loglog(intensity, roof, color="#4C566A", lw=2)
+    shapes = LLAMA["7b"].layer_matrices()
+    for rank, color in ((1, "#2A7F9E"), (64, "#7A9E3F"), (256, "#C8553D")):
+        for verb, cost in costs(shapes, Configuration("", rank)).items():
+            if not cost.flops or (verb == "apply" and rank > 1):
+                continue
+            x = cost.flops / cost.nbytes
+            y = min(here["matmul bf16"], x * here["copy"]) / 1e9
+            axes.plot(x, y, "o", color=color, ms=8)
+            label = verb if verb == "apply" else f"{verb}, rank {rank}"
+            axes.annotate(label, (x, y), xytext=(8, -12), textcoords="offset points")
+    axes.set(
+        xlabel="flops per byte", ylabel="attainable Gflop/s", title=f"Roofline of {name}, bf16"
+    )
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=LLAMA, default="7b")
+    parser.add_argument("--rank", type=int, default=256)
+    parser.add_argument("--out", type=Path, help="also write roofline.json and roofline.png there")
+    args = parser.parse_args()
+    device = measure.default_device()
+    shapes, name = LLAMA[args.model].matrices(), measure.card_name(device)
+    here = ceilings(device)
+    print(f"Measured on {name}:")
+    for key, value in here.items():
+        unit = "GB/s" if key in ("copy", "read") else "G/s" if "normals" in key else "Gflop/s"
+        print(f"  {key:<16}{value / 1e9:>12,.1f} {unit}")
+    rows = predictions(shapes, args.rank, here, name)
+    print(f"\nPredicted ms per step, LLaMA-{args.model}'s {len(shapes)} matrices:")
+    print(measure.table(rows))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        content = {"environment": measure.environment(device), "ceilings": here, "rows": rows}
+        (args.out / "roofline.json").write_text(json.dumps(content, indent=1) + "\n")
+        draw_roofline(here, name, args.out / "roofline.png")
+
+
+if __name__ == "__main__":
+    main()
