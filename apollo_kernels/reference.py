@@ -11,7 +11,7 @@ for float64 weights and in float32 for all others, with one rounding at the stor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,13 +87,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _chunks(length: int, width: int) -> Iterator[slice]:
-    size = max(1, _CHUNK // max(width, 1))
-    return (slice(i, i + size) for i in range(0, length, size))
+def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors, cut alike along dimension 0 where the first has more than _CHUNK elements."""
+    first = tensors[0]
+    if first.numel() <= _CHUNK:
+        return (tensors,)
+    size = max(1, _CHUNK * len(first) // first.numel())
+    return zip(*(t.split(size) for t in tensors), strict=True)
 
 
 def _widen(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` [a, b] as ``dtype`` in the same memory order (``.to`` reorders a sliced matrix)."""
+    if x.dtype == dtype:
+        return x
     return x.to(dtype) if x.stride(-1) == 1 else x.t().to(dtype).t()
 
 
@@ -106,17 +112,13 @@ def project(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     Returns
         R [C, r] and q [C].
     """
-    channels, k = x.shape
-    r = p.new_empty(channels, p.shape[0])
-    q = p.new_empty(channels)
-    for c in _chunks(channels, k):
-        wide = _widen(x[c], p.dtype)
-        if p.shape[0] == 1:  # the BLAS is slow at thin products
-            torch.sum(wide * p, dim=1, keepdim=True, out=r[c])
-        else:
-            torch.mm(wide, p.t(), out=r[c])
-        torch.sum(wide * wide, dim=1, out=q[c])
-    return r, q
+    r, q = [], []
+    for (part,) in _parts(x):
+        wide = _widen(part, p.dtype)
+        thin = p.shape[0] == 1  # the BLAS is slow there
+        r.append(torch.sum(wide * p, dim=1, keepdim=True) if thin else torch.mm(wide, p.t()))
+        q.append(torch.sum(wide * wide, dim=1))
+    return (r[0], q[0]) if len(r) == 1 else (torch.cat(r), torch.cat(q))
 
 
 def scale(
@@ -177,13 +179,13 @@ def apply(w: Tensor, x: Tensor, coefficient: Tensor, decay: float) -> None:
     """
     dtype = coefficient.dtype
     column = -coefficient.expand(w.shape[0]).unsqueeze(1)
-    for c in _chunks(*w.shape):
-        wide = w[c] if w.dtype == dtype else _widen(w[c], dtype)
+    for part, gradient, c in _parts(w, x, column):
+        wide = _widen(part, dtype)
         if decay:
             wide.add_(wide, alpha=-decay)
-        wide.addcmul_(_widen(x[c], dtype), column[c])
-        if w.dtype != dtype:
-            w[c].copy_(wide)
+        wide.addcmul_(_widen(gradient, dtype), c)
+        if wide is not part:
+            part.copy_(wide)
 
 
 def adamw(
@@ -294,7 +296,7 @@ def step_dense(
         tensors = (item.weight, item.grad, item.exp_avg, item.exp_avg_sq)
         w, g, m, v = (t.view(1) if t.dim() == 0 else t for t in tensors)
         finite = True
-        for c in _chunks(len(w), w[:1].numel()):
-            finite &= adamw(w[c], g[c], m[c], v[c], hyper, float(item.step), sign)
+        for part in _parts(w, g, m, v):
+            finite &= adamw(*part, hyper, float(item.step), sign)
         updates += finite
     counters += torch.tensor([updates, 0, len(batch) - updates], device=counters.device)

@@ -22,8 +22,8 @@ from training import (
 LABELS = {"adamw": "AdamW", "apollo": "APOLLO", "apollo-mini": "APOLLO-Mini"}
 COLORS = {"adamw": "#4C566A", "apollo": "#C8553D", "apollo-mini": "#2A7F9E"}
 SWEEP = {
-    "adamw": (5e-4, 1e-3, 2e-3),
-    "apollo": (5e-3, 1e-2, 2e-2),
+    "adamw": (2.5e-4, 5e-4, 1e-3),
+    "apollo": (2.5e-3, 5e-3, 1e-2),
     "apollo-mini": (2.5e-3, 5e-3, 1e-2),
 }
 

@@ -87,8 +87,27 @@ def test_a_bad_entry_reaches_its_own_channel_only(bad, order, rank):
 
 def test_a_nan_or_inf_weight_stays_one():
     w = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]]).bfloat16()
+    w.view(torch.int16)[0, 3] = 0x7FFF  # the NaN that a carry of rounding would turn into -0
     host.apply(w, torch.ones_like(w), torch.ones(1), 0.0)
     assert w[0, 0].isnan() and w[0, 1] == float("inf") and w[0, 2] == -float("inf")
+    assert w[0, 3].isnan()
+
+
+def test_apply_rounds_a_tie_to_even():
+    w = torch.tensor([[1.0, 1.0 + 2.0**-7]]).bfloat16()
+    host.apply(w, torch.full((1, 2), -(2.0**-8)).bfloat16(), torch.ones(1), 0.0)
+    assert w.tolist() == [[1.0, 1.0 + 2.0**-6]]
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_project_reads_nothing_beyond_the_matrix(order, rank):
+    whole = torch.full((64, 64), float("nan")).bfloat16()
+    x = whole[3:40, 5:36] if order == "rows" else whole[5:36, 3:40].t()  # odd K
+    x.fill_(1.0)
+    z = philox.draw(7, 1, rank, 31)
+    r, q = host.project(x, host.arrange(z, host.layout(x, rank)), rank)
+    assert torch.isfinite(r).all() and (q == 31).all()
 
 
 def test_threads_do_not_change_a_bit():
