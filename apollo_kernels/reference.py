@@ -294,9 +294,8 @@ def step_dense(
     for item in batch:
         item.step.add_(1)
         tensors = (item.weight, item.grad, item.exp_avg, item.exp_avg_sq)
-        w, g, m, v = (t.view(1) if t.dim() == 0 else t for t in tensors)
         finite = True
-        for part in _parts(w, g, m, v):
-            finite &= adamw(*part, hyper, float(item.step), sign)
+        for w, g, m, v in _parts(*(t.view(1) if t.dim() == 0 else t for t in tensors)):
+            finite &= adamw(w, g, m, v, hyper, float(item.step), sign)
         updates += finite
     counters += torch.tensor([updates, 0, len(batch) - updates], device=counters.device)
