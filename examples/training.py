@@ -32,7 +32,7 @@ PRESETS = {
 }
 OPTIMIZERS = ("adamw", "apollo", "apollo-mini", "sgd")
 # Learning rates of the low-rank (for AdamW: all) matrices; --sweep repeats the search.
-LEARNING_RATES = {"adamw": 1e-3, "apollo": 1e-2, "apollo-mini": 5e-3, "sgd": 0.1}
+LEARNING_RATES = {"adamw": 5e-4, "apollo": 5e-3, "apollo-mini": 5e-3, "sgd": 0.1}
 # Embeddings, head and norms take AdamW under every optimizer, at one rate, so that what differs
 # between the curves is the matrices' optimizer alone.
 DENSE_LEARNING_RATE = 1e-2
