@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test lint format bench wheel clean
+.PHONY: help demo test lint format bench kernel-report gpu-check wheel clean
 help:
 	@echo "make demo    pre-train a small LLaMA with AdamW, APOLLO and APOLLO-Mini; a table and a PNG"
 	@echo "make test    the whole suite        make lint   ruff, clang-format, mypy"
-	@echo "make bench   time a step, next to the peers that are installed"
+	@echo "make bench   roofline, the verbs, and a step next to the peers that are installed"
+	@echo "make gpu-check      with a GPU: build, test, sanitize, measure; writes bench/results/"
+	@echo "make kernel-report  registers, spills and instructions of every compiled kernel"
 	@echo "make wheel   dist/*.whl and sdist   make clean  remove what was built"
 	@echo "PYTHON=python3.12 and VENV=path choose the interpreter and the virtual environment."
 
@@ -31,16 +33,32 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/clang-format --dry-run -Werror csrc/* bench/*.cu
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i csrc/* bench/*.cu
 
+# BENCH=  for the full runs; PYTHONPATH=<folder> brings peers that are installed elsewhere.
+BENCH ?= --quick
+OUT ?= build/bench
 bench: $(READY)
-	$(BIN)/python bench/bench_step.py --quick
+	$(BIN)/python bench/roofline.py --out $(OUT)
+	$(BIN)/python bench/bench_ops.py $(BENCH) --out $(OUT)
+	$(BIN)/python bench/bench_step.py $(BENCH) --out $(OUT)
+
+kernel-report: $(READY)
+	$(BIN)/python bench/kernel_report.py --out bench/results
+
+# Uses what is installed (torch, nvcc, cmake, ninja, pybind11, pytest, matplotlib) and no network.
+# gpu-build, gpu-environment, gpu-test, ... run one part; bench/gpu_check.py lists them.
+GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
+gpu-check:
+	$(GPU_PYTHON) bench/gpu_check.py
+gpu-%:
+	$(GPU_PYTHON) bench/gpu_check.py $*
 
 wheel: $(READY)
 	$(BIN)/python -m build

@@ -9,8 +9,6 @@ before it is timed. A back end joins by an entry in VERBS.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -168,6 +166,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two shapes, ranks 1 and 128")
     parser.add_argument("--out", type=Path, help="also write ops.csv and ops.json there")
     args = parser.parse_args()
+    measure.keep_freed_memory()
     device = measure.default_device()
     model = args.model or ("7b" if device.type == "cuda" else "60m")
     budget = 0.05 if args.quick else 0.2
@@ -175,19 +174,14 @@ def main() -> None:
     print(f"LLaMA-{model} on {measure.card_name(device)}: copies {copy / 1e9:.1f} GB/s")
     rows: list[dict[str, Any]] = []
     todo = list(cases(model, args.quick, device))
-    for case in measure.progress(todo, "ops", len(todo)):
-        rows += measure_case(case, copy, budget)
+    with measure.Progress("ops", len(todo)) as bar:
+        for case in todo:
+            rows += measure_case(case, copy, budget)
+            bar.update()
     rows += measure_generator(device, budget)
     print(measure.table(rows))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        keys = list(dict.fromkeys(key for row in rows for key in row))
-        with (args.out / "ops.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, keys)
-            writer.writeheader()
-            writer.writerows(rows)
-        content = {"environment": measure.environment(device), "copy": copy, "rows": rows}
-        (args.out / "ops.json").write_text(json.dumps(content, indent=1) + "\n")
+        measure.write(args.out, "ops", rows, device, copy=copy)
 
 
 if __name__ == "__main__":

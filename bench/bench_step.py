@@ -1,34 +1,44 @@
-"""Times one optimizer step over the matrices of a LLaMA: ours next to its peers, in one process.
+"""Times one optimizer step over the matrices of LLaMA models: ours next to its peers, in one run.
 
-    python bench/bench_step.py [--model 60m] [--layers N] [--rank 128] [--quick] [--csv FILE]
+    python bench/bench_step.py [--models 60m ...] [--dtype bfloat16 ...] [--quick] [--out DIR]
 
-The optimizers take turns, so that a machine whose speed drifts is unfair to none. Only ratios
-within one run mean anything; nothing is asserted here.
+On a CPU the optimizers take turns, so that a machine whose speed drifts is unfair to none; on a GPU
+each has the memory for itself. Nothing is asserted here; bench/README.md says how to read it.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
-import sys
+import gc
+import os
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import measure
 import torch
-from peers import optimizers
-from shapes import LLAMA
+from peers import BASELINE, Build, ours, peers, published_name
+from roofline import Configuration, step_bytes
+from shapes import LLAMA, Llama
+
+from apollo_kernels import ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WARM_UP = 3  # builds of state, compiled kernels and the allocator's blocks
 
 
-def parameters(shapes: list[tuple[int, int]], dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """Matrices with synthetic gradients, the same for every optimizer."""
-    generator = torch.Generator().manual_seed(0)
+def parameters(
+    shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device
+) -> list[torch.nn.Parameter]:
+    """Matrices with synthetic gradients, shared by all optimizers."""
+    generator = torch.Generator(device).manual_seed(0)
     made = []
     for shape in shapes:
-        p = torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.02).to(dtype))
-        p.grad = torch.randn(shape, generator=generator).to(dtype)
+        w, g = (torch.empty(shape, dtype=dtype, device=device) for _ in "wg")
+        p = torch.nn.Parameter(w.normal_(std=0.02, generator=generator))
+        p.grad = g.normal_(std=1e-3, generator=generator)
         made.append(p)
     return made
 
@@ -43,67 +53,189 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return total
 
 
-def measure(
-    shapes: list[tuple[int, int]], dtype: torch.dtype, rank: int, rounds: int
-) -> list[dict[str, object]]:
-    """One row per optimizer: median, p20 and p80 of ``rounds`` steps after two warm-up steps."""
-    made = {name: build(parameters(shapes, dtype)) for name, build in optimizers(rank).items()}
-    times: dict[str, list[float]] = {name: [] for name in made}
-    for turn in range(rounds + 2):
-        for name, optimizer in made.items():
-            begin = time.perf_counter()
-            optimizer.step()
-            if turn >= 2:
-                times[name].append(1e3 * (time.perf_counter() - begin))
-        print(f"\r{dtype}: round {turn + 1}/{rounds + 2}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+def fitting_layers(model: Llama, width: int, device: torch.device, together: int) -> int:
+    """As many layers as fit with weights, gradients and the Adam states of ``together`` peers."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    layer = sum(m * n for m, n in model.layer_matrices()) * width * (2 + 2 * together)
+    return max(1, min(model.layers, int(0.85 * free / layer)))
+
+
+def gpu_details(optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
+    """Of one step: kernel launches, the host's time, host syncs, and memory beyond what stays."""
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    optimizer.step()
+    host_ms = 1e3 * (time.perf_counter() - begin)
+    torch.cuda.synchronize(device)
+
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("default")
+    syncs = sum("synchroniz" in str(w.message) for w in caught)
+    torch.cuda.synchronize(device)
+    extra = torch.cuda.max_memory_allocated(device) - before
+
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        optimizer.step()
+        torch.cuda.synchronize(device)
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return {"launches": len(kernels), "host ms": host_ms, "syncs": syncs, "extra MB": extra / 1e6}
+
+
+class Contest:
+    """The steps of several optimizers over the same parameters."""
+
+    def __init__(self, builds: dict[str, Build], ps: list[torch.nn.Parameter]):
+        self.device = ps[0].device
+        self.samples: dict[str, list[float]] = {name: [] for name in builds}
+        self.details: dict[str, dict[str, Any]] = {name: {} for name in builds}
+        self.alive: dict[str, torch.optim.Optimizer] = {}
+        for name, build in builds.items():
+            try:
+                self.alive[name] = build(ps)
+            except Exception as error:
+                self._drop(name, error)
+
+    def _drop(self, name: str, error: Exception) -> None:
+        """A peer that breaks says so in its row; ours may not break."""
+        if name.startswith("ours") and not isinstance(error, torch.OutOfMemoryError):
+            raise error
+        first = (str(error).splitlines() or [""])[0][:80]
+        self.details[name] = {"note": f"{type(error).__name__}: {first}"}
+        self.samples[name] = []
+        self.alive.pop(name, None)
+
+    def round(self, keep: bool) -> None:
+        for name, optimizer in list(self.alive.items()):
+            try:
+                ms = measure.once(optimizer.step, self.device)
+            except Exception as error:
+                self._drop(name, error)
+            else:
+                if keep:
+                    self.samples[name].append(ms)
+
+    def finish(self) -> None:
+        for name, optimizer in self.alive.items():
+            self.details[name]["state MB"] = state_bytes(optimizer) / 1e6
+            if self.device.type == "cuda":
+                self.details[name].update(gpu_details(optimizer, self.device))
+
+
+def contests(
+    builds: dict[str, Build], model: Llama, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[int, Contest]]:
+    """All optimizers at once on a CPU; one after the other on a GPU. With the layers that fit."""
+    together = len(builds) if device.type == "cpu" else 1
+    layers = fitting_layers(model, dtype.itemsize, device, together)
+    ps = parameters(model.matrices(layers), dtype, device)
+    names = list(builds)
+    for i in range(0, len(names), together):
+        yield layers, Contest({n: builds[n] for n in names[i : i + together]}, ps)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def least_bytes(model: Llama, name: str, rank: int, width: int) -> float:
+    """What a step of one of ours must move, with two reads of the gradient (roofline.py)."""
+    wanted = 1 if name.endswith("Mini") else rank
+    c = Configuration(name, wanted, float(width), float(width))
+    shapes = model.matrices()
+    return step_bytes(shapes, c) * sum(m * n for m, n in shapes)
+
+
+def run(
+    model_name: str, dtype_name: str, rank: int | None, rounds: int, compiled: bool, copy: float
+) -> list[dict[str, Any]]:
+    """One row per optimizer; times are scaled to all layers where not all fit."""
+    model, device = LLAMA[model_name], measure.default_device()
+    rank = rank or min(256, model.hidden // 4)
+    every = {**peers(rank, device, compiled), **ours(rank, device)}
+    builds = {name: build for name, build in every.items() if not isinstance(build, str)}
+    samples: dict[str, list[float]] = {}
+    details: dict[str, dict[str, Any]] = {}
+    layers = model.layers
+    work = contests(builds, model, DTYPES[dtype_name], device)
+    label = f"{model_name} {dtype_name}"
+    with measure.Progress(label, len(builds) * (WARM_UP + rounds)) as bar:
+        for fit, contest in work:
+            layers = fit
+            for turn in range(WARM_UP + rounds):
+                contest.round(keep=turn >= WARM_UP)
+                bar.update(len(contest.samples))
+            contest.finish()
+            samples.update(contest.samples)
+            details.update(contest.details)
+            contest.alive.clear()
+    scale = model.layers / layers
     rows = []
-    for name, optimizer in made.items():
-        p20, *_, p80 = statistics.quantiles(times[name], n=5)
-        median = statistics.median(times[name])
-        row = {"dtype": str(dtype).removeprefix("torch."), "optimizer": name, "ms": median}
-        row.update(p20=p20, p80=p80, state_MB=state_bytes(optimizer) / 1e6)
-        for label, peer in (("AdamW fused", "AdamW fused"), ("apollo_torch", _published(name))):
-            if peer in times:  # the median of the ratios of neighbouring measurements
-                pairs = zip(times[name], times[peer], strict=True)
-                row[f"time / {label}"] = statistics.median(a / b for a, b in pairs)
+    for name, build in every.items():
+        row: dict[str, Any] = {"model": model_name, "dtype": dtype_name, "optimizer": name}
+        row["layers"] = f"{layers}/{model.layers}" + ("" if scale == 1 else ", scaled")
+        if isinstance(build, str):
+            row["note"] = build
+        elif samples[name]:
+            timing = measure.Timing.of(scale * x for x in samples[name])
+            row.update(ms=timing.median, p20=timing.p20, p80=timing.p80)
+            for column, peer in (("x AdamW", BASELINE), ("x apollo_torch", published_name(name))):
+                if samples.get(peer):
+                    row[column] = measure.Timing.of(samples[peer]).median * scale / timing.median
+            if name.startswith("ours"):
+                nbytes = least_bytes(model, name, rank, DTYPES[dtype_name].itemsize)
+                row["of copy"] = nbytes / (timing.median * 1e-3) / copy
+        for key, value in details.get(name, {}).items():
+            row[key] = value * scale if key in ("state MB", "launches") else value
         rows.append(row)
     return rows
 
 
-def _published(name: str) -> str:
-    return f"apollo_torch {'Mini' if name.endswith('Mini') else name.split(' ', 1)[1]}"
-
-
 def main() -> None:
+    device = measure.default_device()
+    gpu = device.type == "cuda"
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=LLAMA, default="60m")
-    parser.add_argument("--layers", type=int, help="as many layers (default: all)")
-    parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--quick", action="store_true", help="7 rounds")
-    parser.add_argument("--csv", type=Path, help="also write the rows there")
+    parser.add_argument("--models", choices=LLAMA, nargs="+")
+    parser.add_argument("--rank", type=int, help="default: a quarter of the hidden size up to 256")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--compile", action="store_true", help="apollo_torch under torch.compile")
+    parser.add_argument("--quick", action="store_true", help="7 rounds; on a GPU 130m, 1b and 7b")
+    parser.add_argument("--out", type=Path, help="also write step.csv, step.json and step.png")
     args = parser.parse_args()
-    shapes = LLAMA[args.model].matrices(args.layers)
-    weights = sum(m * n for m, n in shapes)
-    print(f"{args.model}: {len(shapes)} matrices, {weights / 1e6:.1f} M weights, CPU, ", end="")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    rows = []
-    for name in args.dtype:
-        rows += measure(shapes, DTYPES[name], args.rank, 7 if args.quick else args.rounds)
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    for line in [{k: k for k in keys}, *rows]:
-        cells = [line.get(k, "-") for k in keys]
-        text = [f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells]
-        print("".join(f"{t:<22}" if i < 2 else f"{t:>20}" for i, t in enumerate(text)))
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, keys)
-            writer.writeheader()
-            writer.writerows(rows)
+    measure.keep_freed_memory()
+    few = ["130m", "1b", "7b"] if args.quick else list(LLAMA)
+    models = args.models or (few if gpu else ["60m"])
+    dtypes = args.dtype or (["bfloat16"] if gpu else list(DTYPES))
+    rounds = args.rounds or (7 if args.quick else 21)
+    print(f"{measure.card_name(device)}, torch {torch.__version__}", end="")
+    print("" if gpu else f", {torch.get_num_threads()} threads", end="")
+    copy = measure.copy_bandwidth(device)
+    print(f", copies {copy / 1e9:.1f} GB/s")
+    for backend, reason in ops.backends(device):
+        if reason is not None:
+            print(f"Not run: ours {backend}: {reason}")
+    rows: list[dict[str, Any]] = []
+    for model in models:
+        for dtype in dtypes:
+            found = run(model, dtype, args.rank, rounds, args.compile, copy)
+            print(measure.table(found), "\n", flush=True)
+            rows += found
+            if args.out:  # after each model: what is measured survives what comes after it
+                measure.write(args.out, "step", rows, device, copy=copy)
+    if args.out:
+        import plot
+
+        plot.step(rows, measure.card_name(device), args.out / "step.png")
 
 
 if __name__ == "__main__":

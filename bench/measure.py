@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import ctypes
 import datetime
 import itertools
+import json
 import platform
 import statistics
 import subprocess
@@ -42,6 +46,16 @@ class Timing:
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed: else page faults of temporaries are what a CPU times, and
+    the more so for the peers, which make more of them."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def synchronize(device: torch.device) -> None:
@@ -138,17 +152,45 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / (timing.median * 1e-3)
 
 
-def progress(items: Iterable[T], what: str, total: int) -> Iterable[T]:
-    """The items, with a bar on stderr."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        for i, item in enumerate(items):
-            print(f"\r{what}: {i + 1}/{total}", end="", file=sys.stderr, flush=True)
-            yield item
-        print(file=sys.stderr)
-    else:
-        yield from tqdm(items, desc=what, total=total)
+class Progress:
+    """A bar on stderr, where tqdm is installed; else a line that counts."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done = what, total, 0
+        try:
+            from tqdm import tqdm
+        except ModuleNotFoundError:
+            self.bar = None
+        else:
+            self.bar = tqdm(desc=what, total=total, mininterval=1.0, leave=False)
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif sys.stderr.isatty():
+            print(f"\r{self.what}: {self.done}/{self.total}", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def write(
+    folder: Path, stem: str, rows: list[dict[str, Any]], device: torch.device, **more: Any
+) -> None:
+    """The rows as ``stem``.csv, and with the environment as ``stem``.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    with (folder / f"{stem}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, keys)
+        writer.writeheader()
+        writer.writerows(rows)
+    content = {"environment": environment(device), **more, "rows": rows}
+    (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -10,7 +10,9 @@ copy bandwidth and its flops over the matmul rate.
 from __future__ import annotations
 
 import argparse
-import json
+import shutil
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,14 @@ CARDS = {
     "A100-80G": (1.70e12, 0.7 * 312e12),
     "RTX 4090": (0.92e12, 0.7 * 165e12),
     "L4": (0.26e12, 0.7 * 121e12),
+}
+
+
+UNITS = {
+    "copy": ("GB/s", 1e9),
+    "read": ("GB/s", 1e9),
+    "Philox normals": ("G/s", 1e9),
+    "Philox normals per SM and clock": ("", 1.0),
 }
 
 
@@ -91,6 +101,8 @@ def ceilings(device: torch.device) -> dict[str, float]:
     }
     if device.type == "cpu":
         found["Philox normals"] = _host_normals()
+    else:
+        found.update(_device_normals())
     return found
 
 
@@ -102,6 +114,22 @@ def _host_normals() -> float:
         lambda i: i, lambda i: philox.draw(i, 0, 64, 4096), 1, torch.device("cpu"), 0.2
     )
     return 64 * 4096 / (timing.median * 1e-3)
+
+
+def _device_normals() -> dict[str, float]:
+    """Of the GPU, by philox_rate.cu: per second, and per SM and clock. Empty without nvcc."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder) / "philox_rate")
+        source = str(Path(__file__).with_name("philox_rate.cu"))
+        major, minor = torch.cuda.get_device_capability()
+        flags = ["-O3", "-std=c++17", f"-arch=sm_{major}{minor}", "-o", program, source]
+        subprocess.run([nvcc, *flags], check=True, capture_output=True)
+        done = subprocess.run([program], check=True, capture_output=True, text=True)
+    rate, sms, kilohertz = (float(word) for word in done.stdout.split())
+    return {"Philox normals": rate, "Philox normals per SM and clock": rate / sms / kilohertz / 1e3}
 
 
 def predictions(
@@ -120,33 +148,14 @@ def predictions(
     return rows
 
 
-def draw_roofline(here: dict[str, float], name: str, path: Path) -> None:
-    """Attainable rate over flops per byte, with each verb of the bf16 step on the roof."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
-    intensity = [2 ** (i / 4) for i in range(-12, 52)]
-    roof = [min(here["matmul bf16"], x * here["copy"]) / 1e9 for x in intensity]
-    axes.loglog(intensity, roof, color="#4C566A", lw=2)
+def verbs_on_the_roof() -> list[tuple[str, int, Cost]]:
+    """Each verb that computes, at three ranks, over a layer of LLaMA-7B in bf16."""
     shapes = LLAMA["7b"].layer_matrices()
-    for rank, color in ((1, "#2A7F9E"), (64, "#7A9E3F"), (256, "#C8553D")):
-        for verb, cost in costs(shapes, Configuration("", rank)).items():
-            if not cost.flops or (verb == "apply" and rank > 1):
-                continue
-            x = cost.flops / cost.nbytes
-            y = min(here["matmul bf16"], x * here["copy"]) / 1e9
-            axes.plot(x, y, "o", color=color, ms=8)
-            label = verb if verb == "apply" else f"{verb}, rank {rank}"
-            axes.annotate(label, (x, y), xytext=(8, -12), textcoords="offset points")
-    axes.set(
-        xlabel="flops per byte", ylabel="attainable Gflop/s", title=f"Roofline of {name}, bf16"
-    )
-    axes.grid(alpha=0.25, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    found = []
+    for rank in (1, 64, 256):
+        verbs = costs(shapes, Configuration("", rank))
+        found.append((f"project, rank {rank}", rank, verbs["project"]))
+    return [*found, ("apply", 1, verbs["apply"])]
 
 
 def main() -> None:
@@ -162,16 +171,16 @@ def main() -> None:
     here = ceilings(device)
     print(f"Measured on {name}:")
     for key, value in here.items():
-        unit = "GB/s" if key in ("copy", "read") else "G/s" if "normals" in key else "Gflop/s"
-        print(f"  {key:<16}{value / 1e9:>12,.1f} {unit}")
+        unit, scale = UNITS.get(key, ("Gflop/s", 1e9))
+        print(f"  {key:<32}{value / scale:>12,.1f} {unit}")
     rows = predictions(shapes, args.rank, here, name)
     print(f"\nPredicted ms per step, LLaMA-{args.model}'s {len(shapes)} matrices:")
     print(measure.table(rows))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        content = {"environment": measure.environment(device), "ceilings": here, "rows": rows}
-        (args.out / "roofline.json").write_text(json.dumps(content, indent=1) + "\n")
-        draw_roofline(here, name, args.out / "roofline.png")
+        measure.write(args.out, "roofline", rows, device, ceilings=here)
+        import plot
+
+        plot.roofline(here, name, verbs_on_the_roof(), args.out / "roofline.png")
 
 
 if __name__ == "__main__":

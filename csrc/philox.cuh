@@ -6,11 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define APOLLO_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define APOLLO_HOST_DEVICE inline
-#endif
+#include "device.h"
 
 namespace apollo {
 
@@ -98,5 +94,21 @@ inline void draw(uint16_t* out, uint64_t key, uint32_t epoch, int64_t rank, int6
     }
   }
 }
+
+#if defined(__CUDACC__)
+
+// The same two normals in float32 for the kernels, as bf16x2 (z0 in the low half): 14 issue slots a
+// normal. Both uniforms are exact; the angle lies in [-pi, pi), which turns both signs.
+APOLLO_DEVICE uint32_t normal_pair_fast(uint32_t w0, uint32_t w1) {
+  const float u1 = __uint_as_float((w0 >> 9) | 0x3F800000u) - 0x1.fffffep-1f;
+  const float x = (__uint_as_float((w1 >> 9) | 0x3F800000u) - 1.5f) * 6.283185307179586f;
+  const float rho = -approx_sqrt(-1.3862943611198906f * approx_log2(u1));  // -2 ln u1
+  const __nv_bfloat162 z = __floats2bfloat162_rn(rho * approx_cos(x), rho * approx_sin(x));
+  uint32_t bits;
+  memcpy(&bits, &z, sizeof bits);
+  return bits;
+}
+
+#endif
 
 }  // namespace apollo

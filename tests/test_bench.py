@@ -1,0 +1,211 @@
+"""The benchmarks' own arithmetic, and that each of them runs on a CPU."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture(autouse=True)
+def _bench_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(BENCH / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_bytes_per_weight_are_the_designs():
+    """bf16 8 and float32 16 with two reads, 6 with one, int8 6.06; 9.0 at rank 256 of LLaMA-7B."""
+    from roofline import Configuration, step_bytes
+    from shapes import LLAMA
+
+    square = [(4096, 4096)]
+
+    def of(**changes):
+        moments = 16 / 4096 + 8 / 4096  # of rank 1, and the norms
+        return step_bytes(square, Configuration("", 1, **changes)) - moments
+
+    assert of() == pytest.approx(8, abs=0.01)
+    assert of(reads=1) == pytest.approx(6, abs=0.01)
+    assert of(weight=4.0, grad=4.0) == pytest.approx(16, abs=0.01)
+    assert of(weight=1 + 4 / 128) == pytest.approx(6.06, abs=0.01)
+    assert step_bytes(LLAMA["7b"].matrices(), Configuration("", 256)) == pytest.approx(9.0, abs=0.1)
+
+
+def test_the_model_predicts_the_designs_milliseconds():
+    """LLaMA-7B in bf16 on an H200: AdamW 21.1, Mini two reads 12.0 (design section 8)."""
+    from roofline import CARDS, predictions
+    from shapes import LLAMA
+
+    here = {"copy": 1e12, "matmul bf16": 1e14}
+    rows = {r["configuration"]: r for r in predictions(LLAMA["7b"].matrices(), 256, here, "here")}
+    assert rows["AdamW, fused, bf16"]["H200"] == pytest.approx(21.1, abs=0.1)
+    assert rows["bf16, Mini"]["H200"] == pytest.approx(12.05, abs=0.1)
+    assert set(CARDS) <= set(rows["bf16, Mini"])
+
+
+def test_matrices_are_the_papers():
+    from shapes import LLAMA
+
+    weights = sum(m * n for m, n in LLAMA["7b"].matrices())
+    assert len(LLAMA["7b"].matrices()) == 224
+    assert weights == pytest.approx(6.476e9, rel=1e-3)
+
+
+def test_state_bytes_counts_tensors_inside_of_objects():
+    from bench_step import state_bytes
+
+    class Projector:
+        def __init__(self):
+            self.matrix = torch.zeros(10)
+
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    optimizer.state[p] = {"a": torch.zeros(3, dtype=torch.bfloat16), "projector": Projector()}
+    assert state_bytes(optimizer) == 46
+
+
+def test_a_peer_that_breaks_says_so_and_ours_raises():
+    from bench_step import Contest
+
+    def broken(ps):
+        raise ValueError("no such thing")
+
+    p = torch.nn.Parameter(torch.zeros(4))
+    contest = Contest({"peer": broken}, [p])
+    assert contest.details["peer"] == {"note": "ValueError: no such thing"}
+    with pytest.raises(ValueError, match="no such thing"):
+        Contest({"ours torch": broken}, [p])
+
+
+def test_a_wrong_result_is_not_timed():
+    from bench_ops import agree
+
+    agree(torch.ones(3), torch.ones(3, dtype=torch.float64), 1e-6, "x")
+    with pytest.raises(AssertionError, match="x: relative error"):
+        agree(torch.full((3,), 1.01), torch.ones(3, dtype=torch.float64), 1e-6, "x")
+    with pytest.raises(AssertionError):
+        agree(torch.full((3,), float("nan")), torch.ones(3, dtype=torch.float64), 1e-6, "x")
+
+
+def test_each_benchmark_runs_here_and_writes_its_files(tmp_path):
+    run("roofline.py", "--model", "60m", "--rank", 8, "--out", tmp_path)
+    run("bench_ops.py", "--model", "60m", "--quick", "--out", tmp_path)
+    command = ("--models", "60m", "--rounds", 1, "--rank", 4, "--dtype", "bfloat16")
+    run("bench_step.py", *command, "--out", tmp_path)
+    for stem, kinds in {"roofline": "png", "ops": "", "step": "png"}.items():
+        content = json.loads((tmp_path / f"{stem}.json").read_text())
+        assert content["environment"]["torch"] == torch.__version__
+        assert content["rows"]
+        assert (tmp_path / f"{stem}.csv").read_text().count("\n") == len(content["rows"]) + 1
+        if kinds:
+            assert (tmp_path / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+    names = {row["optimizer"] for row in json.loads((tmp_path / "step.json").read_text())["rows"]}
+    assert {"ours torch, rank 4", "ours torch, Mini", "AdamW fused"} <= names
+
+
+def test_kernel_report_reads_registers_spills_and_instructions(tmp_path):
+    import kernel_report
+
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None or kernel_report.cuobjdump() is None:
+        pytest.skip("needs nvcc and cuobjdump")
+    source = tmp_path / "k.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(256) copy(float4* a, const float4* b) {"
+        "  a[threadIdx.x] = b[threadIdx.x]; }"
+        "__global__ void __launch_bounds__(1024) spills(float* a, int n) { float x[400];"
+        "  for (int i = 0; i < 400; ++i) x[i] = a[i * n]; "
+        "  for (int i = 0; i < n; ++i) a[i] = x[(i * 7) % 400]; }"
+    )
+    cubin = tmp_path / "k.fatbin"
+    subprocess.run(
+        [nvcc, "-fatbin", "-gencode", "arch=compute_80,code=sm_80", "-gencode",
+         "arch=compute_90,code=sm_90", "-o", cubin, source], check=True,
+    )  # fmt: skip
+    rows = {(row["kernel"], row["arch"]): row for row in kernel_report.kernels(cubin)}
+    assert set(rows) == {(k, a) for k in ("copy", "spills") for a in ("sm_80", "sm_90")}
+    clean, spilled = rows["copy", "sm_90"], rows["spills", "sm_90"]
+    assert clean["load 16"] == clean["store 16"] == 1
+    assert clean["spills"] == 0
+    assert clean["threads"] == 256
+    assert clean["occupancy"] == 1
+    assert spilled["spills"] > 0
+
+
+def test_occupancy_follows_registers_and_shared_memory():
+    from kernel_report import occupancy
+
+    assert occupancy("sm_90", 32, 0, 256) == 1
+    assert occupancy("sm_90", 255, 0, 256) == pytest.approx(8 / 64)
+    assert occupancy("sm_90", 32, 100 * 1024, 256) == pytest.approx(16 / 64)
+    assert occupancy("sm_42", 32, 0, 256) is None
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    import gpu_check
+
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
+    (tmp_path / "work").mkdir()
+    return gpu_check
+
+
+def test_gpu_check_tells_pass_fail_and_limit_apart(check, tmp_path):
+    log = tmp_path / "log"
+
+    def outcome(code, limit=30):
+        part = check.Part("part", [sys.executable, "-c", code], limit)
+        return check.run(part, limit, log)
+
+    good = outcome("print('fine')")
+    assert good.result == "pass"
+    bad = outcome("print('why'); raise SystemExit(3)")
+    assert (bad.result, bad.detail) == ("FAIL", "why")
+    late = outcome("import time; time.sleep(60)", limit=1)
+    assert (late.result, late.detail) == ("FAIL", "stopped at its limit of 1 s")
+    assert late.seconds < 20
+
+
+def test_gpu_check_skips_only_what_needs_a_gpu_and_says_why(check, tmp_path):
+    reasons = {p.name: check.reason_to_skip(p, "no GPU") for p in check.parts(tmp_path, False)}
+    assert reasons["test"] == "no GPU"
+    assert reasons["memcheck"] == "no GPU"
+    assert [name for name, reason in reasons.items() if reason is None] == [
+        "build", "environment", "roofline", "step", "ops", "kernels",
+    ]  # fmt: skip
+    missing = check.Part("x", [], 1, needs="no-such-program")
+    assert check.reason_to_skip(missing, None) == "no-such-program is not on PATH"
+
+
+def test_gpu_check_fits_its_deadline_and_every_part_has_a_target(check, tmp_path):
+    assert check.DEADLINE < 9 * 60
+    assert "gpu-%:" in (ROOT / "Makefile").read_text()
+    page = (BENCH / "README.md").read_text()
+    for part in check.parts(tmp_path, True):
+        assert f"gpu-{part.name}" in page
+
+
+def test_gpu_check_summary_has_versions_parts_and_headlines(check, tmp_path):
+    rows = [
+        {"model": "7b", "optimizer": "ours cuda, Mini", "ms": 13.0, "x AdamW": 1.6},
+        {"model": "7b", "optimizer": "AdamW fused", "ms": 21.0},
+    ]
+    (tmp_path / "step.json").write_text(json.dumps({"rows": rows}))
+    outcomes = [check.Outcome("build", "pass", 3.0, "ok"), check.Outcome("test", "FAIL", 1.0, "x")]
+    text = check.write_summary(tmp_path, {"card": "some-card", "torch": "2.13.0"}, outcomes)
+    text = text.read_text()
+    for expected in ("# some-card", "2.13.0", "| build | pass |", "| test | FAIL |", "13 | 1.6"):
+        assert expected in text
+    assert "AdamW fused" not in text
