@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from apollo_kernels import reference
+from apollo_kernels import cuda, reference
 
 BACKENDS = ("cuda", "triton", "torch")
 ENVIRONMENT = "APOLLO_KERNELS_BACKEND"
@@ -21,9 +21,11 @@ def _unavailable(name: str, device: torch.device) -> str | None:
     """Why back end ``name`` cannot run on ``device``; None if it can."""
     if name == "torch":
         return None
+    if name == "cuda":
+        return cuda.unavailable(device)
     if device.type != "cuda":
         return f"needs a CUDA device, the tensors are on {device.type!r}"
-    return f"this version of apollo_kernels has no {'CUDA' if name == 'cuda' else 'Triton'} kernels"
+    return "this version of apollo_kernels has no Triton kernels"
 
 
 def backends(device: torch.device | str = "cpu") -> list[tuple[str, str | None]]:
@@ -61,4 +63,4 @@ def choose(backend: str = "auto", device: torch.device | str = "cpu") -> str:
 
 def load(name: str) -> ModuleType:
     """The module of back end ``name``, as answered by ``choose``."""
-    return {"torch": reference}[name]
+    return {"cuda": cuda, "torch": reference}[name]
