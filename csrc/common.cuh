@@ -32,7 +32,7 @@ struct Pack8 {
   // At most n of them, zeros beyond; `wide`: the address is a multiple of 16.
   APOLLO_DEVICE void load(const T* from, int64_t n, bool wide) {
     if (wide && n >= 8) {
-      for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint4*>(from)[i];
+      for (int i = 0; i < kWords; ++i) words[i] = load16(reinterpret_cast<const uint4*>(from) + i);
       return;
     }
     T values[8];
@@ -42,7 +42,7 @@ struct Pack8 {
   }
   APOLLO_DEVICE void store(T* to, int64_t n, bool wide) const {
     if (wide && n >= 8) {
-      for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(to)[i] = words[i];
+      for (int i = 0; i < kWords; ++i) store16(reinterpret_cast<uint4*>(to) + i, words[i]);
       return;
     }
     T values[8];

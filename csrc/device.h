@@ -42,6 +42,23 @@ APOLLO_DEVICE float approx_cos(float x) {
   return y;
 }
 
+// 16 bytes of global memory. Addresses come from tables, so the compiler could only take the slower
+// generic path; and what streams through once need not stay in L1.
+APOLLO_DEVICE uint4 load16(const void* from) {
+  uint4 x;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return x;
+}
+APOLLO_DEVICE void store16(void* to, const uint4& x) {
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 // Two floats rounded to nearest even as bf16x2, `low` in the low half.
 APOLLO_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t bits;

@@ -439,45 +439,55 @@ struct Dots {
   // A slab of Z as floats, z[j][k], meets the slab's k of this block's channels.
   APOLLO_DEVICE void add(const Parameter& p, int64_t c0, int64_t k0, int64_t k_end, const float* z,
                          bool wide) {
+    constexpr int kAhead = 4;  // loads under way before the first is used
     const T* grad = static_cast<const T*>(p.grad);
     const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+    const int last = k_end - k0 < kDotSlab ? int(k_end - k0) : kDotSlab;
     if constexpr (BY_ROW) {
-      for (int at = 8 * lane; at < kDotSlab; at += 256) {
-        if (k0 + at >= k_end) break;
+      for (int at = 8 * lane; at < last; at += 256) {
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-          const int64_t c = c0 + 8 * warp + i;
-          if (c >= p.channels) break;
-          Pack8<T> pack;
-          float x[8];
-          pack.load(grad + c * p.grad_ld + k0 + at, k_end - k0 - at, wide);
-          pack.get(x);
+        for (int first = 0; first < kOwn; first += kAhead) {
+          Pack8<T> packs[kAhead];
 #pragma unroll
-          for (int e = 0; e < 8; ++e) {
-            sums[i][R] = fmaf(x[e], x[e], sums[i][R]);
+          for (int i = 0; i < kAhead; ++i) {
+            const int64_t c = c0 + 8 * warp + first + i;
+            packs[i].load(grad + c * p.grad_ld + k0 + at, c < p.channels ? last - at : 0, wide);
+          }
 #pragma unroll
-            for (int j = 0; j < R; ++j) {
-              sums[i][j] = fmaf(x[e], z[j * kDotSlab + at + e], sums[i][j]);
+          for (int i = 0; i < kAhead; ++i) {
+            float x[8];
+            packs[i].get(x);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+              float(&own)[R + 1] = sums[first + i];
+              own[R] = fmaf(x[e], x[e], own[R]);
+#pragma unroll
+              for (int j = 0; j < R; ++j) own[j] = fmaf(x[e], z[j * kDotSlab + at + e], own[j]);
             }
           }
         }
       }
     } else {
-      const int64_t c = c0 + 8 * lane;
-      if (c >= p.channels) return;
-#pragma unroll 4
-      for (int at = warp; at < kDotSlab; at += 8) {
-        if (k0 + at >= k_end) break;
-        Pack8<T> pack;
-        float x[8];
-        pack.load(grad + (k0 + at) * p.grad_ld + c, p.channels - c, wide);
-        pack.get(x);
+      const int64_t c = c0 + 8 * lane, left = p.channels - c;
+      if (left <= 0) return;
+      for (int first = warp; first < last; first += 8 * kAhead) {
+        Pack8<T> packs[kAhead];
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
-          sums[i][R] = fmaf(x[i], x[i], sums[i][R]);
+        for (int a = 0; a < kAhead; ++a) {
+          const int at = first + 8 * a;
+          packs[a].load(grad + (k0 + at) * p.grad_ld + c, at < last ? left : 0, wide);
+        }
 #pragma unroll
-          for (int j = 0; j < R; ++j) {
-            sums[i][j] = fmaf(x[i], z[j * kDotSlab + at], sums[i][j]);
+        for (int a = 0; a < kAhead; ++a) {
+          float x[8];
+          packs[a].get(x);
+#pragma unroll
+          for (int i = 0; i < kOwn; ++i) {
+            sums[i][R] = fmaf(x[i], x[i], sums[i][R]);
+#pragma unroll
+            for (int j = 0; j < R; ++j) {
+              sums[i][j] = fmaf(x[i], z[j * kDotSlab + first + 8 * a], sums[i][j]);
+            }
           }
         }
       }
@@ -541,7 +551,7 @@ APOLLO_DEVICE void project_dot(const Parameter& p, const Launch& launch, int64_t
   for (int64_t k = k_begin; k < k_end; k += kDotSlab) {
     for (int i = int(threadIdx.x); i < R * kDotSlab / 4; i += kDotThreads) {
       const int j = i / (kDotSlab / 4), call = i % (kDotSlab / 4), at = call / 4 * 16;
-      if (j < p.rank && k + at < k_end) {
+      if (j < p.rank) {  // beyond K too: x is zero there, and z has to be finite
         draw_call<SIGNS>(shared + j * kDotSlab + at, p.key, epoch, uint32_t(j), k + at,
                          uint32_t(call % 4));
       }
@@ -554,7 +564,8 @@ APOLLO_DEVICE void project_dot(const Parameter& p, const Launch& launch, int64_t
 }
 
 template <class T, int R, bool SIGNS>
-__global__ void __launch_bounds__(kDotThreads) project_dots(Launch launch) {
+__global__ void __launch_bounds__(kDotThreads, R > 1 ? 1 : sizeof(T) == 4 ? 2 : 3)
+    project_dots(Launch launch) {
   APOLLO_SHARED(shared);
   if (skipped(launch.hyper)) return;
   const Parameter& p = static_cast<const Parameter*>(launch.table)[launch.map[blockIdx.x]];

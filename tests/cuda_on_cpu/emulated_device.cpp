@@ -189,16 +189,18 @@ UNCHECKED Fiber* make_fiber(Block* owner, unsigned linear) {
   return f;
 }
 
-// EMULATED_ORDER: in which order ready fibers run. 0 upward, 1 downward, more: a seed for any
-// order.
-UNCHECKED unsigned next_fiber(Block& b, unsigned turn, unsigned offset) {
-  static const int order =
-      std::getenv("EMULATED_ORDER") ? std::atoi(std::getenv("EMULATED_ORDER")) : 0;
+// EMULATED_ORDER: in which order ready fibers run. 0 upward, 1 downward, more: from a random one on.
+int order() {
+  const char* wanted = std::getenv("EMULATED_ORDER");
+  return wanted ? std::atoi(wanted) : 0;
+}
+
+UNCHECKED unsigned next_fiber(const Block& b, int order, unsigned turn, unsigned offset) {
   if (order == 0) return turn;
   return order == 1 ? b.size - 1 - turn : (turn + offset) % b.size;
 }
 
-UNCHECKED void run_block(Block& b, dim3 at, dim3 shape) {
+UNCHECKED void run_block(Block& b, dim3 at, dim3 shape, int order) {
   b.live = b.size;
   b.at_barrier = 0;
   if (!b.shared.empty()) std::memset(b.shared.data(), 0xFF, b.shared.size());  // NaN
@@ -216,7 +218,7 @@ UNCHECKED void run_block(Block& b, dim3 at, dim3 shape) {
     b.random = b.random * 6364136223846793005u + 1442695040888963407u;
     const auto offset = unsigned((b.random >> 33) % b.size);
     for (unsigned turn = 0; turn < b.size; ++turn) {
-      Fiber* f = b.fibers[next_fiber(b, turn, offset)];
+      Fiber* f = b.fibers[next_fiber(b, order, turn, offset)];
       if (f->done || f->wait != kRuns) continue;
       moved = true;
       go(b.main, *f);
@@ -323,6 +325,7 @@ void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& b
       grid.y > 65535 || grid.z > 65535 || shared > 99 * 1024) {
     throw std::runtime_error("invalid launch: a device would refuse it");
   }
+  const int wanted_order = order();
   std::atomic<uint64_t> next{0};
   std::atomic<bool> failed{false};
   std::string error;
@@ -335,7 +338,7 @@ void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& b
     for (uint64_t i; !failed && (i = next.fetch_add(1)) < blocks;) {
       const dim3 at(unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
                     unsigned(i / (uint64_t{grid.x} * grid.y)));
-      run_block(*mine, at, block);
+      run_block(*mine, at, block, wanted_order);
       if (!mine->error.empty()) {
         if (!failed.exchange(true)) error = mine->error;
         mine->fibers.clear();  // they wait for ever

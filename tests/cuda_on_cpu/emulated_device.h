@@ -93,6 +93,9 @@ inline float approx_sqrt(float x) { return std::sqrt(x); }
 inline float approx_sin(float x) { return std::sin(x); }
 inline float approx_cos(float x) { return std::cos(x); }
 
+inline uint4 load16(const void* from) { return *static_cast<const uint4*>(from); }
+inline void store16(void* to, const uint4& x) { *static_cast<uint4*>(to) = x; }
+
 inline uint32_t bf16_bits(float x) {
   const uint32_t bits = __float_as_uint(x);
   if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FFFu;
