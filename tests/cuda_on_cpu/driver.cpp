@@ -152,8 +152,8 @@ void dense(int64_t count, int weight_dtype, int grad_dtype) {
 int main(int argc, char**) {
   if (argc > 1) {  // any argument: a few minutes less, for the slow ThreadSanitizer
     for (const int64_t rank : {1, 8}) {
-      low_rank(130, 40, rank, kBfloat16, kBfloat16, true, false, rank == 1);
-      low_rank(130, 40, rank, kBfloat16, kBfloat16, false, true, rank == 1);
+      low_rank(130, 70, rank, kBfloat16, kBfloat16, true, false, rank == 1);
+      low_rank(130, 70, rank, kBfloat16, kBfloat16, false, true, rank == 1);
     }
     dense(103, kBfloat16, kBfloat16);
   } else {
