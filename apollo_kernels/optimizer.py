@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_kernels import ops
+from apollo_kernels import operators, ops
 from apollo_kernels.memory import MemoryReport, measure
 from apollo_kernels.philox import ProjectionCache, parameter_key
 from apollo_kernels.reference import Dense, Hyper, LowRank, compute_dtype
@@ -28,6 +28,7 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right")
 # Keys that torch, its schedulers and trainers put into groups: no typing errors.
 _FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr"}
 _FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
+_HYPER_KEYS = tuple(f.name for f in dataclasses.fields(Hyper) if f.name != "distribution")
 _OWN_DEFAULTS = ("seed", "backend")  # of the optimizer, not of its groups
 
 
@@ -152,8 +153,9 @@ class APOLLO(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         hyper = _hyper(group)
+        compiling = torch.compiler.is_compiling()
         repeats: dict[int, Repeat] = self.__dict__.setdefault("_repeats", {})
-        last = repeats.get(id(group))
+        last = None if compiling else repeats.get(id(group))
         if last is not None:
             if last.holds(group, self.state):
                 for device, launch in last.launches:
@@ -161,8 +163,8 @@ class APOLLO(torch.optim.Optimizer):
                 return
             del repeats[id(group)]
         launches: list[tuple[torch.device, Launch | None]] = []
-        low_rank: dict[torch.device, list[LowRank]] = {}
-        dense: dict[torch.device, list[Dense]] = {}
+        low_rank: dict[torch.device, list[Any]] = {}
+        dense: dict[torch.device, list[Any]] = {}
         copies: list[tuple[Tensor, Tensor]] = []
         for p in group["params"]:
             if p.grad is None:
@@ -175,30 +177,33 @@ class APOLLO(torch.optim.Optimizer):
             if "update_norm" in state:
                 item = _low_rank_item(p, group, state)
                 low_rank.setdefault(p.device, []).append(item)
-                if item.weight.data_ptr() != p.data_ptr():
+                # Of a matrix, and of whatever is contiguous, reshape makes a view.
+                if not p.is_contiguous() and item.weight.data_ptr() != p.data_ptr():
                     copies.append((p, item.weight))
             else:
                 names = ("exp_avg", "exp_avg_sq", "step")
                 dense.setdefault(p.device, []).append(Dense(p, p.grad, *(state[n] for n in names)))
-        for device, batch in low_rank.items():
-            backend = self._backend(device, group)
-            shared = self._counters(device), self._cache(), *self._amp(device)
-            launches.append((device, backend.step_low_rank(batch, hyper, *shared)))
-        for device, items in dense.items():
-            backend = self._backend(device, group)
-            shared = self._counters(device), self._cache(), *self._amp(device)
-            launches.append((device, backend.step_dense(items, hyper, *shared)))
+        for kind, batches in (("step_low_rank", low_rank), ("step_dense", dense)):
+            for device, batch in batches.items():
+                launches.append((device, self._run(kind, device, batch, group, hyper)))
         for p, weight in copies:
             p.copy_(weight.view(p.shape))
         repeat = Repeat.of(group, self.state, launches) if launches and not copies else None
         if repeat is not None:
             repeats[id(group)] = repeat
 
-    def _backend(self, device: torch.device, group: dict[str, Any]) -> Any:
+    def _run(
+        self, kind: str, device: torch.device, batch: list[Any], group: dict[str, Any], hyper: Hyper
+    ) -> Launch | None:
+        """Hands a batch to its back end; under torch.compile as one operator."""
         name = ops.choose(self.defaults["backend"], device)
         if name == "torch" and group["capturable"] and device.type == "cuda":
             raise RuntimeError("capturable=True needs a kernel back end; 'torch' reads the host")
-        return ops.load(name)
+        counters, amp = self._counters(device), self._amp(device)
+        if torch.compiler.is_compiling():
+            operators.call(kind, name, batch, hyper, counters, *amp)
+            return None
+        return getattr(ops.load(name), kind)(batch, hyper, counters, self._cache(), *amp)
 
     def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """What torch.amp.GradScaler left on the optimizer for this step."""
@@ -388,8 +393,9 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def _hyper(group: dict[str, Any]) -> Hyper:
-    same = (field.name for field in dataclasses.fields(Hyper) if field.name != "distribution")
-    return Hyper(**{key: group[key] for key in same}, distribution=PROJECTIONS[group["proj"]])
+    return Hyper(
+        **{key: group[key] for key in _HYPER_KEYS}, distribution=PROJECTIONS[group["proj"]]
+    )
 
 
 def _plan(p: Tensor, group: dict[str, Any]) -> tuple[tuple[int, int], bool] | None:

@@ -37,8 +37,8 @@ BUGS = [
      "return ((reinterpret_cast<uintptr_t>(base)", "return true || ((uintptr_t(base)"),
     ("moments beyond the last channel", "address", "project.cuh",
      "const int left = c < channels ? rank - j : 0;", "const int left = rank - j;"),
-    ("one channel too many in scale", "address", "scale.cuh",
-     "if (c < p.channels) s[c] = sc;", "if (c <= p.channels) s[c] = sc;"),
+    ("dense parameters read past their end", "address", "apply.cuh",
+     "const int64_t left = p.count - at;", "const int64_t left = p.count - at + 1;"),
     ("q of a channel that is not there", "address", "project.cuh",
      "if (c < Shape::kChannels && c0 + c < channels)", "if (c < Shape::kChannels)"),
 ]  # fmt: skip
