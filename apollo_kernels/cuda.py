@@ -156,9 +156,10 @@ def _plan_low_rank(batch: Sequence[LowRank], rank: int, pointers: tuple[int, ...
             whole = t if t.is_contiguous() else mirrors.make(batch, i, field, t.contiguous())
             moments.append(whole)
         tensors = (weight, grad, *moments, item.update_norm, item.step)
+        order = int(by_row) + 2 * row_major
         leading = _leading(weight, row_major), _leading(grad, row_major)
         rows.append(
-            [*(t.data_ptr() for t in tensors), item.key, channels, k, own, *leading, int(by_row),
+            [*(t.data_ptr() for t in tensors), item.key, channels, k, own, *leading, order,
              chunks, chunk_length, *offsets, *first]
         )  # fmt: skip
         counts.append(count)
@@ -223,6 +224,7 @@ def _hyper(
         *map(_pointer, kept), counters.data_ptr(), float(h.lr) if lr is None else 0.0, *h.betas,
         h.eps, h.weight_decay, h.scale, h.update_proj_gap, h.correct_bias, h.maximize,
         h.scale_type == "tensor", h.scale_front, h.disable_nl, h.distribution == "rademacher",
+        h.stochastic_rounding,
     )  # fmt: skip
     return made, kept
 

@@ -42,6 +42,7 @@ def packed(hyper: Hyper, backend: str) -> tuple[Tensor | None, list[float], list
     lr = 0.0 if isinstance(hyper.lr, Tensor) else hyper.lr
     numbers = [lr, *hyper.betas, hyper.eps, hyper.weight_decay, hyper.scale]
     switches = [hyper.correct_bias, hyper.maximize, hyper.scale_front, hyper.disable_nl]
+    switches.append(hyper.stochastic_rounding)
     kinds = [backend, hyper.scale_type, hyper.distribution]
     return tensor, numbers, [*map(int, switches), hyper.update_proj_gap], kinds
 
@@ -50,10 +51,10 @@ def _unpacked(
     lr: Tensor | None, numbers: Sequence[float], switches: Sequence[int], kinds: Sequence[str]
 ) -> Hyper:
     rate, beta1, beta2, eps, weight_decay, scale = numbers
-    correct_bias, maximize, scale_front, disable_nl = map(bool, switches[:4])
+    correct_bias, maximize, scale_front, disable_nl, stochastic = map(bool, switches[:5])
     return Hyper(
         rate if lr is None else lr, (beta1, beta2), eps, weight_decay, correct_bias, maximize,
-        kinds[1], scale, scale_front, disable_nl, switches[4], kinds[2],
+        kinds[1], scale, scale_front, disable_nl, switches[5], kinds[2], stochastic,
     )  # fmt: skip
 
 

@@ -71,6 +71,8 @@ class APOLLO(torch.optim.Optimizer):
         foreach, fused: accepted for compatibility; every back end batches as it can.
         capturable: keep lr and step on the device (CUDA graphs); needs a kernel back end there.
         differentiable: refused.
+        stochastic_rounding: bf16 matrices in low-rank groups are rounded up or down by chance, so
+            that updates far below a weight's precision add up; no master copy is needed.
     Errors
         ValueError: names the argument, or the key of the group, and its value.
     """
@@ -101,6 +103,7 @@ class APOLLO(torch.optim.Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
+        stochastic_rounding: bool = False,
     ):
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"seed must be an integer, got {seed!r}")

@@ -23,7 +23,8 @@ except ModuleNotFoundError:  # installed without a C++ compiler: the form below 
 DISTRIBUTIONS = ("gaussian", "rademacher")
 
 ROUNDS = 7
-GAUSSIAN, RADEMACHER = 0, 1  # the counter's last word: no two uses of the generator share a counter
+# The counter's last word: no two uses of the generator share a counter.
+GAUSSIAN, RADEMACHER, ROUNDING = 0, 1, 2
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -134,6 +135,23 @@ def draw(
     w = words(key, c0, c1, torch.tensor(epoch, device=device), torch.tensor(code, device=device))
     z = _normals(w, rank) if distribution == "gaussian" else _signs(w, rank)
     return z[:, start - block * first :][:, :dim].float().bfloat16()
+
+
+def rounding_bits(
+    key: int, step: int, first: int, rows: int, columns: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """16 random bits for each weight (i, l) of ``rows`` rows from ``first`` on, for one step.
+
+    Weight l takes half l mod 2 of word (l mod 8) div 2 of the call (l div 8, i, step, 2).
+
+    Returns
+        int32 [rows, columns] in [0, 65536).
+    """
+    c0 = torch.arange(-(-columns // 8), device=device)
+    c1 = torch.arange(first, first + rows, device=device).view(-1, 1)
+    w = torch.stack(words(key, c0, c1, step, ROUNDING), dim=-1)  # [rows, calls, 4]
+    halves = torch.stack([w & 0xFFFF, w >> 16], dim=-1).view(rows, -1)
+    return halves[:, :columns].int()
 
 
 def projection_matrix(

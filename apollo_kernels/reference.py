@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from apollo_kernels import host
-from apollo_kernels.philox import ProjectionCache, scaled
+from apollo_kernels.philox import ProjectionCache, rounding_bits, scaled
 
 NORM_GROWTH = 1.01  # gamma of the norm-growth limiter (paper, section 4.1, after Fira)
 TINY = 1e-8  # keeps quotients of norms finite; a stored norm below it counts as unset
@@ -41,6 +41,7 @@ class Hyper:
     disable_nl: bool = False
     update_proj_gap: int = 200
     distribution: str = "gaussian"
+    stochastic_rounding: bool = False
 
     def step_size(self, step: float) -> float:
         """lr times Adam's bias correction, kept outside of the limiter (as published)."""
@@ -188,6 +189,33 @@ def apply(w: Tensor, x: Tensor, coefficient: Tensor, decay: float) -> None:
             part.copy_(wide)
 
 
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """float32 ``x`` to bf16, upward with the probability of what is cut off: unbiased.
+
+    Args
+        bits: int32 in [0, 65536), uniform. What is not finite, or nearly, is rounded to nearest.
+    """
+    raw = x.view(torch.int32)
+    cut = ((raw + bits) & -65536).view(torch.float32).bfloat16()
+    return torch.where((raw & 0x7FFFFFFF) < 0x7F7F0000, cut, x.bfloat16())
+
+
+def apply_stochastic(item: LowRank, coefficient: Tensor, decay: float, step: int) -> None:
+    """``apply`` to a bf16 weight [m, n], with stochastic instead of nearest rounding."""
+    rows, columns = item.weight.shape
+    coefficient = -coefficient.expand(item.exp_avg.shape[0])
+    size = max(1, _CHUNK // max(columns, 1))
+    for first in range(0, rows, size):
+        part, x = item.weight[first : first + size], item.grad[first : first + size].float()
+        own = coefficient[first : first + size, None] if item.rows else coefficient
+        wide = part.float()
+        if decay:
+            wide.add_(wide, alpha=-decay)
+        wide.addcmul_(x, own)
+        bits = rounding_bits(item.key, step, first, len(part), columns, part.device)
+        part.copy_(round_stochastically(wide, bits))
+
+
 def adamw(
     w: Tensor,
     g: Tensor,
@@ -272,8 +300,12 @@ def step_low_rank(
             item.update_norm.fill_(norm)
         coefficient = s * (hyper.step_size(step) * alpha * factor * sign)
         same_order = (w.stride(1) == 1) == (x.stride(1) == 1)
-        update = host.apply if host.supported(w, x) and same_order else apply
-        update(w, x, coefficient, decay)
+        if hyper.stochastic_rounding and w.dtype == torch.bfloat16:
+            apply_stochastic(item, coefficient, decay, int(step))
+        elif host.supported(w, x) and same_order:
+            host.apply(w, x, coefficient, decay)
+        else:
+            apply(w, x, coefficient, decay)
         updates += 1
         limited += factor < 1
     counters += torch.tensor([updates, limited, len(batch) - updates], device=counters.device)

@@ -15,9 +15,10 @@ namespace apollo {
 
 enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
-// One low-rank parameter; all fields are 8 bytes, so that Python fills the table as int64 [n, 20].
+// One low-rank parameter; all fields are 8 bytes, so that Python fills the table as int64 [n, 22].
 // X [channels, k] lies in memory as rows of length k, `ld` elements apart (by_row), or as rows of
 // length `channels`. Offsets count floats in the workspace, blocks count from the launch's first.
+enum Order : int64_t { kByRow = 1, kRowMajor = 2 };  // rows in memory: channels; the matrix's rows
 struct Parameter {
   void* weight;
   const void* grad;
@@ -27,7 +28,8 @@ struct Parameter {
   float* step;         // []
   uint64_t key;
   int64_t channels, k, rank;
-  int64_t weight_ld, grad_ld, by_row;
+  int64_t weight_ld, grad_ld;
+  int64_t order;                 // kByRow | kRowMajor
   int64_t chunks, chunk_length;  // parts of K that are summed by `scale`; 1: moments in `project`
   int64_t partial;               // R of each chunk [chunks, channels, rank], if `scale` sums
   int64_t sums;                  // |R_c|^2 and |N_c|^2 of each rank tile [2, rank_tiles, channels]
@@ -60,6 +62,7 @@ struct Hyper {
   float beta2_float, keep1, keep2, eps;  // keep: 1 - beta, subtracted in float64
   int64_t update_proj_gap;
   int correct_bias, maximize, tensor_scale, scale_front, disable_nl, rademacher;
+  int stochastic_rounding;  // of bf16 weights
 };
 
 // A launch over a group: parameter b of the table belongs to block i if map[i] == b.

@@ -4,11 +4,44 @@
 #pragma once
 
 #include "common.cuh"
+#include "philox.cuh"
 
 namespace apollo {
 
+// Rounds eight neighbours in memory to bf16, upward with the probability of what is cut off: weight
+// (i, l) takes half l mod 2 of word (l mod 8) div 2 of the call (l div 8, i, step, 2). What is not
+// finite, or nearly, is rounded to nearest.
+struct StochasticRounding {
+  uint32_t key0, key1, step;
+  bool row_major;
+
+  APOLLO_DEVICE uint32_t half(const Words& w, int64_t l) const {
+    const uint32_t low = l & 2 ? w.w[1] : w.w[0], high = l & 2 ? w.w[3] : w.w[2];
+    return (l & 4 ? high : low) >> (l & 1 ? 16 : 0) & 0xFFFFu;
+  }
+
+  APOLLO_DEVICE void round(float (&x)[8], int64_t outer, int64_t inner) const {
+    Words w{};
+    if (row_major) {
+      w = philox4x32({{uint32_t(inner / 8), uint32_t(outer), step, kRounding}}, key0, key1);
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      if (!row_major) {  // eight rows of the matrix: a call for each
+        const Words one = {{uint32_t(outer / 8), uint32_t(inner + e), step, kRounding}};
+        w = philox4x32(one, key0, key1);
+      }
+      const uint32_t bits = __float_as_uint(x[e]);
+      if ((bits & 0x7FFFFFFFu) < 0x7F7F0000u) {
+        const uint32_t up = bits + half(w, row_major ? e : outer);
+        x[e] = __uint_as_float(up & 0xFFFF0000u);  // exact in bf16
+      }
+    }
+  }
+};
+
 template <class W, class G>
-__global__ void __launch_bounds__(256) apply_update(Launch launch) {
+__global__ void __launch_bounds__(256, 2) apply_update(Launch launch) {
   const Hyper& h = launch.hyper;
   if (skipped(h)) return;
   const Parameter& p = static_cast<const Parameter*>(launch.table)[launch.map[blockIdx.x]];
@@ -17,13 +50,16 @@ __global__ void __launch_bounds__(256) apply_update(Launch launch) {
   if (control[1] != 0.0f) return;
   const float f = control[0], decay = -float(learning_rate(h) * h.weight_decay);
   const float* s = launch.workspace + p.channel;
-  const int64_t outer = p.by_row ? p.channels : p.k, inner = p.by_row ? p.k : p.channels;
+  const int64_t outer = by_row(p) ? p.channels : p.k, inner = by_row(p) ? p.k : p.channels;
   const int64_t row_vectors = (inner + 7) / 8;
   const int64_t first = (int64_t(blockIdx.x) - p.first_apply) * kApplyVectors + threadIdx.x;
   const int64_t rows_on = 256 / row_vectors, vectors_on = 256 % row_vectors;
   W* weight = static_cast<W*>(p.weight);
   const G* grad = static_cast<const G*>(p.grad);
   const bool wide = aligned16(weight, p.weight_ld) && aligned16(grad, p.grad_ld);
+
+  const StochasticRounding rounding = {uint32_t(p.key), uint32_t(uint64_t(p.key) >> 32),
+                                       uint32_t(*p.step), (p.order & kRowMajor) != 0};
 
   constexpr int kAhead = 4;  // loads under way before the first is used
   int64_t row = first / row_vectors, column = first % row_vectors;
@@ -52,13 +88,16 @@ __global__ void __launch_bounds__(256) apply_update(Launch launch) {
       float x[8], y[8];
       w[a].get(y);
       g[a].get(x);
-      const float row_s = h.tensor_scale || !p.by_row ? 1.0f : s[rows[a]];
+      const float row_s = h.tensor_scale || !by_row(p) ? 1.0f : s[rows[a]];
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        const bool own = !h.tensor_scale && !p.by_row && at[a] + e < inner;
+        const bool own = !h.tensor_scale && !by_row(p) && at[a] + e < inner;
         const float coefficient = f * (own ? s[at[a] + e] : row_s);
         const float kept = decay == 0.0f ? y[e] : fmaf(y[e], decay, y[e]);  // 0 * Inf is NaN
         y[e] = fmaf(-coefficient, x[e], kept);
+      }
+      if constexpr (kIsBfloat16<W>) {
+        if (h.stochastic_rounding) rounding.round(y, rows[a], at[a]);
       }
       w[a].set(y);
       w[a].store(weight + rows[a] * p.weight_ld + at[a], inner - at[a], wide);

@@ -13,6 +13,11 @@ struct float16 {
   uint16_t bits;
 };
 
+template <class T>
+constexpr bool kIsBfloat16 = false;
+template <>
+constexpr bool kIsBfloat16<bfloat16> = true;
+
 APOLLO_DEVICE float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 APOLLO_DEVICE float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
@@ -81,6 +86,8 @@ APOLLO_DEVICE float block_sum(float x, float* shared8) {
   __syncthreads();
   return sum;
 }
+
+APOLLO_DEVICE bool by_row(const Parameter& p) { return (p.order & kByRow) != 0; }
 
 APOLLO_DEVICE bool finite(float x) { return (__float_as_uint(x) & 0x7FFFFFFFu) < 0x7F800000u; }
 

@@ -43,7 +43,8 @@ T* pointer(uintptr_t address) {
 Hyper make_hyper(uintptr_t lr_tensor, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t counters,
                  double lr, double beta1, double beta2, double eps, double weight_decay,
                  double scale, int64_t update_proj_gap, bool correct_bias, bool maximize,
-                 bool tensor_scale, bool scale_front, bool disable_nl, bool rademacher) {
+                 bool tensor_scale, bool scale_front, bool disable_nl, bool rademacher,
+                 bool stochastic_rounding) {
   Hyper h{};
   h.lr_tensor = pointer<const float>(lr_tensor);
   h.grad_scale = pointer<const float>(grad_scale);
@@ -65,6 +66,7 @@ Hyper make_hyper(uintptr_t lr_tensor, uintptr_t grad_scale, uintptr_t found_inf,
   h.scale_front = scale_front;
   h.disable_nl = disable_nl;
   h.rademacher = rademacher;
+  h.stochastic_rounding = stochastic_rounding;
   return h;
 }
 

@@ -17,7 +17,7 @@ struct Words {
 };
 
 // The counter's last word says what the numbers are for, so no two uses share a counter.
-enum Distribution : uint32_t { kGaussian = 0, kRademacher = 1 };
+enum Distribution : uint32_t { kGaussian = 0, kRademacher = 1, kRounding = 2 };
 
 APOLLO_HOST_DEVICE Words philox4x32(Words c, uint32_t key0, uint32_t key1, int rounds = kRounds) {
   for (int i = 0; i < rounds; ++i) {

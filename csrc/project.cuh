@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) project_tiles(Launch launch) 
   if (skipped(launch.hyper)) return;
   const Parameter& p = static_cast<const Parameter*>(launch.table)[launch.map[blockIdx.x]];
   const int block = int(int64_t(blockIdx.x) - p.first_project);
-  if (p.by_row) {
+  if (by_row(p)) {
     project_tile<T, RANKS, SIGNS, true>(p, launch, block, shared);
   } else {
     project_tile<T, RANKS, SIGNS, false>(p, launch, block, shared);
@@ -569,7 +569,7 @@ __global__ void __launch_bounds__(kDotThreads, R > 1            ? 1
   const Parameter& p = static_cast<const Parameter*>(launch.table)[launch.map[blockIdx.x]];
   const int64_t block = int64_t(blockIdx.x) - p.first_project;
   float* z = reinterpret_cast<float*>(shared);
-  if (p.by_row) {
+  if (by_row(p)) {
     project_dot<T, R, SIGNS, true>(p, launch, block, z);
   } else {
     project_dot<T, R, SIGNS, false>(p, launch, block, z);

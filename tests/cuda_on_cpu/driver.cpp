@@ -90,7 +90,7 @@ void low_rank(int64_t channels, int64_t k, int64_t rank, int weight_dtype, int g
   p.k = k;
   p.rank = own;
   p.weight_ld = p.grad_ld = ld;
-  p.by_row = by_row;
+  p.order = (by_row ? kByRow : 0) | (channels >= k == by_row ? kRowMajor : 0);
   p.chunks = t.chunks;
   p.chunk_length = t.chunk_length;
   p.partial = 0;
@@ -108,6 +108,7 @@ void low_rank(int64_t channels, int64_t k, int64_t rank, int weight_dtype, int g
   launch.rank = int(rank);
   launch.hyper.rademacher = signs;
   launch.hyper.tensor_scale = tensor_scale;
+  launch.hyper.stochastic_rounding = 1;
   for (int step = 0; step < 2; ++step) {
     const auto with = [&](int i, int64_t blocks) -> const Launch& {
       launch.map = maps[i].as<int32_t>();
