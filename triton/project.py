@@ -84,8 +84,9 @@ def _project(
     if BR == 1:
         acc = tl.sum(acc, 0)[None, :]
     j = r_tile * BR + tl.arange(0, BR)
-    sums = space + tl.load(row + at.SUMS) + channels
-    tl.store(sums + chunk.to(tl.int64) * channels + c, tl.sum(q, 0), mask=(c < channels) & (r_tile == 0))
+    if r_tile == 0:
+        q_at = space + tl.load(row + at.SUMS) + (1 + chunk) * channels.to(tl.int64) + c
+        tl.store(q_at, tl.sum(q, 0), mask=c < channels)
     if SPLIT:
         rank = at.number(row, at.RANK, R_ALIGNED)
         to = space + tl.load(row + at.PARTIAL) + chunk * channels * rank

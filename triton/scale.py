@@ -109,15 +109,16 @@ def combine(
 @triton.jit
 def one_minus_power(log_b, t):
     """1 - b^t; in float64, since powers near 1 cancel. One scalar per parameter."""
-    return 1.0 - tl.exp(log_b.to(tl.float64) * t.to(tl.float64))
+    return 1.0 - tl.exp(t.to(tl.float64) * log_b)
 
 
 @triton.jit
 def _total(p, c, channels, count):
     """The sum of p[i, c] over i < count, in order."""
     total = tl.zeros(c.shape, F32)
-    for i in range(0, count):
-        total += tl.load(p + i.to(tl.int64) * channels + c, mask=c < channels, other=0.0)
+    for _ in range(0, count):
+        total += tl.load(p + c, mask=c < channels, other=0.0)
+        p += channels
     return total
 
 
