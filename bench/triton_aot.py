@@ -1,0 +1,139 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and tells what came out.
+
+    python bench/triton_aot.py [--out DIR] [--arch 80 90 gfx942 ...]
+
+One row per kernel variant and architecture: registers, spills, shared memory, and for CUDA the
+instruction mix as in kernel_report.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kernel_report
+import measure
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from apollo_kernels.triton_kernels import apply, project, scale, table
+
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx942")
+TYPES = {"table": "*i64", "items": "*i32", "space": "*fp32", "bad": "*i32", "counters": "*i64"}
+TYPES |= {"gap": "i32", "lr_at": None, "grad_scale": None, "found_inf": None}  # the rest: fp32
+NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+
+
+def layout(dtype: torch.dtype, k_unit: bool, rank: int, channels: int = 4096, k: int = 4096):
+    """A parameter that vectors can read, as the launchers see it."""
+    lies = table.Matrix(dtype, k_unit, k if k_unit else channels, True)
+    return table.Layout(channels, k, rank, rank % 16 == 0, lies, lies)
+
+
+def variants(everything: bool = True) -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
+    """(name, kernel, compile-time arguments, warps, stages) of what typical models launch."""
+    dtypes = list(NAMES) if everything else [torch.bfloat16, torch.float32]
+    for dtype in dtypes:
+        for k_unit in (True, False):
+            side = f"{NAMES[dtype]} {'rows' if k_unit else 'columns'}"
+            for rank in (1, 16, 64, 256) if everything else (1, 256):
+                *kernel, warps = project.choose(layout(dtype, k_unit, rank))
+                fixed = dict(zip(project.Tiling._fields, kernel, strict=False))
+                for signs in (False, True):
+                    for split in (False, True) if everything else (False,):
+                        rest = {"SPLIT": split, "SIGNS": signs, "FAST": True}
+                        name = f"project {side} rank {rank}{' signs' * signs}{' split' * split}"
+                        yield name, project._project, {**fixed, **rest}, warps, 3
+            tiling = apply.choose(layout(dtype, k_unit, 64))._asdict()
+            yield f"apply {side}", apply._apply, tiling, 4, 3
+        tiling = apply.DenseTiling(apply.element(dtype), apply.element(dtype), True)._asdict()
+        yield f"adamw {NAMES[dtype]}", apply._adamw, tiling, 8, 3
+    yield "combine", scale._combine, {"ALIGNED": True, "BR": 128, "BC": 128}, 8, 3
+    flags = {"CORRECT": True, "FRONT": False, "LIMITER": True, "BLOCK": 1024}
+    for tensor in (False, True):
+        name = f"limit {'tensor' if tensor else 'channel'}"
+        yield name, scale._limit, {"TENSOR": tensor, **flags}, 4, 3
+    yield "begin", apply._begin, {"CORRECT": True}, 1, 3
+
+
+def compiled(kernel: Any, fixed: dict[str, Any], arch: str, warps: int, stages: int) -> Any:
+    """The kernel's image for ``arch``: a compute capability such as "90", or an AMD name."""
+    amd = arch.startswith("gfx")
+    fixed = {**fixed, **({"FAST": False} if amd and "FAST" in fixed else {})}
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
+    types = {n: TYPES.get(n, "fp32") for n in kernel.arg_names if n not in fixed}
+    fixed |= {name: None for name, kind in types.items() if kind is None}
+    signature = {n: "constexpr" if n in fixed else types[n] for n in kernel.arg_names}
+    pointers = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
+
+
+def row(name: str, arch: str, image: Any, folder: Path) -> dict[str, Any]:
+    if arch.startswith("gfx"):
+        text = image.asm["amdgcn"]
+        found = {k: int(v) for k, v in re.findall(r"\.(\w+_count|\w+_fixed_size):\s+(\d+)", text)}
+        spills = found["vgpr_spill_count"] + found["sgpr_spill_count"]
+        shared = found["group_segment_fixed_size"]
+        return {
+            "kernel": name, "arch": arch, "registers": found["vgpr_count"], "spills": spills,
+            "shared": max(shared, image.metadata.shared),
+        }  # fmt: skip
+    path = folder / "kernel.cubin"
+    path.write_bytes(image.asm["cubin"])
+    tool = kernel_report.cuobjdump()
+    assert tool is not None, "Triton's wheel carries cuobjdump"
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", dump(tool, "--dump-resource-usage", path)))
+    sass = dump(tool, "-sass", path)
+    mix = {
+        column: sum(len(re.findall(rf"\s{re.escape(word)}\b", sass)) for word in words)
+        for column, words in kernel_report.MIX.items()
+    }
+    spills = mix.pop("spill")
+    return {
+        "kernel": name, "arch": f"sm_{arch}", "registers": int(usage["REG"]), "spills": spills,
+        "shared": image.metadata.shared, "stack": int(usage["STACK"]), **mix,
+    }  # fmt: skip
+
+
+def dump(tool: str, option: str, path: Path) -> str:
+    return subprocess.run([tool, option, str(path)], capture_output=True, text=True).stdout
+
+
+def rows(architectures: tuple[str, ...], everything: bool = True) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        return [
+            row(name, arch, compiled(kernel, fixed, arch, warps, stages), Path(folder))
+            for arch in architectures
+            for name, kernel, fixed, warps, stages in variants(everything)
+        ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--out", type=Path, help="also write triton.md and triton.json there")
+    args = parser.parse_args()
+    found = rows(tuple(args.arch))
+    print(measure.table(found))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        body = measure.markdown(found)
+        (args.out / "triton.md").write_text(f"# Triton kernels, as compiled\n\n{body}\n")
+        (args.out / "triton.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
