@@ -56,7 +56,7 @@ def variants(everything: bool = True) -> Iterator[tuple[str, Any, dict[str, Any]
             yield f"apply {side}", apply._apply, tiling, 4, 3
         tiling = apply.DenseTiling(apply.element(dtype), apply.element(dtype), True)._asdict()
         yield f"adamw {NAMES[dtype]}", apply._adamw, tiling, 8, 3
-    yield "combine", scale._combine, {"ALIGNED": True, "BR": 128, "BC": 128}, 8, 3
+    yield "combine", scale._combine, {"ALIGNED": True, "BR": 128, "BC": scale.COMBINE}, 4, 3
     flags = {"CORRECT": True, "FRONT": False, "LIMITER": True, "BLOCK": 1024}
     for tensor in (False, True):
         name = f"limit {'tensor' if tensor else 'channel'}"

@@ -92,8 +92,15 @@ def _project(
         to = space + tl.load(row + at.PARTIAL) + chunk * channels * rank
         inside = (c < channels)[None, :] & (j < rank)[:, None]
         tl.store(to + c[None, :].to(tl.int64) * rank + j[:, None], acc, mask=inside)
-    else:
+    elif BR < 128:
         moments(row, space, acc, c, j, r_tile, grad_scale, direction, w1, b2, w2, eps, R_ALIGNED)
+    else:  # in halves: R, M and V of a whole tile would spill
+        halves = tl.permute(tl.reshape(acc, (BR, 2, BC // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        c = c_tile * BC + tl.arange(0, BC // 2)
+        moments(row, space, left, c, j, r_tile, grad_scale, direction, w1, b2, w2, eps, R_ALIGNED)
+        c += BC // 2
+        moments(row, space, right, c, j, r_tile, grad_scale, direction, w1, b2, w2, eps, R_ALIGNED)
 
 
 class Tiling(NamedTuple):

@@ -19,6 +19,7 @@ from apollo_kernels import reference
 from apollo_kernels.triton_kernels import table as at
 from apollo_kernels.triton_kernels.element import finite
 
+COMBINE = 32  # channels per program of _combine
 TINY = tl.constexpr(reference.TINY)
 GROWTH = tl.constexpr(reference.NORM_GROWTH)
 F32 = tl.float32
@@ -96,13 +97,13 @@ def adam(hyper: reference.Hyper) -> tuple[float, ...]:
 
 
 def combine(
-    R_ALIGNED: bool, BR: int, BC: int,
+    R_ALIGNED: bool, BR: int,
     table: Tensor, items: Tensor, space: Tensor, scaler: Scaler, hyper: reference.Hyper,
 ) -> None:  # fmt: skip
     """The moments of parameters whose K was split, from project's partial sums."""
     _combine[(len(items),)](
-        table, items, space, *scaler, *adam(hyper), ALIGNED=R_ALIGNED, BR=BR, BC=BC,
-        num_warps=8, enable_fp_fusion=True,
+        table, items, space, *scaler, *adam(hyper), ALIGNED=R_ALIGNED, BR=BR, BC=COMBINE,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 

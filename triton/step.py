@@ -32,7 +32,7 @@ class _Plan(NamedTuple):
 
     static: list[tuple[int, ...]]  # the columns of each row that are no addresses
     project: list[tuple[project.Tiling, bool, Tensor]]
-    combine: list[tuple[tuple[bool, int, int], Tensor]]
+    combine: list[tuple[tuple[bool, int], Tensor]]
     apply: list[tuple[apply.Tiling, Tensor]]
     floats: int
 
@@ -58,7 +58,8 @@ def _plan(device: torch.device, layouts: tuple[tables.Layout, ...]) -> _Plan:
         sums, partial = floats, floats + (1 + chunks + 2 * r_tiles) * channels
         floats = partial + (chunks * channels * rank if chunks > 1 else 0)
         projects.append(((tiling, chunks > 1), tiles * chunks))
-        combines.append(((tiling.R_ALIGNED, tiling.BR, tiling.BC), tiles if chunks > 1 else 0))
+        sums_tiles = triton.cdiv(channels, scale.COMBINE) * r_tiles if chunks > 1 else 0
+        combines.append(((tiling.R_ALIGNED, tiling.BR), sums_tiles))
         update = apply.choose(layout)
         applies.append(
             (update, triton.cdiv(channels, update.BC) * triton.cdiv(k, update.BK))
