@@ -29,6 +29,12 @@ from apollo_kernels.triton_kernels import apply, project, scale, table
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx942")
 TYPES = {"table": "*i64", "items": "*i32", "space": "*fp32", "bad": "*i32", "counters": "*i64"}
 TYPES |= {"gap": "i32", "lr_at": None, "grad_scale": None, "found_inf": None}  # the rest: fp32
+MIX = {
+    "spills": "LDL|STL",
+    "tensor": "HMMA|HGMMA|UTC[A-Z]*MMA",
+    "load 16": r"LDG\S*\.128",
+    "store 16": r"STG\S*\.128",
+}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
@@ -38,34 +44,34 @@ def layout(dtype: torch.dtype, k_unit: bool, rank: int, channels: int = 4096, k:
     return table.Layout(channels, k, rank, rank % 16 == 0, lies, lies)
 
 
-def variants(everything: bool = True) -> Iterator[tuple[str, Any, dict[str, Any], int, int]]:
-    """(name, kernel, compile-time arguments, warps, stages) of what typical models launch."""
-    dtypes = list(NAMES) if everything else [torch.bfloat16, torch.float32]
-    for dtype in dtypes:
+def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(name, kernel, its compile-time arguments and launch options) of what models launch."""
+    for dtype in NAMES if everything else (torch.bfloat16, torch.float32):
         for k_unit in (True, False):
             side = f"{NAMES[dtype]} {'rows' if k_unit else 'columns'}"
             for rank in (1, 16, 64, 256) if everything else (1, 256):
-                *kernel, warps = project.choose(layout(dtype, k_unit, rank))
-                fixed = dict(zip(project.Tiling._fields, kernel, strict=False))
-                for signs in (False, True):
-                    for split in (False, True) if everything else (False,):
-                        rest = {"SPLIT": split, "SIGNS": signs, "FAST": True}
-                        name = f"project {side} rank {rank}{' signs' * signs}{' split' * split}"
-                        yield name, project._project, {**fixed, **rest}, warps, 3
+                tiling = project.choose(layout(dtype, k_unit, rank), arch in ("90", "100"))
+                for signs, split in ((0, 0), (1, 0), (0, 1)) if everything else ((0, 0),):
+                    rest = {"SPLIT": bool(split), "SIGNS": bool(signs), "FAST": True}
+                    name = f"project {side} rank {rank}{' signs' * signs}{' split' * split}"
+                    yield name, project._project, {**tiling._asdict(), **rest}
             tiling = apply.choose(layout(dtype, k_unit, 64))._asdict()
-            yield f"apply {side}", apply._apply, tiling, 4, 3
+            yield f"apply {side}", apply._apply, tiling
         tiling = apply.DenseTiling(apply.element(dtype), apply.element(dtype), True)._asdict()
-        yield f"adamw {NAMES[dtype]}", apply._adamw, tiling, 8, 3
-    yield "combine", scale._combine, {"ALIGNED": True, "BR": 128, "BC": scale.COMBINE}, 4, 3
+        yield f"adamw {NAMES[dtype]}", apply._adamw, {**tiling, "num_warps": 8}
+    yield "combine", scale._combine, {"ALIGNED": True, "BR": 128, "BC": scale.COMBINE}
     flags = {"CORRECT": True, "FRONT": False, "LIMITER": True, "BLOCK": 1024}
     for tensor in (False, True):
         name = f"limit {'tensor' if tensor else 'channel'}"
-        yield name, scale._limit, {"TENSOR": tensor, **flags}, 4, 3
-    yield "begin", apply._begin, {"CORRECT": True}, 1, 3
+        yield name, scale._limit, {"TENSOR": tensor, **flags}
+    yield "begin", apply._begin, {"CORRECT": True, "num_warps": 1}
 
 
-def compiled(kernel: Any, fixed: dict[str, Any], arch: str, warps: int, stages: int) -> Any:
+def compiled(kernel: Any, fixed: dict[str, Any], arch: str) -> Any:
     """The kernel's image for ``arch``: a compute capability such as "90", or an AMD name."""
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    options |= {k: v for k, v in fixed.items() if k.startswith("num_")}
+    fixed = {k: v for k, v in fixed.items() if k not in options}
     amd = arch.startswith("gfx")
     fixed = {**fixed, **({"FAST": False} if amd and "FAST" in fixed else {})}
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
@@ -75,7 +81,6 @@ def compiled(kernel: Any, fixed: dict[str, Any], arch: str, warps: int, stages: 
     pointers = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return triton.compile(source, target=target, options=options)
 
 
@@ -95,14 +100,10 @@ def row(name: str, arch: str, image: Any, folder: Path) -> dict[str, Any]:
     assert tool is not None, "Triton's wheel carries cuobjdump"
     usage = dict(re.findall(r"(REG|STACK):(\d+)", dump(tool, "--dump-resource-usage", path)))
     sass = dump(tool, "-sass", path)
-    mix = {
-        column: sum(len(re.findall(rf"\s{re.escape(word)}\b", sass)) for word in words)
-        for column, words in kernel_report.MIX.items()
-    }
-    spills = mix.pop("spill")
+    mix = {column: len(re.findall(rf"\s(?:{words})", sass)) for column, words in MIX.items()}
     return {
-        "kernel": name, "arch": f"sm_{arch}", "registers": int(usage["REG"]), "spills": spills,
-        "shared": image.metadata.shared, "stack": int(usage["STACK"]), **mix,
+        "kernel": name, "arch": f"sm_{arch}", "registers": int(usage["REG"]), **mix,
+        "stack": int(usage["STACK"]), "shared": image.metadata.shared,
     }  # fmt: skip
 
 
@@ -113,9 +114,9 @@ def dump(tool: str, option: str, path: Path) -> str:
 def rows(architectures: tuple[str, ...], everything: bool = True) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         return [
-            row(name, arch, compiled(kernel, fixed, arch, warps, stages), Path(folder))
+            row(name, arch, compiled(kernel, fixed, arch), Path(folder))
             for arch in architectures
-            for name, kernel, fixed, warps, stages in variants(everything)
+            for name, kernel, fixed in variants(arch, everything)
         ]
 
 

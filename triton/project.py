@@ -114,32 +114,36 @@ class Tiling(NamedTuple):
     BC: int
     BK: int
     num_warps: int
+    num_stages: int
 
 
-def choose(layout: at.Layout) -> Tiling:
-    """The tile of a parameter.
+def choose(layout: at.Layout, asynchronous: bool) -> Tiling:
+    """The tile of a parameter; ``asynchronous``: whether dots read shared memory (wgmma, tcgen05).
 
     128 channels share an entry of z: at rank 128 its 14 slots then fit into the time in which an
     H200 reads 128 bf16 weights (15 slots each), and other cards have more slots per byte. 128 x 128
-    float32 sums take 64 registers of 256 threads, and the moments of the epilogue fit beside them.
+    float32 sums take 64 registers of 256 threads. Of K, whole 128-byte lines are best; where mma.sync
+    holds both operands in registers beside the sums, half a line is what fits without spills.
     Rank 1 streams G through registers; segments of 256 bytes keep whole sectors in both orders.
     """
     rank, g = layout.rank, layout.g
     if rank == 1:
-        tile = (1, 32, 128, 4) if g.k_unit else (1, 128, 32, 4)
-    else:
+        tile = (1, 16, 128, 4, 3) if g.k_unit else (1, 128, 16, 4, 3)
+    elif rank <= 64 or asynchronous:
         rows = min(128, max(16, triton.next_power_of_2(rank)))
-        tile = (rows, 128, 64 if g.dtype.itemsize == 2 else 32, 8 if rows > 32 else 4)
+        tile = (rows, 128, 128 // g.dtype.itemsize, 8 if rows > 32 else 4, 3)
+    else:
+        tile = (128, 128, 64 // g.dtype.itemsize, 8, 4)
     return Tiling(element(g.dtype), g.k_unit, g.aligned, layout.r_aligned, *tile)
 
 
-def split(layout: at.Layout) -> tuple[int, int]:
+def split(layout: at.Layout, tiling: Tiling) -> tuple[int, int]:
     """Contracted indices per chunk, and chunks: few tiles with a long K are cut along it.
 
     The parameter alone decides, so its bits do not depend on what else is in the launch. At most 32
     tiles of partial sums, 2 MB, are written; a chunk is a multiple of 512, the blocks of z.
     """
-    tiling, k = choose(layout), max(layout.k, 1)
+    k = max(layout.k, 1)
     tiles = triton.cdiv(layout.channels, tiling.BC) * triton.cdiv(layout.rank, tiling.BR)
     chunks = max(1, min(32 // max(tiles, 1), k // 1024))
     chunk = triton.cdiv(triton.cdiv(k, chunks), 512) * 512
@@ -151,9 +155,9 @@ def project(
     hyper: reference.Hyper,
 ) -> None:  # fmt: skip
     """Projects every item's tile; with SPLIT the moments are left to scale.combine."""
-    *kernel, num_warps = tiling
+    *kernel, num_warps, num_stages = tiling
     _project[(len(items),)](
         table, items, space, *scaler, *adam(hyper), hyper.update_proj_gap,
         *kernel, SPLIT=SPLIT, SIGNS=hyper.distribution == "rademacher", FAST=FAST,
-        num_warps=num_warps, num_stages=3, enable_fp_fusion=True,
+        num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -46,13 +46,21 @@ def _grouped(entries: Sequence[tuple[Any, int]], device: torch.device) -> list[t
     return [(kernel, tables.items(tiles, device)) for kernel, tiles in groups.items()]
 
 
+def _asynchronous_dots(device: torch.device) -> bool:
+    """Hopper's wgmma and data-centre Blackwell's tcgen05."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 @lru_cache(maxsize=64)
 def _plan(device: torch.device, layouts: tuple[tables.Layout, ...]) -> _Plan:
     static, projects, combines, applies = [], [], [], []
     floats = 4 * len(layouts)  # the records
+    asynchronous = _asynchronous_dots(device)
     for layout in layouts:
         channels, k, rank, _, g, w = layout
-        tiling, (chunk, chunks) = project.choose(layout), project.split(layout)
+        tiling = project.choose(layout, asynchronous)
+        chunk, chunks = project.split(layout, tiling)
         r_tiles = triton.cdiv(rank, tiling.BR)
         tiles = triton.cdiv(channels, tiling.BC) * r_tiles
         sums, partial = floats, floats + (1 + chunks + 2 * r_tiles) * channels
