@@ -28,7 +28,8 @@ from apollo_kernels.triton_kernels import apply, project, scale, table
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx942")
 TYPES = {"table": "*i64", "items": "*i32", "space": "*fp32", "bad": "*i32", "counters": "*i64"}
-TYPES |= {"gap": "i32", "lr_at": None, "grad_scale": None, "found_inf": None}  # the rest: fp32
+TYPES |= {"gap": "i32"}  # the rest: fp32
+OPTIONAL = ("lr_at", "grad_scale", "found_inf")
 MIX = {
     "spills": "LDL|STL",
     "tensor": "HMMA|HGMMA|UTC[A-Z]*MMA",
@@ -65,22 +66,29 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
         name = f"limit {'tensor' if tensor else 'channel'}"
         yield name, scale._limit, {"TENSOR": tensor, **flags}
     yield "begin", apply._begin, {"CORRECT": True, "num_warps": 1}
+    given = dict.fromkeys(OPTIONAL, "*fp32")  # lr in a tensor, and GradScaler's tensors
+    flags = {"TENSOR": False, "CORRECT": False, "FRONT": True, "LIMITER": False, "BLOCK": 1024}
+    yield "limit, other switches", scale._limit, {**flags, **given}
+    yield "begin, other switches", apply._begin, {"CORRECT": False, "num_warps": 1, **given}
 
 
 def compiled(kernel: Any, fixed: dict[str, Any], arch: str) -> Any:
     """The kernel's image for ``arch``: a compute capability such as "90", or an AMD name."""
     options = {"num_warps": 4, "enable_fp_fusion": True}
     options |= {k: v for k, v in fixed.items() if k.startswith("num_")}
-    fixed = {k: v for k, v in fixed.items() if k not in options}
     amd = arch.startswith("gfx")
-    fixed = {**fixed, **({"FAST": False} if amd and "FAST" in fixed else {})}
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
-    types = {n: TYPES.get(n, "fp32") for n in kernel.arg_names if n not in fixed}
-    fixed |= {name: None for name, kind in types.items() if kind is None}
-    signature = {n: "constexpr" if n in fixed else types[n] for n in kernel.arg_names}
+    signature, constants = {}, {}
+    for name in kernel.arg_names:
+        given = fixed.get(name)
+        if name.isupper() or (name in OPTIONAL and given is None):
+            signature[name] = "constexpr"
+            constants[name] = False if amd and name == "FAST" else given
+        else:
+            signature[name] = given or TYPES.get(name, "fp32")
     pointers = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=options)
 
 

@@ -20,6 +20,8 @@ from apollo_kernels.triton_kernels import project, step, table
 from apollo_kernels.triton_kernels import philox as drawn
 from apollo_kernels.triton_kernels.element import element, finite, narrow, widen
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of overflows on purpose
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -131,8 +133,10 @@ class Drawn(philox.ProjectionCache):
     """Hands the specification the z that the kernels draw: what is left is their arithmetic."""
 
     def get(self, key, epoch, rank, dim, distribution, device, form, prepare):
-        tiles = [z_tile(key, epoch, 0, k, triton.next_power_of_2(rank), 128, distribution)
-                 for k in range(0, dim, 128)]  # fmt: skip
+        rows = triton.next_power_of_2(max(rank, 1))
+        tiles = [
+            z_tile(key, epoch, 0, k, rows, 128, distribution) for k in range(0, max(dim, 1), 128)
+        ]
         return prepare(torch.cat(tiles, dim=1)[:rank, :dim])
 
 
@@ -198,7 +202,7 @@ SIZES = [(1, 7), (7, 1), (129, 33), (7, 129), (1, 1134), (150, 40)]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_step_of_odd_sizes(dtype, scale_type, rank):
     """Both orientations in one batch; the ranks are clamped as the optimizer does it."""
-    shapes = SIZES if rank <= 8 else [(30, 129), (5, 230)]
+    shapes = {1: SIZES, 8: SIZES}.get(rank, [(7, 129), (5, 230)])
     items = [
         low_rank(*data(shape, dtype), rows, rank) for shape in shapes for rows in (True, False)
     ]

@@ -92,8 +92,8 @@ Scaler = tuple[Tensor | None, Tensor | None]  # GradScaler's grad_scale and foun
 
 def adam(hyper: reference.Hyper) -> tuple[float, ...]:
     """The gradient's sign, then 1 - b1, b2, 1 - b2 and eps."""
-    b1, b2 = hyper.betas
-    return (-1.0 if hyper.maximize else 1.0), 1 - b1, b2, 1 - b2, hyper.eps
+    b1, b2 = map(float, hyper.betas)  # an integer would be compiled into the kernel
+    return (-1.0 if hyper.maximize else 1.0), 1 - b1, b2, 1 - b2, float(hyper.eps)
 
 
 def combine(
@@ -196,11 +196,10 @@ def _limit(
 
 def rates(hyper: reference.Hyper, device: torch.device) -> tuple[float | Tensor | None, ...]:
     """lr as a number, lr as a tensor if it is one on ``device``, weight decay, ln b1 and ln b2."""
-    lr, at_device = hyper.lr, None
-    if isinstance(lr, Tensor):
-        lr, at_device = (0.0, lr) if lr.device == device else (float(lr), None)
+    lr = hyper.lr
+    lr, lr_at = (0.0, lr) if isinstance(lr, Tensor) and lr.device == device else (float(lr), None)
     logs = (math.log(b) if b > 0 else -math.inf for b in hyper.betas)
-    return lr, at_device, hyper.weight_decay, *logs
+    return lr, lr_at, float(hyper.weight_decay), *logs
 
 
 def limit(
