@@ -48,7 +48,7 @@ def layout(dtype: torch.dtype, k_unit: bool, rank: int, channels: int = 4096, k:
 def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """(name, kernel, its compile-time arguments and launch options) of what models launch."""
     for dtype in NAMES if everything else (torch.bfloat16, torch.float32):
-        for k_unit in (True, False):
+        for k_unit in (True, False) if everything or dtype == torch.bfloat16 else (False,):
             side = f"{NAMES[dtype]} {'rows' if k_unit else 'columns'}"
             for rank in (1, 16, 64, 256) if everything else (1, 256):
                 tiling = project.choose(layout(dtype, k_unit, rank), arch in ("90", "100"))
@@ -67,9 +67,12 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
         yield name, scale._limit, {"TENSOR": tensor, **flags}
     yield "begin", apply._begin, {"CORRECT": True, "num_warps": 1}
     given = dict.fromkeys(OPTIONAL, "*fp32")  # lr in a tensor, and GradScaler's tensors
+    tiling = project.choose(layout(torch.float16, True, 64), arch in ("90", "100"))._asdict()
+    given_too = {"SPLIT": False, "SIGNS": False, "FAST": True, **given}
+    yield "project f16 rows rank 64, scaler", project._project, {**tiling, **given_too}
     flags = {"TENSOR": False, "CORRECT": False, "FRONT": True, "LIMITER": False, "BLOCK": 1024}
-    yield "limit, other switches", scale._limit, {**flags, **given}
-    yield "begin, other switches", apply._begin, {"CORRECT": False, "num_warps": 1, **given}
+    yield "limit, scaler", scale._limit, {**flags, **given}
+    yield "begin, scaler", apply._begin, {"CORRECT": False, "num_warps": 1, **given}
 
 
 def compiled(kernel: Any, fixed: dict[str, Any], arch: str) -> Any:
@@ -133,9 +136,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--few", action="store_true", help="a sample that covers every kernel")
     parser.add_argument("--out", type=Path, help="also write triton.md and triton.json there")
     args = parser.parse_args()
-    found = rows(tuple(args.arch))
+    found = rows(tuple(args.arch), not args.few)
     print(measure.table(found))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """Each Triton kernel against the float64 specification, in Triton's interpreter: no GPU needed."""
 
+from functools import cache
+
 import golden
 import pytest
 import torch
@@ -45,6 +47,7 @@ def store_z(out, key, epoch_at, j0, k0, SIGNS: tl.constexpr, R: tl.constexpr, BK
     tl.store(out + at, narrow(z, tl.uint16))
 
 
+@cache
 def z_tile(key, epoch, j0, k0, rows, size, distribution):
     """z of one tile as the kernels draw it, [rows, size] bf16."""
     out = torch.empty(rows, size, dtype=torch.uint16)
@@ -194,7 +197,7 @@ def data(shape, dtype, g_dtype=None):
     return torch.randn(shape).to(dtype), torch.randn(shape).to(g_dtype or dtype)
 
 
-SIZES = [(1, 7), (7, 1), (129, 33), (7, 129), (1, 1134), (150, 40)]
+SIZES = [(1, 7), (7, 1), (129, 33), (1, 1134)]
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 64, 200])
