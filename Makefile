@@ -33,13 +33,13 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/* bench/*.cu
+	$(BIN)/clang-format --dry-run -Werror csrc/* bench/*.cu tests/cuda_on_cpu/*
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/* bench/*.cu
+	$(BIN)/clang-format -i csrc/* bench/*.cu tests/cuda_on_cpu/*
 
 # BENCH=  for the full runs; PYTHONPATH=<folder> brings peers that are installed elsewhere.
 BENCH ?= --quick

@@ -71,7 +71,9 @@ def as_text(info: dict[str, Any]) -> str:
     native = info["native_module"]
     if native["present"]:
         lines.append(f"{'native module':<16}{native['compiler']}, {native['build_type']}")
-        lines.append(f"{'CUDA kernels':<16}no: {native['cuda_missing']}")
+        built = f"CUDA {native['cuda_toolkit']}, for {native['cuda_architectures']}"
+        kernels = built if native["cuda"] else f"no: {native['cuda_missing']}"
+        lines.append(f"{'CUDA kernels':<16}{kernels}")
     else:
         lines.append(f"{'native module':<16}no: {native['reason']}; PyTorch draws the projections")
     for name, value in info["environment"].items():

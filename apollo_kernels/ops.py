@@ -6,6 +6,7 @@ are tried in the order of BACKENDS, fastest first; a new one joins in ``_unavail
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -15,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from apollo_kernels import reference
+from apollo_kernels import cuda, reference
 
 BACKENDS = ("cuda", "triton", "torch")
 ENVIRONMENT = "APOLLO_KERNELS_BACKEND"
@@ -26,14 +27,16 @@ def _unavailable(name: str, device: torch.device) -> str | None:
     """Why back end ``name`` cannot run on ``device``; None if it can."""
     if name == "torch":
         return None
+    if name == "cuda":
+        return cuda.unavailable(device)
     if device.type != "cuda":
         return f"needs a CUDA device, the tensors are on {device.type!r}"
-    if name == "triton":
-        return _no_triton() or _too_old(device)
-    return "this version of apollo_kernels has no CUDA kernels"
+    return _no_triton() or _too_old(device)
 
 
+@functools.cache  # asked at each step
 def _no_triton() -> str | None:
+    """Why no Triton kernel can be compiled here."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     for distribution in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
@@ -95,6 +98,6 @@ def choose(backend: str = "auto", device: torch.device | str = "cpu") -> str:
 
 def load(name: str) -> ModuleType:
     """The module of back end ``name``, as answered by ``choose``."""
-    if name == "triton":
+    if name == "triton":  # only where it runs: the import takes a second
         return importlib.import_module("apollo_kernels.triton_kernels.step")
-    return {"torch": reference}[name]
+    return {"cuda": cuda, "torch": reference}[name]

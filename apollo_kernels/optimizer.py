@@ -176,7 +176,9 @@ class APOLLO(torch.optim.Optimizer):
             backend.step_low_rank(batch, hyper, self._counters(device), self._cache(), *amp)
         for device, items in dense.items():
             backend = self._backend(device, group)
-            backend.step_dense(items, hyper, self._counters(device), *self._amp(device))
+            backend.step_dense(
+                items, hyper, self._counters(device), self._cache(), *self._amp(device)
+            )
         for p, weight in copies:
             p.copy_(weight.view(p.shape))
 

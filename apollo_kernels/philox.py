@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,6 +178,7 @@ class ProjectionCache:
     def __init__(self, limit: int = 256 * 2**20):
         self.limit = limit
         self._entries: dict[int, tuple[tuple, Tensor]] = {}
+        self.plans: dict[Any, Any] = {}  # what a kernel back end keeps between steps
 
     @property
     def nbytes(self) -> int:

@@ -283,6 +283,7 @@ def step_dense(
     batch: Sequence[Dense],
     hyper: Hyper,
     counters: Tensor,
+    cache: ProjectionCache,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "host_bf16.h"
+#include "kernel_bindings.h"
 #include "philox.cuh"
 
 namespace py = pybind11;
@@ -24,9 +25,9 @@ py::dict build_info() {
   info["compiler"] = APOLLO_COMPILER;
   info["cpp_standard"] = static_cast<long>(__cplusplus);
   info["build_type"] = APOLLO_BUILD_TYPE;
-  info["cuda"] = false;
+  info["cuda"] = *APOLLO_CUDA_TOOLKIT != '\0';
   info["cuda_toolkit"] = text_or_none(APOLLO_CUDA_TOOLKIT);
-  info["cuda_architectures"] = std::vector<std::string>{};
+  info["cuda_architectures"] = APOLLO_CUDA_ARCHITECTURES;
   info["cuda_missing"] = text_or_none(APOLLO_CUDA_MISSING);
   return info;
 }
@@ -79,4 +80,7 @@ PYBIND11_MODULE(_C, module) {
              "R and q of a bf16 matrix; the arguments are HostProject's (host_bf16.h).");
   module.def("host_apply", &host_apply, py::call_guard<py::gil_scoped_release>(),
              "The update of a bf16 matrix; the arguments are HostApply's (host_bf16.h).");
+#if APOLLO_HAS_KERNELS
+  apollo::bind_kernels(module);
+#endif
 }

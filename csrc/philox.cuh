@@ -95,7 +95,7 @@ inline void draw(uint16_t* out, uint64_t key, uint32_t epoch, int64_t rank, int6
   }
 }
 
-#if defined(__CUDACC__)
+#if defined(APOLLO_KERNELS)
 
 // The same two normals in float32 for the kernels, as bf16x2 (z0 in the low half): 14 issue slots a
 // normal. Both uniforms are exact; the angle lies in [-pi, pi), which turns both signs.
@@ -103,10 +103,17 @@ APOLLO_DEVICE uint32_t normal_pair_fast(uint32_t w0, uint32_t w1) {
   const float u1 = __uint_as_float((w0 >> 9) | 0x3F800000u) - 0x1.fffffep-1f;
   const float x = (__uint_as_float((w1 >> 9) | 0x3F800000u) - 1.5f) * 6.283185307179586f;
   const float rho = -approx_sqrt(-1.3862943611198906f * approx_log2(u1));  // -2 ln u1
-  const __nv_bfloat162 z = __floats2bfloat162_rn(rho * approx_cos(x), rho * approx_sin(x));
-  uint32_t bits;
-  memcpy(&bits, &z, sizeof bits);
-  return bits;
+  return pack_bf16(rho * approx_cos(x), rho * approx_sin(x));
+}
+
+// The word of a rademacher call that holds the signs of k (a multiple of 8), and from that word the
+// signs of k + {2t, 2t+1} as bf16x2.
+APOLLO_DEVICE uint32_t sign_word(const Words& words, uint32_t k) {
+  const uint32_t low = k & 128 ? words.w[1] : words.w[0], high = k & 128 ? words.w[3] : words.w[2];
+  return k & 256 ? high : low;
+}
+APOLLO_DEVICE uint32_t sign_pair(uint32_t word, uint32_t k) {
+  return ((word << (15 - k / 8 % 16)) & 0x80008000u) | 0x3F803F80u;
 }
 
 #endif

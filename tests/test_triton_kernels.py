@@ -1,5 +1,7 @@
 """Each Triton kernel against the float64 specification, in Triton's interpreter: no GPU needed."""
 
+import importlib.metadata
+import sys
 from functools import cache
 
 import golden
@@ -383,7 +385,7 @@ def test_the_number_of_launches_does_not_grow_with_the_parameters(launches):
         del launches[:]
         run([item for _ in range(copies) for item in batch()[:2]])
         items = [dense(data((9,), torch.float32)) for _ in range(copies)]
-        step.step_dense(items, hyper(), torch.zeros(3, dtype=torch.int64))
+        step.step_dense(items, hyper(), torch.zeros(3, dtype=torch.int64), None)
         counts.append(sorted(launches))
     assert counts[0] == counts[1]
     assert counts[0] == ["_adamw", "_apply", "_apply", "_begin", "_limit", "_project", "_project"]
@@ -424,8 +426,8 @@ def check_dense(items, options):
     exact, plain = copies(torch.float64), copies(None)
     counters = [torch.zeros(3, dtype=torch.int64) for _ in range(3)]
     for batch, count in ((exact, counters[0]), (plain, counters[1])):
-        reference.step_dense(batch, options, count)
-    step.step_dense(items, options, counters[2])
+        reference.step_dense(batch, options, count, None)
+    step.step_dense(items, options, counters[2], None)
     assert counters[0].tolist() == counters[2].tolist()
     for item, e, p in zip(items, exact, plain, strict=True):
         assert float(item.step) == float(e.step)
@@ -469,7 +471,7 @@ def test_a_rate_in_a_tensor_is_read_on_the_device():
         item, other = low_rank(*data((9, 6), torch.float32), True, 4), dense(data((9,), torch.float32))
         counters = torch.zeros(3, dtype=torch.int64)
         step.step_low_rank([item], hyper(lr=lr), counters, None)
-        step.step_dense([other], hyper(lr=lr), counters)
+        step.step_dense([other], hyper(lr=lr), counters, None)
         results.append((item.weight, other.weight))
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
 
@@ -486,9 +488,13 @@ def test_the_interpreter_runs_only_where_it_is_asked_for(monkeypatch):
 
 
 def test_what_is_missing_is_said(monkeypatch):
-    import importlib.metadata
+    def reason():
+        ops._no_triton.cache_clear()
+        return dict(ops.backends("cuda"))["triton"]
 
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.2.0+git1")
-    assert dict(ops.backends("cuda"))["triton"] == "needs Triton 3.6 or newer, found 3.2.0+git1"
-    monkeypatch.setitem(__import__("sys").modules, "triton", None)
-    assert "not installed" in dict(ops.backends("cuda"))["triton"]
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda name: "3.2.0+git1")
+        assert reason() == "needs Triton 3.6 or newer, found 3.2.0+git1"
+        patch.setitem(sys.modules, "triton", None)
+        assert reason() == "Triton is not installed (pip install triton)"
+    assert reason() is None

@@ -188,6 +188,7 @@ def step_dense(
     batch: Sequence[Dense],
     hyper: Hyper,
     counters: Tensor,
+    cache: ProjectionCache,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
@@ -196,7 +197,7 @@ def step_dense(
     W, G, M and V that do not lie alike in memory, or have gaps, are copied, and written back.
     """
     batch = _ours(
-        batch, lambda rest: reference.step_dense(rest, hyper, counters, grad_scale, found_inf)
+        batch, lambda rest: reference.step_dense(rest, hyper, counters, cache, grad_scale, found_inf)
     )
     if not batch:
         return

@@ -1,0 +1,336 @@
+"""The CUDA kernels, run by an emulated device (cuda_on_cpu), against the float64 oracle."""
+
+import emulated
+import pytest
+import torch
+
+from apollo_kernels import APOLLO, philox
+
+REASON = emulated.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(129, 64), (64, 129), (40, 40), (1, 7), (7, 1), (300, 17), (0, 4), (4, 0)]
+BETAS = (0.9, 0.999)
+
+
+@pytest.fixture(scope="session")
+def module():
+    return emulated.load(emulated.build())
+
+
+@pytest.fixture(autouse=True)
+def _device(module):
+    with emulated.device(module):
+        yield
+
+
+def gradient(shape, dtype, order="rows"):
+    """A random gradient that lies in memory as told, NaN around it."""
+    m, n = shape
+    if order in ("rows", "columns"):
+        g = torch.randn(shape).to(dtype)
+        return g if order == "rows" else g.t().contiguous().t()
+    whole = torch.full((m + 3, n + 9), float("nan")).to(dtype)
+    if order == "sliced columns":
+        whole = torch.full((n + 9, m + 3), float("nan")).to(dtype).t()
+    if order == "every second":
+        whole = torch.full((2 * m, 2 * n), float("nan")).to(dtype)
+        return whole[::2, ::2].copy_(torch.randn(shape))
+    return whole[2 : m + 2, 3 : n + 3].copy_(torch.randn(shape))
+
+
+def one_step(backend, weight, grad, dtypes, **options):
+    p = torch.nn.Parameter(weight.to(dtypes[0]))
+    if dtypes[0] != dtypes[1]:
+        p.grad_dtype = dtypes[1]  # else PyTorch refuses the assignment
+    p.grad = grad if grad.dtype == dtypes[1] else grad.to(dtypes[1])
+    optimizer = APOLLO([p], backend=backend, lr=0.1, betas=BETAS, **options)
+    optimizer.step()
+    return p.detach(), optimizer.state[p]
+
+
+def compare_step(shape, dtypes, order="rows", **options):
+    """Moments, norm, weights of one step: at most twice plain PyTorch's error against float64."""
+    weight = torch.randn(shape).to(dtypes[0])
+    grad = gradient(shape, dtypes[1], order)
+    double = (torch.float64, torch.float64)
+    exact, exact_state = one_step("torch", weight, grad, double, **options)
+    plain, plain_state = one_step("torch", weight, grad, dtypes, **options)
+    found, state = one_step("cuda", weight, grad, dtypes, **options)
+    # Beside twice plain's error: float32 gradients go through 3 exact bf16 pieces, so that a run of
+    # 64 k is a sum of 192 terms; its random errors of 2^-24 grow by sqrt(192) / 2, to 2^-21 of the
+    # largest R. Squares double that, and so does s = |N| / |R|.
+    for name, units in (("exp_avg", 2**-21), ("exp_avg_sq", 2**-20), ("update_norm", 2**-20)):
+        a, b, e = (s[name].double() for s in (state, plain_state, exact_state))
+        slack = units * e.abs().max() if e.numel() else 0.0
+        worst = ((a - e).abs() - 2 * (b - e).abs().max() - slack).max() if e.numel() else -1
+        assert worst <= 0, f"{name} of {shape}"
+    if exact.numel():
+        slack = torch.finfo(dtypes[0]).eps * exact.abs()  # a rounding that falls to the other side
+        worst = (found.double() - exact).abs() - 2 * (plain.double() - exact).abs().max() - slack
+        assert worst.max() <= 0
+    assert state["step"] == 1
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("rank", [1, 3, 7, 8, 65])
+@pytest.mark.parametrize("proj_type", ["right", "left"])
+def test_the_kernels_draw_the_contracts_numbers(distribution, rank, proj_type):
+    """The gradient is the identity, so that R is Z itself."""
+    k = 530  # more than a run of signs; 33 blocks and 2
+    grad = torch.eye(k)
+    options = {"rank": rank, "proj": distribution, "proj_type": proj_type}
+    _, state = one_step("cuda", torch.zeros(k, k), grad, (torch.float32,) * 2, **options)
+    z = (state["exp_avg"].t() / (1 - BETAS[0]) * rank**0.5).bfloat16()
+    wanted = philox.draw(state["seed"], 0, rank, k, distribution)
+    assert (z != wanted).double().mean() <= (1e-3 if distribution == "gaussian" else 0)
+    error = (z.double() - wanted.double()).abs()  # two neighbours in bf16, at most
+    assert (error <= 2**-7 * wanted.double().abs() + 2**-10).all()
+
+
+@pytest.mark.parametrize("dtypes", [(w, g) for w in DTYPES for g in DTYPES], ids=str)
+@pytest.mark.parametrize("rank", [1, 8])
+def test_every_pair_of_dtypes(dtypes, rank):
+    for shape in SHAPES[:3]:
+        options = {"scale_type": "tensor", "weight_decay": 0.01}
+        compare_step(shape, dtypes, rank=rank, proj="rademacher", **options)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5, 8, 64, 100, 200, 300])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std"])
+def test_every_rank_and_orientation(rank, proj_type):
+    """From the dot products over one rank tile to three; scale_type tensor where s of a channel is
+    ill-conditioned."""
+    kind = "tensor" if rank < 8 else "channel"
+    for shape in [(310, 301), (17, 400), (129, 5)]:
+        options = {"rank": rank, "scale_type": kind, "proj": "rademacher", "proj_type": proj_type}
+        compare_step(shape, (torch.float32, torch.bfloat16), **options)
+
+
+@pytest.mark.parametrize("order", ["rows", "columns", "sliced", "sliced columns", "every second"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [2, 16])
+def test_gradients_lie_in_memory_in_any_order(order, dtype, rank):
+    for shape in [(130, 70), (33, 129)]:
+        compare_step(
+            shape, (dtype, dtype), order, rank=rank, proj="rademacher", scale_type="tensor"
+        )
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_long_contracted_side_is_split_and_summed(rank, dtype, module):
+    shape = (24, 5000)
+    chunks = module.tiling(24, 5000, rank, rank, 0, True)[2]
+    assert chunks == 3
+    options = {"rank": rank, "proj": "rademacher", "scale_type": "tensor"}
+    compare_step(shape, (dtype, dtype), proj_type="right", **options)
+    compare_step(shape[::-1], (dtype, dtype), proj_type="left", **options)
+
+
+CONFIGURATIONS = {
+    "channel": {"rank": 8},
+    "signs": {"rank": 16, "proj": "rademacher"},
+    "reverse": {"rank": 8, "proj_type": "reverse_std"},
+    "Mini": {"rank": 1, "scale_type": "tensor", "scale": 128.0},
+    "front": {"rank": 8, "scale_front": True, "scale": 4.0},
+    "no limiter": {"rank": 8, "disable_nl": True},
+    "all switches": {
+        "rank": 8, "weight_decay": 0.01, "scale_front": True, "maximize": True,
+        "correct_bias": False, "scale": 4.0,
+    },
+    "AdamW": {"weight_decay": 0.01},
+}  # fmt: skip
+
+
+def train(backend, dtype, keys, steps=(0, 12), load=None):
+    """A run over redraws; gradients are the same for every dtype and back end."""
+    generator = torch.Generator().manual_seed(0)
+    ps = [
+        torch.nn.Parameter(torch.randn(s, generator=generator).bfloat16().to(dtype)) for s in SHAPES
+    ]
+    optimizer = APOLLO(ps, lr=1e-2, update_proj_gap=5, backend=backend, **keys)
+    if load is not None:
+        weights, state = load
+        for p, w in zip(ps, weights, strict=True):
+            p.data.copy_(w)
+        optimizer.load_state_dict(state)
+    for i in range(steps[1]):
+        for p in ps:
+            p.grad = (
+                (torch.randn(p.shape, generator=generator) * (2 if i == 4 else 1))
+                .bfloat16()
+                .to(dtype)
+            )
+        if i >= steps[0]:
+            optimizer.step()
+    return [p.detach() for p in ps], optimizer
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_run_errs_no_more_than_twice_what_plain_pytorch_does(name, dtype):
+    keys = CONFIGURATIONS[name]
+    exact, _ = train("torch", torch.float64, keys)
+    plain, by_torch = train("torch", dtype, keys)
+    found, optimizer = train("cuda", dtype, keys)
+    for f, p, e in zip(found, plain, exact, strict=True):
+        if e.numel():
+            # The floor: roundings of the largest weight that the plain run may happen to escape.
+            # Normals may differ by an ulp of bf16 in one entry of 1000: less than that floor.
+            slack = 4 * torch.finfo(dtype).eps * e.abs().max()
+            assert (f.double() - e).abs().max() <= 2 * (p.double() - e).abs().max() + slack
+    assert optimizer.stats() == by_torch.stats()
+    for p, q in zip(optimizer.state.values(), by_torch.state.values(), strict=True):
+        assert p["step"] == q["step"] == 12
+
+
+@pytest.mark.parametrize("first, second", [("cuda", "torch"), ("torch", "cuda")])
+@pytest.mark.parametrize("name", ["channel", "Mini", "AdamW"])
+def test_a_checkpoint_moves_between_back_ends_in_mid_run(first, second, name):
+    keys = CONFIGURATIONS[name]
+    whole, _ = train("torch", torch.float32, keys)
+    half, optimizer = train(first, torch.float32, keys, (0, 7))
+    found, _ = train(second, torch.float32, keys, (7, 12), (half, optimizer.state_dict()))
+    for a, b in zip(found, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["channel", "Mini", "AdamW"])
+@pytest.mark.parametrize("order, workers", [("1", "1"), ("7", "1"), ("0", "2")])
+def test_no_schedule_changes_a_bit(name, order, workers, monkeypatch):
+    keys = CONFIGURATIONS[name]
+    first, a = train("cuda", torch.bfloat16, keys, (0, 6))
+    monkeypatch.setenv("EMULATED_ORDER", order)
+    monkeypatch.setenv("EMULATED_WORKERS", workers)
+    again, b = train("cuda", torch.bfloat16, keys, (0, 6))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    for x, y in zip(a.state.values(), b.state.values(), strict=True):
+        assert torch.equal(x["exp_avg"], y["exp_avg"])
+
+
+def test_the_number_of_calls_does_not_grow_with_the_parameters(module, monkeypatch):
+    calls = []
+
+    class Counted:
+        def __getattr__(self, name):
+            value = getattr(module, name)
+            if not name.startswith("step_"):
+                return value
+            return lambda *a: (calls.append(name), value(*a))
+
+    from apollo_kernels import cuda
+
+    monkeypatch.setattr(cuda, "kernels", Counted())
+    for count in (1, 9):
+        calls.clear()
+        ps = [torch.nn.Parameter(torch.randn(9, 5)) for _ in range(count)]
+        vectors = [torch.nn.Parameter(torch.randn(5)) for _ in range(count)]
+        optimizer = APOLLO(ps + vectors, rank=4, backend="cuda")
+        for p in ps + vectors:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert calls == ["step_low_rank", "step_dense"]
+
+
+@pytest.mark.parametrize("rank", [None, 1, 8])
+def test_found_inf_skips_every_write_and_grad_scale_divides(rank):
+    keys = {"scale_type": "tensor"} if rank == 1 else {}
+    p, q = (torch.nn.Parameter(torch.ones(40, 12)) for _ in "pq")
+    a, b = (APOLLO([x], rank=rank, backend="cuda", **keys) for x in (p, q))
+    for i in range(3):
+        q.grad = torch.randn(40, 12)
+        p.grad = q.grad * 1024
+        a.grad_scale, a.found_inf = torch.tensor(1024.0), torch.tensor(float(i == 1))
+        before = p.detach().clone()
+        a.step()
+        if i == 1:
+            assert torch.equal(p, before)
+        else:
+            b.step()
+    assert torch.equal(p, q)
+    assert a.state[p]["step"] == 2
+    assert torch.equal(a.state[p]["exp_avg_sq"], b.state[q]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("rank", [None, 1, 8])
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40)])
+def test_a_bad_gradient_does_what_the_specification_does(bad, rank, shape):
+    keys = {"rank": rank, "scale_type": "tensor" if rank == 1 else "channel"}
+    runs = []
+    for backend in ("cuda", "torch"):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.ones(shape))
+        optimizer = APOLLO([p], backend=backend, **keys)
+        for i in range(4):
+            p.grad = torch.randn(shape)
+            if i == 2:
+                p.grad[3, 5] = bad
+            optimizer.step()
+        runs.append((p.detach(), optimizer.state[p], optimizer.stats()))
+    (w, state, stats), (w2, state2, stats2) = runs
+    assert stats == stats2
+    assert stats["nonfinite"] == 1
+    assert torch.isfinite(w).all()
+    torch.testing.assert_close(w, w2, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state["exp_avg"], state2["exp_avg"], rtol=1e-4, atol=1e-6)
+
+
+def test_lr_may_be_a_tensor_that_changes():
+    p, q = (torch.nn.Parameter(torch.ones(9, 12)) for _ in "pq")
+    lr = torch.tensor(0.5)
+    a = APOLLO([p], lr=lr, rank=4, weight_decay=0.1, backend="cuda")
+    b = APOLLO([q], lr=0.5, rank=4, weight_decay=0.1, backend="cuda")
+    for rate in (0.5, 0.25):
+        lr.fill_(rate)
+        b.param_groups[0]["lr"] = rate
+        p.grad = torch.randn(9, 12)
+        q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("rows", [True, False])
+def test_offsets_beyond_two_to_the_31(rank, rows):
+    """Rows of 64 elements, 2^30 + 8 apart: of 8 GB of addresses, a few pages are touched."""
+    apart = 2**30 + 8
+    base = torch.empty(3 * apart + 64, dtype=torch.bfloat16)
+
+    def far():
+        return base.as_strided((4, 64) if rows else (64, 4), (apart, 1) if rows else (1, apart))
+
+    weight = torch.randn(far().shape).bfloat16()
+    grad = torch.randn(far().shape).bfloat16()
+    far().copy_(weight)
+    p = torch.nn.Parameter(far())
+    far_grad = torch.empty_like(base).as_strided(p.shape, p.stride()).copy_(grad)
+    q = torch.nn.Parameter(weight.clone())
+    for x, g in ((p, far_grad), (q, grad)):
+        x.grad = g
+        APOLLO([x], rank=rank, scale_type="tensor", backend="cuda").step()
+    assert p.stride() == ((apart, 1) if rows else (1, apart))
+    assert torch.equal(p.detach(), q.detach())
+
+
+def test_float64_goes_to_pytorch():
+    p, q = (torch.nn.Parameter(torch.ones(9, 12, dtype=torch.float64)) for _ in "pq")
+    p.grad = q.grad = torch.randn(9, 12, dtype=torch.float64)
+    APOLLO([p], rank=4, backend="cuda").step()
+    APOLLO([q], rank=4, backend="torch").step()
+    assert torch.equal(p, q)
+
+
+def test_a_parameter_that_moves_is_found_again():
+    p, q = (torch.nn.Parameter(torch.ones(9, 12)) for _ in "pq")
+    a, b = (APOLLO([x], rank=4, backend=k) for x, k in ((p, "cuda"), (q, "torch")))
+    for _ in range(3):
+        p.grad = torch.randn(9, 12)
+        q.grad = p.grad.clone()
+        a.step()
+        b.step()
+        p.data = p.data.clone()
+    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
