@@ -18,10 +18,10 @@ BENCH = Path(__file__).parent.parent / "bench"
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_every_kernel_compiles_without_spills(architecture, tmp_path):
     """In a process of its own: here Triton's functions are the interpreter's."""
-    subprocess.run(
-        [sys.executable, BENCH / "triton_aot.py", "--few", "--arch", architecture, "--out", tmp_path],
-        env={**os.environ, "TRITON_INTERPRET": "0"}, check=True, timeout=280,
-    )  # fmt: skip
+    arguments = ["--few", "--arch", architecture, "--out", tmp_path]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, BENCH / "triton_aot.py", *arguments]
+    subprocess.run(command, env=environment, check=True, timeout=280)
     rows = json.loads((tmp_path / "triton.json").read_text())
     kernels = {row["kernel"].split()[0].rstrip(",") for row in rows}
     assert kernels == {"project", "combine", "limit", "apply", "begin", "adamw"}

@@ -29,7 +29,9 @@ from test_rule import (  # noqa: F401
 from apollo_kernels import APOLLO, ops
 from apollo_kernels.triton_kernels import step
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of overflows on purpose
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # NumPy's, of overflows on purpose
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """The updates of weights: APOLLO's (Algorithm 1, step 4) and, for dense parameters, AdamW's.
 
-    W <- W - lr wd W - step alpha limit s_c X_c         W, X [C, K], in float32, rounded once
+W <- W - lr wd W - step alpha limit s_c X_c         W, X [C, K], in float32, rounded once
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def _apply(
     k_tiles = tl.cdiv(size, BK)
     c = tile // k_tiles * BC + tl.arange(0, BC)
     k = tile % k_tiles * BK + tl.arange(0, BK)
-    c64, k64 = c.to(tl.int64)[:, None], k.to(tl.int64)[None, :]
     w_ld, g_ld = at.number(row, at.W_LD, ALIGNED), at.number(row, at.G_LD, ALIGNED)
     w_at, g_at = at.pointer(row, at.W, T, ALIGNED), at.pointer(row, at.G, G_T, ALIGNED)
-    w_at += c64 * w_ld + k64 if K_UNIT else k64 * w_ld + c64
-    g_at += c64 * g_ld + k64 if G_K_UNIT else k64 * g_ld + c64
-    inside = (c < channels)[:, None] & (k < size)[None, :]
+    by_c, by_k = c[:, None], k[None, :]
+    w_at += by_c * w_ld + by_k if K_UNIT else by_k * w_ld + by_c
+    g_at += by_c * g_ld + by_k if G_K_UNIT else by_k * g_ld + by_c
+    inside = (by_c < channels) & (by_k < size)
     s = tl.load(space + tl.load(row + at.SUMS) + c, mask=c < channels, other=0.0)
     w = widen(tl.load(w_at, mask=inside, other=0, eviction_policy="evict_first"))
     g = widen(tl.load(g_at, mask=inside, other=0, eviction_policy="evict_first"))
@@ -139,9 +139,9 @@ def _adamw(
     tl.store(m_at, tl.where(good, m, old_m), mask=inside)
     tl.store(v_at, tl.where(good, v, old_v), mask=inside)
     if tl.max((inside & (good == 0)).to(tl.int32), 0) != 0:
-        if tl.atomic_xchg(bad + number, 1) == 0:  # noqa: SIM102 (the parameter's first)
-            tl.atomic_add(counters, -1)
-            tl.atomic_add(counters + 2, 1)
+        first = (tl.atomic_xchg(bad + number, 1) == 0).to(tl.int64)  # of the parameter's tiles
+        tl.atomic_add(counters, -first)
+        tl.atomic_add(counters + 2, first)
 
 
 class DenseTiling(NamedTuple):

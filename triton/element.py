@@ -1,7 +1,7 @@
 """Elements in memory and in registers: arithmetic is float32, with one rounding at the store.
 
-Triton's interpreter computes wrongly with bf16. There ``element`` names uint16 as the type of a bf16
-tensor's elements, and the integer forms below stand in for the GPU's conversions, bit for bit.
+Triton's interpreter computes wrongly with bf16. There ``element`` names uint16 as the type of bf16
+elements, and the integer forms below stand in for the GPU's conversions, bit for bit.
 """
 
 import torch
@@ -46,7 +46,7 @@ def widen(x):
 @triton.jit
 def narrow(x, T: tl.constexpr):
     """float32 to elements of type T, to the nearest."""
-    if T == tl.uint16:
+    if T == tl.uint16:  # noqa: SIM300
         return (round_bf16(x).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
     else:
         return x.to(T)

@@ -65,9 +65,9 @@ def _project(
     ld = at.number(row, at.G_LD, ALIGNED)
     x_at = at.pointer(row, at.G, T, ALIGNED)
     if K_UNIT:
-        x_at += c[None, :].to(tl.int64) * ld + (begin + k)[:, None]
+        x_at += c[None, :] * ld + (begin + k)[:, None]
     else:
-        x_at += (begin + k)[:, None].to(tl.int64) * ld + c[None, :]
+        x_at += (begin + k)[:, None] * ld + c[None, :]
     acc = tl.zeros((BK if BR == 1 else BR, BC), tl.float32)
     q = tl.zeros((BK, BC), tl.float32)
     for k0 in range(begin, end, BK):
@@ -91,7 +91,7 @@ def _project(
         rank = at.number(row, at.RANK, R_ALIGNED)
         to = space + tl.load(row + at.PARTIAL) + chunk * channels * rank
         inside = (c < channels)[None, :] & (j < rank)[:, None]
-        tl.store(to + c[None, :].to(tl.int64) * rank + j[:, None], acc, mask=inside)
+        tl.store(to + c[None, :] * rank + j[:, None], acc, mask=inside)
     elif BR < 128:
         moments(row, space, acc, c, j, r_tile, grad_scale, direction, w1, b2, w2, eps, R_ALIGNED)
     else:  # in halves: R, M and V of a whole tile would spill
@@ -122,9 +122,9 @@ def choose(layout: at.Layout, asynchronous: bool) -> Tiling:
 
     128 channels share an entry of z: at rank 128 its 14 slots then fit into the time in which an
     H200 reads 128 bf16 weights (15 slots each), and other cards have more slots per byte. 128 x 128
-    float32 sums take 64 registers of 256 threads. Of K, whole 128-byte lines are best; where mma.sync
-    holds both operands in registers beside the sums, half a line is what fits without spills.
-    Rank 1 streams G through registers; segments of 256 bytes keep whole sectors in both orders.
+    float32 sums take 64 registers of 256 threads. Along K, whole 128-byte lines are best; mma.sync
+    holds both operands in registers beside the sums, and half a line is what fits without spills.
+    Rank 1 streams G through registers, in segments of 256 bytes.
     """
     rank, g = layout.rank, layout.g
     if rank == 1:

@@ -47,7 +47,7 @@ def moments(
     channels, rank = tl.load(row + at.C).to(tl.int32), at.number(row, at.RANK, ALIGNED)
     r *= direction * inverse(grad_scale) / tl.sqrt(rank.to(F32))
     inside = (c < channels)[None, :] & (j < rank)[:, None]
-    where = c[None, :].to(tl.int64) * rank + j[:, None]
+    where = c[None, :] * rank + j[:, None]
     m_at = at.pointer(row, at.M, F32, ALIGNED) + where
     v_at = at.pointer(row, at.V, F32, ALIGNED) + where
     m, v = tl.load(m_at, mask=inside, other=0.0), tl.load(v_at, mask=inside, other=0.0)
@@ -79,7 +79,7 @@ def _combine(
     c = tile // r_tiles * BC + tl.arange(0, BC)
     j = r_tile * BR + tl.arange(0, BR)
     inside = (c < channels)[None, :] & (j < rank)[:, None]
-    part = space + tl.load(row + at.PARTIAL) + c[None, :].to(tl.int64) * rank + j[:, None]
+    part = space + tl.load(row + at.PARTIAL) + c[None, :] * rank + j[:, None]
     r = tl.zeros((BR, BC), F32)
     for _ in range(0, tl.load(row + at.CHUNKS).to(tl.int32)):
         r += tl.load(part, mask=inside, other=0.0)
@@ -207,8 +207,8 @@ def limit(
 ) -> None:
     """The scales and the limiter of every row; advances step, update_norm and the counters."""
     _limit[(len(table),)](
-        table, space, counters, *scaler, adam(hyper)[0],
-        *rates(hyper, table.device), alpha=math.sqrt(hyper.scale), TENSOR=hyper.scale_type == "tensor",
-        CORRECT=hyper.correct_bias, FRONT=hyper.scale_front, LIMITER=not hyper.disable_nl,
+        table, space, counters, *scaler, adam(hyper)[0], *rates(hyper, table.device),
+        math.sqrt(hyper.scale), TENSOR=hyper.scale_type == "tensor", CORRECT=hyper.correct_bias,
+        FRONT=hyper.scale_front, LIMITER=not hyper.disable_nl,
         BLOCK=1024, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -69,9 +69,7 @@ def _plan(device: torch.device, layouts: tuple[tables.Layout, ...]) -> _Plan:
         sums_tiles = triton.cdiv(channels, scale.COMBINE) * r_tiles if chunks > 1 else 0
         combines.append(((tiling.R_ALIGNED, tiling.BR), sums_tiles))
         update = apply.choose(layout)
-        applies.append(
-            (update, triton.cdiv(channels, update.BC) * triton.cdiv(k, update.BK))
-        )
+        applies.append((update, triton.cdiv(channels, update.BC) * triton.cdiv(k, update.BK)))
         static.append((channels, k, rank, g.ld, w.ld, chunk, chunks, r_tiles, sums, partial))
     return _Plan(
         static,
@@ -104,9 +102,7 @@ def _guard(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _ours(
-    batch: Sequence[Any], others: Callable[[list[Any]], None]
-) -> list[Any]:
+def _ours(batch: Sequence[Any], others: Callable[[list[Any]], None]) -> list[Any]:
     """The parameters that the kernels take; float64 ones go to ``others``, PyTorch."""
     rest = [i for i in batch if i.weight.dtype not in _DTYPES or i.grad.dtype not in _DTYPES]
     if rest:
@@ -197,7 +193,8 @@ def step_dense(
     W, G, M and V that do not lie alike in memory, or have gaps, are copied, and written back.
     """
     batch = _ours(
-        batch, lambda rest: reference.step_dense(rest, hyper, counters, cache, grad_scale, found_inf)
+        batch,
+        lambda rest: reference.step_dense(rest, hyper, counters, cache, grad_scale, found_inf),
     )
     if not batch:
         return

@@ -47,7 +47,10 @@ def pointer(row, COLUMN: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def number(row, COLUMN: tl.constexpr, ALIGNED: tl.constexpr):
-    """A size or a stride, int64; ALIGNED: a multiple of 16, so that vectors never straddle."""
+    """A size or a stride; ALIGNED: a multiple of 16, so that vectors never straddle.
+
+    It is int64, and so is every product with it: offsets pass 2^31.
+    """
     x = tl.load(row + COLUMN)
     if ALIGNED:
         x = tl.multiple_of(x, 16)
