@@ -124,16 +124,16 @@ def choose(layout: at.Layout, asynchronous: bool) -> Tiling:
     H200 reads 128 bf16 weights (15 slots each), and other cards have more slots per byte. 128 x 128
     float32 sums take 64 registers of 256 threads. Along K, whole 128-byte lines are best; mma.sync
     holds both operands in registers beside the sums, and half a line is what fits without spills.
-    Rank 1 streams G through registers, in segments of 256 bytes.
+    Rank 1 streams G through registers, 32 bytes a thread, in segments of 256 bytes or more.
     """
-    rank, g = layout.rank, layout.g
+    rank, g, size = layout.rank, layout.g, layout.g.dtype.itemsize
     if rank == 1:
-        tile = (1, 16, 128, 4, 3) if g.k_unit else (1, 128, 16, 4, 3)
+        tile = (1, 32 // size, 128, 4, 3) if g.k_unit else (1, 128, 16, 4, 3)
     elif rank <= 64 or asynchronous:
         rows = min(128, max(16, triton.next_power_of_2(rank)))
-        tile = (rows, 128, 128 // g.dtype.itemsize, 8 if rows > 32 else 4, 3)
+        tile = (rows, 128, 128 // size, 8, 3)
     else:
-        tile = (128, 128, 64 // g.dtype.itemsize, 8, 4)
+        tile = (128, 128, 64 // size, 8, 4)
     return Tiling(element(g.dtype), g.k_unit, g.aligned, layout.r_aligned, *tile)
 
 
