@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test lint format bench kernel-report gpu-check wheel clean
+.PHONY: help demo test test-sanitizers lint format bench kernel-report gpu-check wheel clean
 help:
 	@echo "make demo    pre-train a small LLaMA with AdamW, APOLLO and APOLLO-Mini; a table and a PNG"
 	@echo "make test    the whole suite        make lint   ruff, clang-format, mypy"
@@ -29,6 +29,10 @@ demo: $(READY)
 # pytest, not python -m pytest: the root on sys.path would let the folder triton/ pose as Triton.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# Minutes: every kernel on the emulated device under sanitizers, and seeded bugs that they must catch.
+test-sanitizers: $(READY)
+	$(BIN)/python tests/sanitizers.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

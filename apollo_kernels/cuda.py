@@ -11,7 +11,7 @@ nothing and never waits for the device.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from apollo_kernels import philox, reference
 from apollo_kernels.philox import ProjectionCache
 from apollo_kernels.reference import Dense, Hyper, LowRank
+from apollo_kernels.repeat import Launch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -82,6 +83,9 @@ class _Plan:
     blocks: tuple[int, ...]
     workspace: Tensor
     mirrors: list[_Mirror]
+
+    def __post_init__(self) -> None:
+        self.map_pointers = [m.data_ptr() for m in self.maps]
 
 
 @dataclass
@@ -230,23 +234,38 @@ def _by_dtypes(batch: Sequence[Any]) -> dict[tuple[torch.dtype, torch.dtype], li
     return groups
 
 
-def step_low_rank(
-    batch: Sequence[LowRank],
-    hyper: Hyper,
-    counters: Tensor,
-    cache: ProjectionCache,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """As reference.step_low_rank; no host sync."""
-    amp = grad_scale, found_inf
-    for group in _by_dtypes(batch).values():
-        kind = all(supported(item.weight, item.grad) for item in group)
-        step = _step_low_rank if kind else reference.step_low_rank
-        step(group, hyper, counters, cache, *amp)
+@dataclass(frozen=True)
+class _Launches:
+    """A group's launches, to be made now and, while no tensor moves, again."""
+
+    plan: _Plan
+    kind: str
+    count: int
+    rank: int
+    dtypes: tuple[int, int]
+    device: torch.device
+
+    def __call__(
+        self, hyper: Hyper, counters: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        made, kept = _hyper(hyper, counters, grad_scale, found_inf)
+        plan, device, stream = self.plan, *_stream(self.device)
+        if self.kind == "low-rank":
+            kernels.step_low_rank(
+                plan.table.data_ptr(), plan.map_pointers, plan.blocks, self.count,
+                plan.workspace.data_ptr(), *self.dtypes, self.rank, made, device, stream,
+            )  # fmt: skip
+        else:
+            kernels.step_dense(
+                plan.table.data_ptr(), plan.map_pointers[0], plan.blocks[0], self.count,
+                plan.workspace.data_ptr(), *self.dtypes, made, device, stream,
+            )  # fmt: skip
+        del kept  # until here: the launches read them
 
 
-def _plan(kind: str, batch: list[Any], cache: ProjectionCache, build: Any) -> _Plan:
+def _plan(
+    kind: str, batch: list[Any], cache: ProjectionCache, build: Callable[[tuple[int, ...]], _Plan]
+) -> _Plan:
     """The group's plan of the step before, unless one of its tensors has moved."""
     names = [field.name for field in fields(batch[0]) if field.type == "Tensor"]
     pointers = tuple(getattr(item, name).data_ptr() for item in batch for name in names)
@@ -255,38 +274,80 @@ def _plan(kind: str, batch: list[Any], cache: ProjectionCache, build: Any) -> _P
     if plan is None or plan.pointers != pointers:
         if len(cache.plans) > 64:  # of parameters that have moved away
             cache.plans.clear()
-        plan = cache.plans[key] = build(batch, pointers)
+        plan = cache.plans[key] = build(pointers)
     return plan
 
 
-def _step_low_rank(
-    batch: list[LowRank],
+def _step(
+    kind: str,
+    batch: list[Any],
     hyper: Hyper,
     counters: Tensor,
     cache: ProjectionCache,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    rank = max(item.exp_avg.shape[1] for item in batch)
-    plan = _plan("low-rank", batch, cache, lambda b, pointers: _plan_low_rank(b, rank, pointers))
-    made, kept = _hyper(hyper, counters, grad_scale, found_inf)
+    amp: tuple[Tensor | None, Tensor | None],
+) -> _Launches | None:
+    """The launches over a group of one pair of dtypes; None where copies go around them."""
+    rank = max(item.exp_avg.shape[1] for item in batch) if kind == "low-rank" else 0
+
+    def build(pointers: tuple[int, ...]) -> _Plan:
+        if kind == "low-rank":
+            return _plan_low_rank(batch, rank, pointers)
+        return _plan_dense(batch, pointers)
+
+    plan = _plan(kind, batch, cache, build)
     weight, grad = batch[0].weight, batch[0].grad
-    device, stream = _stream(weight.device)
+    dtypes = DTYPES[weight.dtype], DTYPES[grad.dtype]
+    launches = _Launches(plan, kind, len(batch), rank, dtypes, weight.device)
     for mirror in plan.mirrors:
         mirror.copy.copy_(getattr(batch[mirror.index], mirror.field))
-    kernels.step_low_rank(
-        plan.table.data_ptr(), [m.data_ptr() for m in plan.maps], plan.blocks, len(batch),
-        plan.workspace.data_ptr(), DTYPES[weight.dtype], DTYPES[grad.dtype], rank, made, device,
-        stream,
-    )  # fmt: skip
-    _copy_back(plan, batch)
-    del kept
-
-
-def _copy_back(plan: _Plan, batch: list[Any]) -> None:
+    launches(hyper, counters, *amp)
     for mirror in plan.mirrors:
         if mirror.back:
             getattr(batch[mirror.index], mirror.field).copy_(mirror.copy)
+    return None if plan.mirrors else launches
+
+
+def _all_steps(
+    kind: str,
+    batch: Sequence[Any],
+    hyper: Hyper,
+    counters: Tensor,
+    cache: ProjectionCache,
+    amp: tuple[Tensor | None, Tensor | None],
+) -> Launch | None:
+    made: list[_Launches | None] = []
+    for group in _by_dtypes(batch).values():
+        if all(supported(item.weight, item.grad) for item in group):
+            made.append(_step(kind, group, hyper, counters, cache, amp))
+        else:
+            step = reference.step_low_rank if kind == "low-rank" else reference.step_dense
+            step(group, hyper, counters, cache, *amp)
+            made.append(None)
+    launches = [launch for launch in made if launch is not None]
+    if len(launches) < len(made):
+        return None
+
+    def again(h: Hyper, c: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        for launch in launches:
+            launch(h, c, grad_scale, found_inf)
+
+    return again
+
+
+def step_low_rank(
+    batch: Sequence[LowRank],
+    hyper: Hyper,
+    counters: Tensor,
+    cache: ProjectionCache,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Launch | None:
+    """As reference.step_low_rank, without a host sync.
+
+    Returns
+        what repeats the step on the same tensors; None where something goes around the kernels.
+    """
+    return _all_steps("low-rank", batch, hyper, counters, cache, (grad_scale, found_inf))
 
 
 def step_dense(
@@ -296,21 +357,6 @@ def step_dense(
     cache: ProjectionCache,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> None:
-    """As reference.step_dense; no host sync."""
-    for group in _by_dtypes(batch).values():
-        if not all(supported(item.weight, item.grad) for item in group):
-            reference.step_dense(group, hyper, counters, cache, grad_scale, found_inf)
-            continue
-        plan = _plan("dense", group, cache, _plan_dense)
-        made, kept = _hyper(hyper, counters, grad_scale, found_inf)
-        weight, grad = group[0].weight, group[0].grad
-        for mirror in plan.mirrors:
-            mirror.copy.copy_(getattr(group[mirror.index], mirror.field))
-        kernels.step_dense(
-            plan.table.data_ptr(), plan.maps[0].data_ptr(), plan.blocks[0], len(group),
-            plan.workspace.data_ptr(), DTYPES[weight.dtype], DTYPES[grad.dtype], made,
-            *_stream(weight.device),
-        )  # fmt: skip
-        _copy_back(plan, group)
-        del kept
+) -> Launch | None:
+    """As reference.step_dense, without a host sync; returns as step_low_rank does."""
+    return _all_steps("dense", batch, hyper, counters, cache, (grad_scale, found_inf))

@@ -19,6 +19,7 @@ from apollo_kernels import ops
 from apollo_kernels.memory import MemoryReport, measure
 from apollo_kernels.philox import ProjectionCache, parameter_key
 from apollo_kernels.reference import Dense, Hyper, LowRank, compute_dtype
+from apollo_kernels.repeat import Launch, Repeat
 
 PROJECTIONS = {"random": "gaussian", "gaussian": "gaussian", "rademacher": "rademacher"}
 SCALE_TYPES = ("channel", "tensor")
@@ -151,6 +152,15 @@ class APOLLO(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         hyper = _hyper(group)
+        repeats: dict[int, Repeat] = self.__dict__.setdefault("_repeats", {})
+        last = repeats.get(id(group))
+        if last is not None:
+            if last.holds(group, self.state):
+                for device, launch in last.launches:
+                    launch(hyper, self._counters(device), *self._amp(device))
+                return
+            del repeats[id(group)]
+        launches: list[tuple[torch.device, Launch | None]] = []
         low_rank: dict[torch.device, list[LowRank]] = {}
         dense: dict[torch.device, list[Dense]] = {}
         copies: list[tuple[Tensor, Tensor]] = []
@@ -172,15 +182,17 @@ class APOLLO(torch.optim.Optimizer):
                 dense.setdefault(p.device, []).append(Dense(p, p.grad, *(state[n] for n in names)))
         for device, batch in low_rank.items():
             backend = self._backend(device, group)
-            amp = self._amp(device)
-            backend.step_low_rank(batch, hyper, self._counters(device), self._cache(), *amp)
+            shared = self._counters(device), self._cache(), *self._amp(device)
+            launches.append((device, backend.step_low_rank(batch, hyper, *shared)))
         for device, items in dense.items():
             backend = self._backend(device, group)
-            backend.step_dense(
-                items, hyper, self._counters(device), self._cache(), *self._amp(device)
-            )
+            shared = self._counters(device), self._cache(), *self._amp(device)
+            launches.append((device, backend.step_dense(items, hyper, *shared)))
         for p, weight in copies:
             p.copy_(weight.view(p.shape))
+        repeat = Repeat.of(group, self.state, launches) if launches and not copies else None
+        if repeat is not None:
+            repeats[id(group)] = repeat
 
     def _backend(self, device: torch.device, group: dict[str, Any]) -> Any:
         name = ops.choose(self.defaults["backend"], device)

@@ -33,13 +33,13 @@ SM = {
 }
 REGISTERS = 65536
 
-# Column -> the instructions that it counts, by the start of their names.
+# Column -> a pattern of the instructions that it counts.
 MIX = {
-    "tensor": ("HMMA", "HGMMA", "IMMA", "UTCHMMA"),
-    "MUFU": ("MUFU",),
-    "load 16": ("LDG.E.128", "LDG.E.LTC128B.128", "LDGSTS.E.BYPASS"),
-    "store 16": ("STG.E.128",),
-    "spill": ("LDL", "STL"),
+    "tensor": r"HMMA|HGMMA|IMMA|UTCHMMA",
+    "MUFU": r"MUFU",
+    "load 16": r"LDG\S*\.128|LDGSTS",
+    "store 16": r"STG\S*\.128",
+    "spill": r"LDL|STL",
 }
 
 
@@ -97,8 +97,8 @@ def _mixes(text: str) -> dict[tuple[str, str], Counter[str]]:
             count: Counter[str] = Counter()
             for word in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", block):
                 count["instructions"] += 1
-                for column, prefixes in MIX.items():
-                    count[column] += word.startswith(prefixes)
+                for column, pattern in MIX.items():
+                    count[column] += re.match(pattern, word) is not None
             found[arch, block.split()[0]] = count
     return found
 
@@ -126,8 +126,8 @@ def occupancy(arch: str, registers: int, shared: int, threads: int) -> float | N
     return min(blocks, most // (32 * warps), by_registers, by_shared) * warps * 32 / most
 
 
-def kernels(path: Path) -> list[dict[str, Any]]:
-    """One row per kernel and architecture in a binary.
+def kernels(path: Path, arch: str | None = None) -> list[dict[str, Any]]:
+    """One row per kernel and architecture (or of one alone) in a binary.
 
     Raises
         RuntimeError: without cuobjdump.
@@ -135,9 +135,10 @@ def kernels(path: Path) -> list[dict[str, Any]]:
     tool = cuobjdump()
     if tool is None:
         raise RuntimeError("no cuobjdump: install the CUDA toolkit, or pip install triton")
-    resources = _resources(_dump(tool, "--dump-resource-usage", str(path)))
-    bounds = _threads(_dump(tool, "-elf", str(path)))
-    mixes = _mixes(_dump(tool, "-sass", str(path)))
+    only = ["-arch", arch] if arch else []
+    resources = _resources(_dump(tool, *only, "--dump-resource-usage", str(path)))
+    bounds = _threads(_dump(tool, *only, "-elf", str(path)))
+    mixes = _mixes(_dump(tool, *only, "-sass", str(path)))
     names = _readable([name for _, name in resources])
     rows = []
     for (arch, name), used in resources.items():

@@ -130,7 +130,8 @@ py::tuple tiling_tuple(int64_t channels, int64_t k, int64_t rank, int64_t group_
 }  // namespace
 
 void bind_kernels(py::module_& module) {
-  py::class_<Hyper>(module, "Hyper", py::module_local(), "What a parameter group asks for (csrc/apollo.h).")
+  py::class_<Hyper>(module, "Hyper", py::module_local(),
+                    "What a parameter group asks for (csrc/apollo.h).")
       .def(py::init(&make_hyper));
   module.def("tiling", &tiling_tuple,
              "(channel tiles, rank tiles, chunks of K, chunk length, fused) of `project`.");

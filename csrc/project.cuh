@@ -279,45 +279,42 @@ struct Product {
     const Hyper& h = launch.hyper;
     const float factor = rsqrtf(float(p.rank)) * sign_and_scale(h);
     const int lane = int(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+    const int channels = int(p.channels), rank = int(p.rank), j = j0 + warp_rank() + 2 * t;
+    const bool summed_later = p.chunks > 1;
     float* partial = launch.workspace + p.partial + chunk * p.channels * p.rank;
+    float *exp_avg = p.exp_avg, *exp_avg_sq = p.exp_avg_sq;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = warp_channel() + 16 * m + g + 8 * half;
-        const int c = c0 + row;
-        float rr = 0.0f, nn = 0.0f;
+        const int row = warp_channel() + 16 * m + g + 8 * half, c = c0 + row;
+        const int64_t at = int64_t(c) * rank + j;
+        const int left = c < channels ? rank - j : 0;
+        float rr = 0.0f, nn = 0.0f, old_m[4][2], old_v[4][2];
+        if (!summed_later) {  // all loads before the first store
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const int j = j0 + warp_rank() + 8 * n + 2 * t;
-          const int64_t at = int64_t(c) * p.rank + j;
-          const int left = c < int(p.channels) ? int(p.rank) - j : 0;
-          float r[2];
-          for (int e = 0; e < 2; ++e) {
-            r[e] = factor * (kShortRuns ? total[kShortRuns ? m : 0] : run[m])[n][2 * half + e];
+          for (int i = 0; i < 8; ++i) {
+            const int k = 8 * (i / 2) + i % 2;
+            if (k >= left) continue;
+            old_m[i / 2][i % 2] = exp_avg[at + k];
+            old_v[i / 2][i % 2] = exp_avg_sq[at + k];
           }
-          if (left <= 0) continue;
-          if (p.chunks > 1) {
-            for (int e = 0; e < 2; ++e) {
-              if (e < left) partial[at + e] = r[e];
-            }
-          } else if (left >= 2 && p.rank % 2 == 0) {
-            float2 mm = *reinterpret_cast<float2*>(p.exp_avg + at);
-            float2 vv = *reinterpret_cast<float2*>(p.exp_avg_sq + at);
-            const float n0 = update_moments(r[0], mm.x, vv.x, h);
-            const float n1 = update_moments(r[1], mm.y, vv.y, h);
-            *reinterpret_cast<float2*>(p.exp_avg + at) = mm;
-            *reinterpret_cast<float2*>(p.exp_avg_sq + at) = vv;
-            rr = fmaf(r[1], r[1], fmaf(r[0], r[0], rr));
-            nn = fmaf(n1, n1, fmaf(n0, n0, nn));
-          } else {
-            for (int e = 0; e < 2; ++e) {
-              if (e >= left) break;
-              const float ne = update_moments(r[e], p.exp_avg[at + e], p.exp_avg_sq[at + e], h);
-              rr = fmaf(r[e], r[e], rr);
-              nn = fmaf(ne, ne, nn);
-            }
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int n = i / 2, e = i % 2, k = 8 * n + e;
+          if (k >= left) continue;
+          const float r =
+              factor * (kShortRuns ? total[kShortRuns ? m : 0] : run[m])[n][2 * half + e];
+          if (summed_later) {
+            partial[at + k] = r;
+            continue;
           }
+          const float ne = update_moments(r, old_m[n][e], old_v[n][e], h);
+          exp_avg[at + k] = old_m[n][e];
+          exp_avg_sq[at + k] = old_v[n][e];
+          rr = fmaf(r, r, rr);
+          nn = fmaf(ne, ne, nn);
         }
         for (int offset = 1; offset < 4; offset *= 2) {
           rr += __shfl_xor_sync(0xFFFFFFFFu, rr, offset);
@@ -459,7 +456,7 @@ struct Dots {
             packs[i].get(x);
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-              float(&own)[R + 1] = sums[first + i];
+              float (&own)[R + 1] = sums[first + i];
               own[R] = fmaf(x[e], x[e], own[R]);
 #pragma unroll
               for (int j = 0; j < R; ++j) own[j] = fmaf(x[e], z[j * kDotSlab + at + e], own[j]);
@@ -564,8 +561,9 @@ APOLLO_DEVICE void project_dot(const Parameter& p, const Launch& launch, int64_t
 }
 
 template <class T, int R, bool SIGNS>
-__global__ void __launch_bounds__(kDotThreads, R > 1 ? 1 : sizeof(T) == 4 ? 2 : 3)
-    project_dots(Launch launch) {
+__global__ void __launch_bounds__(kDotThreads, R > 1            ? 1
+                                               : sizeof(T) == 4 ? 2
+                                                                : 3) project_dots(Launch launch) {
   APOLLO_SHARED(shared);
   if (skipped(launch.hyper)) return;
   const Parameter& p = static_cast<const Parameter*>(launch.table)[launch.map[blockIdx.x]];

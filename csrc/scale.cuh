@@ -73,8 +73,14 @@ __global__ void __launch_bounds__(kScaleChannels)
   float* parts = launch.workspace + p.parts + block;
   const int64_t blocks = scale_blocks(p);
   if (h.tensor_scale) {
-    const float sums[3] = {block_sum(rr, scratch), block_sum(nn, scratch), block_sum(q, scratch)};
-    if (own < 3) parts[own * blocks] = sums[own];
+    rr = block_sum(rr, scratch);
+    nn = block_sum(nn, scratch);
+    q = block_sum(q, scratch);
+    if (own == 0) {
+      parts[0] = rr;
+      parts[blocks] = nn;
+      parts[2 * blocks] = q;
+    }
   } else {
     const float sc = sqrtf(nn) / (sqrtf(rr) + 1e-8f);
     if (c < p.channels) s[c] = sc;

@@ -334,3 +334,63 @@ def test_a_parameter_that_moves_is_found_again():
         b.step()
         p.data = p.data.clone()
     torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_repeated_step_sees_what_has_changed(monkeypatch):
+    """Two runs, one of which may never repeat launches: frozen and thawed parameters, gradients
+    that move or change their strides, loaded state, new groups, changed hyperparameters."""
+    from apollo_kernels import repeat
+
+    def run(may_repeat):
+        if not may_repeat:
+            monkeypatch.setattr(repeat.Repeat, "holds", lambda *_: False)
+        torch.manual_seed(0)
+        ps = [torch.nn.Parameter(torch.randn(s)) for s in [(9, 12), (20, 4), (6,)]]
+        optimizer = APOLLO(ps, rank=4, lr=0.1, backend="cuda", update_proj_gap=3)
+        kept = [torch.empty_like(p) for p in ps]
+        for i in range(14):
+            for p, grad in zip(ps, kept, strict=True):
+                p.grad = grad.copy_(torch.randn(p.shape))
+            if i == 3:
+                ps[1].grad = None
+            if i == 6:
+                ps[0].grad = torch.randn(12, 9).t()
+            if i == 8:
+                optimizer.load_state_dict(optimizer.state_dict())
+            if i == 9:
+                optimizer.param_groups[0].update(lr=0.2, weight_decay=0.1)
+            if i == 10:
+                ps[2].data = ps[2].data.clone()
+            if i == 11:
+                optimizer.state.clear()
+            if i == 12:
+                ps.append(torch.nn.Parameter(torch.ones(8, 8)))
+                kept.append(torch.empty(8, 8))
+                ps[3].grad = torch.randn(8, 8)
+                optimizer.add_param_group({"params": [ps[3]], "rank": None})
+            optimizer.step()
+        return ps, optimizer
+
+    used = []
+    holds = repeat.Repeat.holds
+    monkeypatch.setattr(repeat.Repeat, "holds", lambda *a: (used.append(holds(*a)), used[-1])[1])
+    fast, a = run(True)
+    assert sum(used) >= 5  # it did repeat in between
+    slow, b = run(False)
+    assert all(torch.equal(x, y) for x, y in zip(fast, slow, strict=True))
+    assert a.stats() == b.stats()
+
+
+def test_a_repeated_step_keeps_no_gradient_alive():
+    import gc
+    import weakref
+
+    p = torch.nn.Parameter(torch.ones(9, 12))
+    optimizer = APOLLO([p], rank=4, backend="cuda")
+    for _ in range(3):
+        p.grad = torch.randn(9, 12)
+        optimizer.step()
+    gradient = weakref.ref(p.grad)
+    optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    assert gradient() is None

@@ -189,7 +189,8 @@ UNCHECKED Fiber* make_fiber(Block* owner, unsigned linear) {
   return f;
 }
 
-// EMULATED_ORDER: in which order ready fibers run. 0 upward, 1 downward, more: from a random one on.
+// EMULATED_ORDER: in which order ready fibers run. 0 upward, 1 downward, more: from a random one
+// on.
 int order() {
   const char* wanted = std::getenv("EMULATED_ORDER");
   return wanted ? std::atoi(wanted) : 0;

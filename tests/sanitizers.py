@@ -1,0 +1,122 @@
+"""`make test-sanitizers`: every kernel on the emulated device under AddressSanitizer and
+UndefinedBehaviorSanitizer, then under ThreadSanitizer; and that seeded bugs are caught by them.
+
+    python tests/sanitizers.py [--quick]      (--quick: without the seeded bugs)
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLAGS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+
+# name, sanitizer, file, what stands there, what the bug makes of it
+BUGS = [
+    ("no barrier before the product", "thread", "project.cuh",
+     "    __syncthreads();  // one a step", "    // one a step"),
+    ("no barrier before scratch is used", "thread", "project.cuh",
+     "  __syncthreads();  // the stages become scratch", "  // scratch"),
+    ("no barrier in a block's sum", "thread", "common.cuh",
+     "  __syncthreads();\n  float sum = 0.0f;", "  float sum = 0.0f;"),
+    ("no barrier after a slab of z", "thread", "project.cuh",
+     "    __syncthreads();\n    dots.add", "    dots.add"),
+    ("a row read past its end", "address", "common.cuh",
+     "values[i] = i < n ? from[i] : T{};", "values[i] = i <= n ? from[i] : T{};"),
+    ("a row written past its end", "address", "common.cuh",
+     "if (i < n) to[i] = values[i];", "if (i <= n) to[i] = values[i];"),
+    ("a wide access where nothing is aligned", "address", "common.cuh",
+     "return ((reinterpret_cast<uintptr_t>(base)", "return true || ((uintptr_t(base)"),
+    ("moments beyond the last channel", "address", "project.cuh",
+     "const int left = c < channels ? rank - j : 0;", "const int left = rank - j;"),
+    ("one channel too many in scale", "address", "scale.cuh",
+     "if (c < p.channels) s[c] = sc;", "if (c <= p.channels) s[c] = sc;"),
+    ("q of a channel that is not there", "address", "project.cuh",
+     "if (c < Shape::kChannels && c0 + c < channels)", "if (c < Shape::kChannels)"),
+]  # fmt: skip
+
+
+def build(sources: Path, sanitizer: str, out: Path) -> None:
+    folder = ROOT / "tests" / "cuda_on_cpu"
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-Wno-unknown-pragmas",
+         "-DAPOLLO_EMULATED", "-DEMULATED_STATIC_SHARED", *FLAGS[sanitizer],
+         f"-I{folder}", f"-I{sources}", "-x", "c++",
+         str(sources / "step.cu"), str(folder / "emulated_device.cpp"),
+         str(sources / ".." / "tests" / "cuda_on_cpu" / "driver.cpp"), "-o", str(out), "-lpthread"],
+        check=True,
+    )  # fmt: skip
+
+
+def run(program: Path, sanitizer: str, order: int) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "EMULATED_ORDER": str(order), "TSAN_OPTIONS": "halt_on_error=1"}
+    environment["ASAN_OPTIONS"] = "detect_leaks=0"
+    return subprocess.run(
+        [str(program), *(["small"] if sanitizer == "thread" else [])],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+def copy_with(bug: tuple[str, ...] | None, folder: Path) -> Path:
+    """The sources in a folder of their own, with a bug seeded."""
+    for place in ("csrc", "tests/cuda_on_cpu"):
+        (folder / place).mkdir(parents=True)
+        for path in (ROOT / place).iterdir():
+            (folder / place / path.name).write_text(path.read_text())
+    if bug is not None:
+        name, _, file, good, bad = bug
+        path = folder / "csrc" / file
+        text = path.read_text()
+        assert good in text, f"{name}: {file} no longer has {good!r}"
+        path.write_text(text.replace(good, bad))
+    return folder / "csrc"
+
+
+def clean(sanitizer: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "driver"
+        build(copy_with(None, Path(folder)), sanitizer, program)
+        sums = set()
+        for order in (0, 1, 7):
+            done = run(program, sanitizer, order)
+            if done.returncode != 0:
+                return f"FAIL {sanitizer}, order {order}:\n{done.stderr[-3000:]}"
+            sums.add(done.stdout.strip())
+    return f"{'pass' if len(sums) == 1 else 'FAIL'} {sanitizer}: sums of all bits {sorted(sums)}"
+
+
+def seeded(bug: tuple[str, ...]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "driver"
+        build(copy_with(bug, Path(folder)), bug[1], program)
+        for order in (0, 7):
+            if run(program, bug[1], order).returncode != 0:
+                return f"pass {bug[1]} catches: {bug[0]}"
+    return f"FAIL {bug[1]} misses: {bug[0]}"
+
+
+def main() -> None:
+    bugs = [] if "--quick" in sys.argv else BUGS
+    failed = False
+    with ThreadPoolExecutor(2) as pool:
+        work = [pool.submit(clean, s) for s in FLAGS] + [pool.submit(seeded, b) for b in bugs]
+        for item in work:
+            line = item.result()
+            failed |= line.startswith("FAIL")
+            print(line, flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
