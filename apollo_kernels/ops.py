@@ -6,7 +6,12 @@ are tried in the order of BACKENDS, fastest first; a new one joins in ``_unavail
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
 import os
+import re
 from types import ModuleType
 
 import torch
@@ -15,6 +20,7 @@ from apollo_kernels import cuda, reference
 
 BACKENDS = ("cuda", "triton", "torch")
 ENVIRONMENT = "APOLLO_KERNELS_BACKEND"
+OLDEST_TRITON = (3, 6)
 
 
 def _unavailable(name: str, device: torch.device) -> str | None:
@@ -25,7 +31,36 @@ def _unavailable(name: str, device: torch.device) -> str | None:
         return cuda.unavailable(device)
     if device.type != "cuda":
         return f"needs a CUDA device, the tensors are on {device.type!r}"
-    return "this version of apollo_kernels has no Triton kernels"
+    return _no_triton() or _too_old(device)
+
+
+@functools.cache  # asked at each step
+def _no_triton() -> str | None:
+    """Why no Triton kernel can be compiled here."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    for distribution in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+            return f"needs Triton {'.'.join(map(str, OLDEST_TRITON))} or newer, found {version}"
+    return None
+
+
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"needs compute capability 8.0 (bf16 dots), the device has {major}.{minor}"
+    return None
+
+
+def _interpreted(name: str, device: torch.device) -> bool:
+    """Whether Triton's interpreter was asked for: slow, on CPU tensors, for tests alone."""
+    asked = os.environ.get("TRITON_INTERPRET") == "1" and device.type == "cpu"
+    return name == "triton" and asked and _no_triton() is None
 
 
 def backends(device: torch.device | str = "cpu") -> list[tuple[str, str | None]]:
@@ -56,11 +91,13 @@ def choose(backend: str = "auto", device: torch.device | str = "cpu") -> str:
     reasons = dict(backends(device))
     if backend == "auto":
         return next(name for name, reason in reasons.items() if reason is None)
-    if reasons[backend] is not None:
+    if reasons[backend] is not None and not _interpreted(backend, torch.device(device)):
         raise RuntimeError(f"{source}={backend!r} cannot run: {reasons[backend]}")
     return backend
 
 
 def load(name: str) -> ModuleType:
     """The module of back end ``name``, as answered by ``choose``."""
+    if name == "triton":  # only where it runs: the import takes a second
+        return importlib.import_module("apollo_kernels.triton_kernels.step")
     return {"cuda": cuda, "torch": reference}[name]

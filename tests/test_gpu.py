@@ -223,3 +223,44 @@ def test_a_checkpoint_moves_to_the_cpu_and_back(backend):
     other.load_state_dict(saved)
     for p, index in zip(ps, saved["state"], strict=True):
         assert torch.equal(other.state[p]["exp_avg"], saved["state"][index]["exp_avg"].cpu())
+
+
+def stepped(backend, steps, **options):
+    """A low-rank and a dense parameter with gradients that stay where they are, after some steps."""
+    torch.manual_seed(0)
+    ps = [torch.nn.Parameter(torch.randn(s, device="cuda")) for s in ((64, 48), (48, 64), (48,))]
+    lr = torch.tensor(1e-2, device="cuda")
+    optimizer = APOLLO(ps, lr=lr, rank=8, update_proj_gap=3, backend=backend, **options)
+    for p in ps:
+        p.grad = torch.randn_like(p)
+    for _ in range(steps):
+        optimizer.step()
+    return ps, optimizer
+
+
+def test_a_step_never_waits_for_the_device(backend):
+    if backend == "torch":
+        pytest.skip("it reads step and norm on the host")
+    _, optimizer = stepped(backend, 2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_step_replays_across_redraws(backend):
+    if backend == "torch":
+        pytest.skip("it reads step and norm on the host")
+    eager, _ = stepped(backend, 8)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ps, optimizer = stepped(backend, 2, capturable=True)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # captured, not run
+        optimizer.step()
+    for _ in range(6):
+        graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(eager, ps, strict=True))

@@ -69,6 +69,7 @@ def test_the_wheel_holds_the_native_module_the_types_and_the_licence(built):
     names = members(built)
     assert any(n.startswith("apollo_kernels/_C.") and n.endswith(".so") for n in names)
     assert "apollo_kernels/py.typed" in names
+    assert "apollo_kernels/triton_kernels/step.py" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
     modules = {f"apollo_kernels/{p.name}" for p in (ROOT / "apollo_kernels").glob("*.py")}
     assert modules <= set(names)

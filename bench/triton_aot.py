@@ -1,0 +1,152 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and tells what came out.
+
+    python bench/triton_aot.py [--out DIR] [--arch 80 90 gfx942 ...]
+
+One row per kernel variant and architecture: registers, spills, shared memory, and for CUDA the
+instruction mix as in kernel_report.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kernel_report
+import measure
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from apollo_kernels.triton_kernels import apply, project, scale, table
+
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx942")
+TYPES = {"table": "*i64", "items": "*i32", "space": "*fp32", "bad": "*i32", "counters": "*i64"}
+TYPES |= {"gap": "i32"}  # the rest: fp32
+OPTIONAL = ("lr_at", "grad_scale", "found_inf")
+MIX = {
+    "spills": "LDL|STL",
+    "tensor": "HMMA|HGMMA|UTC[A-Z]*MMA",
+    "load 16": r"LDG\S*\.128",
+    "store 16": r"STG\S*\.128",
+}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+
+
+def layout(dtype: torch.dtype, k_unit: bool, rank: int, channels: int = 4096, k: int = 4096):
+    """A parameter that vectors can read, as the launchers see it."""
+    lies = table.Matrix(dtype, k_unit, k if k_unit else channels, True)
+    return table.Layout(channels, k, rank, rank % 16 == 0, lies, lies)
+
+
+def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(name, kernel, its compile-time arguments and launch options) of what models launch."""
+    for dtype in NAMES if everything else (torch.bfloat16, torch.float32):
+        for k_unit in (True, False) if everything or dtype == torch.bfloat16 else (False,):
+            side = f"{NAMES[dtype]} {'rows' if k_unit else 'columns'}"
+            for rank in (1, 16, 64, 256) if everything else (1, 256):
+                tiling = project.choose(layout(dtype, k_unit, rank), arch in ("90", "100"))
+                for signs, split in ((0, 0), (1, 0), (0, 1)) if everything else ((0, 0),):
+                    rest = {"SPLIT": bool(split), "SIGNS": bool(signs), "FAST": True}
+                    name = f"project {side} rank {rank}{' signs' * signs}{' split' * split}"
+                    yield name, project._project, {**tiling._asdict(), **rest}
+            tiling = apply.choose(layout(dtype, k_unit, 64))._asdict()
+            yield f"apply {side}", apply._apply, tiling
+        tiling = apply.DenseTiling(apply.element(dtype), apply.element(dtype), True)._asdict()
+        yield f"adamw {NAMES[dtype]}", apply._adamw, {**tiling, "num_warps": 8}
+    yield "combine", scale._combine, {"ALIGNED": True, "BR": 128, "BC": scale.COMBINE}
+    flags = {"CORRECT": True, "FRONT": False, "LIMITER": True, "BLOCK": 1024}
+    for tensor in (False, True):
+        name = f"limit {'tensor' if tensor else 'channel'}"
+        yield name, scale._limit, {"TENSOR": tensor, **flags}
+    yield "begin", apply._begin, {"CORRECT": True, "num_warps": 1}
+    given = dict.fromkeys(OPTIONAL, "*fp32")  # lr in a tensor, and GradScaler's tensors
+    tiling = project.choose(layout(torch.float16, True, 64), arch in ("90", "100"))._asdict()
+    given_too = {"SPLIT": False, "SIGNS": False, "FAST": True, **given}
+    yield "project f16 rows rank 64, scaler", project._project, {**tiling, **given_too}
+    flags = {"TENSOR": False, "CORRECT": False, "FRONT": True, "LIMITER": False, "BLOCK": 1024}
+    yield "limit, scaler", scale._limit, {**flags, **given}
+    yield "begin, scaler", apply._begin, {"CORRECT": False, "num_warps": 1, **given}
+
+
+def compiled(kernel: Any, fixed: dict[str, Any], arch: str) -> Any:
+    """The kernel's image for ``arch``: a compute capability such as "90", or an AMD name."""
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    options |= {k: v for k, v in fixed.items() if k.startswith("num_")}
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
+    signature, constants = {}, {}
+    for name in kernel.arg_names:
+        given = fixed.get(name)
+        if name.isupper() or (name in OPTIONAL and given is None):
+            signature[name] = "constexpr"
+            constants[name] = False if amd and name == "FAST" else given
+        else:
+            signature[name] = given or TYPES.get(name, "fp32")
+    pointers = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+def row(name: str, arch: str, image: Any, folder: Path) -> dict[str, Any]:
+    if arch.startswith("gfx"):
+        text = image.asm["amdgcn"]
+        found = {k: int(v) for k, v in re.findall(r"\.(\w+_count|\w+_fixed_size):\s+(\d+)", text)}
+        spills = found["vgpr_spill_count"] + found["sgpr_spill_count"]
+        shared = found["group_segment_fixed_size"]
+        return {
+            "kernel": name, "arch": arch, "registers": found["vgpr_count"], "spills": spills,
+            "shared": max(shared, image.metadata.shared),
+        }  # fmt: skip
+    path = folder / "kernel.cubin"
+    path.write_bytes(image.asm["cubin"])
+    tool = kernel_report.cuobjdump()
+    assert tool is not None, "Triton's wheel carries cuobjdump"
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", dump(tool, "--dump-resource-usage", path)))
+    sass = dump(tool, "-sass", path)
+    mix = {column: len(re.findall(rf"\s(?:{words})", sass)) for column, words in MIX.items()}
+    return {
+        "kernel": name, "arch": f"sm_{arch}", "registers": int(usage["REG"]), **mix,
+        "stack": int(usage["STACK"]), "shared": image.metadata.shared,
+    }  # fmt: skip
+
+
+def dump(tool: str, option: str, path: Path) -> str:
+    return subprocess.run([tool, option, str(path)], capture_output=True, text=True).stdout
+
+
+def rows(architectures: tuple[str, ...], everything: bool = True) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        return [
+            row(name, arch, compiled(kernel, fixed, arch), Path(folder))
+            for arch in architectures
+            for name, kernel, fixed in variants(arch, everything)
+        ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--few", action="store_true", help="a sample that covers every kernel")
+    parser.add_argument("--out", type=Path, help="also write triton.md and triton.json there")
+    args = parser.parse_args()
+    found = rows(tuple(args.arch), not args.few)
+    print(measure.table(found))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        body = measure.markdown(found)
+        (args.out / "triton.md").write_text(f"# Triton kernels, as compiled\n\n{body}\n")
+        (args.out / "triton.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Tiles of z(j, k), drawn in registers: the contract of DESIGN.md, "Random numbers".
+
+Philox4x32-7 through tl.philox, all four words of each call used: 14 issue slots per normal, 1.3 per
+sign. Counters must be uint32 tensors: with int64 ones tl.philox silently becomes philox4x64.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from apollo_kernels import philox as contract
+from apollo_kernels.triton_kernels.element import INTERPRET
+
+ROUNDS = tl.constexpr(contract.ROUNDS)
+GAUSSIAN = tl.constexpr(contract.GAUSSIAN)
+RADEMACHER = tl.constexpr(contract.RADEMACHER)
+FAST = torch.version.cuda is not None and not INTERPRET.value  # PTX instead of Triton's functions
+
+
+@triton.jit
+def _ptx(name: tl.constexpr, x):
+    """One of the special function unit's instructions; Triton's own forms take three times more."""
+    return tl.inline_asm_elementwise(name, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def box_muller(w0, w1, FAST: tl.constexpr):
+    """Two normals from two words. Both uniforms are exact in float32: no integer is converted."""
+    u = ((w0 >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.99999994039535522461
+    x = ((w1 >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
+    x *= 6.283185307179586  # the angle less pi, hence the signs below
+    if FAST:
+        square = -1.3862943611198906 * _ptx("lg2.approx.ftz.f32 $0, $1;", u)  # -2 ln 2
+        rho = _ptx("sqrt.approx.ftz.f32 $0, $1;", square)
+        cos, sin = _ptx("cos.approx.ftz.f32 $0, $1;", x), _ptx("sin.approx.ftz.f32 $0, $1;", x)
+        return -rho * cos, -rho * sin
+    else:
+        rho = tl.sqrt(-2.0 * tl.log(u))
+        return -rho * tl.cos(x), -rho * tl.sin(x)
+
+
+@triton.jit
+def words(key, c0, j, epoch, KIND: tl.constexpr):
+    """Philox of the counters (c0, j, epoch, KIND), uint32 tensors that broadcast."""
+    c0, j = tl.broadcast(c0, j)
+    zero = c0 * 0
+    return tl.philox(key, c0, j, zero + epoch.to(tl.uint32), zero + KIND, ROUNDS)
+
+
+@triton.jit
+def normals(key, epoch, j0, k0, R: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr):
+    """z [R, BK] float32, not yet rounded; k0 and BK are multiples of 16."""
+    BLOCKS: tl.constexpr = BK // 16
+    c0 = 4 * (k0 // 16 + tl.arange(0, BLOCKS))[:, None] + tl.arange(0, 4)[None, :]
+    j = (j0 + tl.arange(0, R)).to(tl.uint32)[:, None, None]
+    w0, w1, w2, w3 = words(key, c0.to(tl.uint32)[None, :, :], j, epoch, GAUSSIAN)
+    z0, z1 = box_muller(w0, w1, FAST)
+    z2, z3 = box_muller(w2, w3, FAST)
+    z = tl.join(tl.join(z0, z1), tl.join(z2, z3))  # [R, block, t, e, h]
+    return tl.reshape(tl.permute(z, (0, 1, 4, 2, 3)), (R, BK))  # k = 16 block + 8h + 2t + e
+
+
+@triton.jit
+def signs(key, epoch, j0, k0, R: tl.constexpr, BK: tl.constexpr):
+    """z [R, BK] float32; BK divides 128 and k0 is a multiple of it, so one word per call serves."""
+    t = tl.arange(0, 4)
+    c0 = (4 * (k0 // 512) + t).to(tl.uint32)[None, :]
+    j = (j0 + tl.arange(0, R)).to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = words(key, c0, j, epoch, RADEMACHER)
+    v = k0 % 512 // 128
+    w = tl.where(v < 2, tl.where(v == 0, w0, w1), tl.where(v == 2, w2, w3))  # [R, t]
+    i = k0 % 128 // 8 + tl.arange(0, BK // 8)  # the run of 8 within the word's 128
+    shift = i[:, None] + 16 * tl.arange(0, 2)[None, :]  # [run, e]
+    bits = (w[:, None, :, None] >> shift.to(tl.uint32)[None, :, None, :]) & 1
+    z = ((bits << 31) | 0x3F800000).to(tl.float32, bitcast=True)
+    return tl.reshape(z, (R, BK))  # k = 8 run + 2t + e
+
+
+@triton.jit
+def draw(
+    key, epoch, j0, k0, R: tl.constexpr, BK: tl.constexpr, SIGNS: tl.constexpr, FAST: tl.constexpr
+):
+    """z(j, k) [R, BK] float32 for j >= j0, k >= k0, before the contract's rounding to bf16."""
+    if SIGNS:
+        return signs(key, epoch, j0, k0, R, BK)
+    else:
+        return normals(key, epoch, j0, k0, R, BK, FAST)

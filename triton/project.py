@@ -1,0 +1,163 @@
+"""R = z X^T / sqrt(r) and q_c = |X_c|^2 of every low-rank gradient X [C, K] (Algorithm 1, step 1).
+
+z is drawn in registers and never stored. A program owns BC channels and BR rank rows, so that an
+entry of z, 14 issue slots, serves BC channels. Where K is not split, Adam's moments of R follow at
+once, and R itself never reaches memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from apollo_kernels import reference
+from apollo_kernels.triton_kernels import table as at
+from apollo_kernels.triton_kernels.element import INTERPRET, element, to_bf16, widen
+from apollo_kernels.triton_kernels.philox import FAST, draw
+from apollo_kernels.triton_kernels.scale import Scaler, adam, moments
+
+
+@triton.jit
+def _dot(z, x, acc):
+    """acc + z x with float32 sums; z [BR, BK] bf16, x [BK, BC] as loaded.
+
+    float32 is cut into three bf16 pieces, 24 bits together: exact products on tensor cores. They
+    are summed apart and then added, since a tensor core's own sum truncates.
+    """
+    if x.dtype == tl.float32:
+        high = to_bf16(x)
+        rest = x - high.to(tl.float32)
+        middle = to_bf16(rest)
+        part = tl.dot(z, to_bf16(rest - middle.to(tl.float32)), input_precision="ieee")
+        part = tl.dot(z, middle, part, input_precision="ieee")
+        return acc + tl.dot(z, high, part, input_precision="ieee")
+    elif INTERPRET:
+        return tl.dot(z, widen(x), acc, input_precision="ieee")
+    else:
+        return tl.dot(z.to(x.dtype), x, acc)
+
+
+# Reads G once: 2 bytes a bf16 weight, 4 a float32 one. Unsplit, the moments are read and written:
+# 16 r / K more. G is read again for each further tile of rank rows; its neighbour finds it in L2.
+@triton.jit(do_not_specialize=["gap"])
+def _project(
+    table, items, space, grad_scale, found_inf, direction, w1, b2, w2, eps, gap,
+    T: tl.constexpr, K_UNIT: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, SIGNS: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    if at.skipped(found_inf):
+        return
+    row, _, tile = at.work(table, items, at.LOW_RANK)
+    channels = at.number(row, at.C, ALIGNED and not K_UNIT).to(tl.int32)
+    size = at.number(row, at.K, ALIGNED and K_UNIT).to(tl.int32)
+    r_tiles, chunks = tl.load(row + at.R_TILES).to(tl.int32), tl.load(row + at.CHUNKS).to(tl.int32)
+    r_tile, chunk, c_tile = tile % r_tiles, tile // r_tiles % chunks, tile // r_tiles // chunks
+    begin = (chunk * at.number(row, at.CHUNK, True)).to(tl.int32)
+    end = tl.minimum(size, begin + tl.load(row + at.CHUNK).to(tl.int32))
+    key, epoch = tl.load(row + at.KEY), tl.load(at.pointer(row, at.STEP, tl.float32, False))
+    epoch = epoch.to(tl.int32) // gap
+
+    c, k = c_tile * BC + tl.arange(0, BC), tl.arange(0, BK)
+    ld = at.number(row, at.G_LD, ALIGNED)
+    x_at = at.pointer(row, at.G, T, ALIGNED)
+    if K_UNIT:
+        x_at += c[None, :] * ld + (begin + k)[:, None]
+    else:
+        x_at += (begin + k)[:, None] * ld + c[None, :]
+    acc = tl.zeros((BK if BR == 1 else BR, BC), tl.float32)
+    q = tl.zeros((BK, BC), tl.float32)
+    for k0 in range(begin, end, BK):
+        x = tl.load(x_at, mask=(c < channels)[None, :] & (k0 + k < size)[:, None], other=0)
+        z = to_bf16(draw(key, epoch, r_tile * BR, k0, BR, BK, SIGNS, FAST))
+        wide = widen(x)
+        q += wide * wide
+        if BR == 1:  # the channels' dot products with one row: no use for a tensor core
+            acc += wide * tl.reshape(z, (BK, 1)).to(tl.float32)
+        else:
+            acc = _dot(z, x, acc)
+        x_at += BK if K_UNIT else BK * ld
+
+    if BR == 1:
+        acc = tl.sum(acc, 0)[None, :]
+    j = r_tile * BR + tl.arange(0, BR)
+    if r_tile == 0:
+        q_at = space + tl.load(row + at.SUMS) + (1 + chunk) * channels.to(tl.int64) + c
+        tl.store(q_at, tl.sum(q, 0), mask=c < channels)
+    if SPLIT:
+        rank = at.number(row, at.RANK, R_ALIGNED)
+        to = space + tl.load(row + at.PARTIAL) + chunk * channels * rank
+        inside = (c < channels)[None, :] & (j < rank)[:, None]
+        tl.store(to + c[None, :] * rank + j[:, None], acc, mask=inside)
+    elif BR < 128:
+        moments(row, space, acc, c, j, r_tile, grad_scale, direction, w1, b2, w2, eps, R_ALIGNED)
+    else:  # in halves: R, M and V of a whole tile would spill
+        halves = tl.permute(tl.reshape(acc, (BR, 2, BC // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        c = c_tile * BC + tl.arange(0, BC // 2)
+        moments(row, space, left, c, j, r_tile, grad_scale, direction, w1, b2, w2, eps, R_ALIGNED)
+        c += BC // 2
+        moments(row, space, right, c, j, r_tile, grad_scale, direction, w1, b2, w2, eps, R_ALIGNED)
+
+
+class Tiling(NamedTuple):
+    """Which kernel a parameter takes: launches are grouped by this."""
+
+    T: tl.dtype
+    K_UNIT: bool
+    ALIGNED: bool
+    R_ALIGNED: bool
+    BR: int
+    BC: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+def choose(layout: at.Layout, asynchronous: bool) -> Tiling:
+    """The tile of a parameter; ``asynchronous``: whether dots read shared memory (wgmma, tcgen05).
+
+    128 channels share an entry of z: at rank 128 its 14 slots then fit into the time in which an
+    H200 reads 128 bf16 weights (15 slots each), and other cards have more slots per byte. 128 x 128
+    float32 sums take 64 registers of 256 threads. Along K, whole 128-byte lines are best; mma.sync
+    holds both operands in registers beside the sums, and half a line is what fits without spills.
+    Rank 1 streams G through registers, 32 bytes a thread, in segments of 256 bytes or more.
+    """
+    rank, g, size = layout.rank, layout.g, layout.g.dtype.itemsize
+    if rank == 1:
+        tile = (1, 32 // size, 128, 4, 3) if g.k_unit else (1, 128, 16, 4, 3)
+    elif rank <= 64 or asynchronous:
+        rows = min(128, max(16, triton.next_power_of_2(rank)))
+        tile = (rows, 128, 128 // size, 8, 3)
+    else:
+        tile = (128, 128, 64 // size, 8, 4)
+    return Tiling(element(g.dtype), g.k_unit, g.aligned, layout.r_aligned, *tile)
+
+
+def split(layout: at.Layout, tiling: Tiling) -> tuple[int, int]:
+    """Contracted indices per chunk, and chunks: few tiles with a long K are cut along it.
+
+    The parameter alone decides, so its bits do not depend on what else is in the launch. At most 32
+    tiles of partial sums, 2 MB, are written; a chunk is a multiple of 512, the blocks of z.
+    """
+    k = max(layout.k, 1)
+    tiles = triton.cdiv(layout.channels, tiling.BC) * triton.cdiv(layout.rank, tiling.BR)
+    chunks = max(1, min(32 // max(tiles, 1), k // 1024))
+    chunk = triton.cdiv(triton.cdiv(k, chunks), 512) * 512
+    return chunk, triton.cdiv(k, chunk)
+
+
+def project(
+    tiling: Tiling, SPLIT: bool, table: Tensor, items: Tensor, space: Tensor, scaler: Scaler,
+    hyper: reference.Hyper,
+) -> None:  # fmt: skip
+    """Projects every item's tile; with SPLIT the moments are left to scale.combine."""
+    *kernel, num_warps, num_stages = tiling
+    _project[(len(items),)](
+        table, items, space, *scaler, *adam(hyper), hyper.update_proj_gap,
+        *kernel, SPLIT=SPLIT, SIGNS=hyper.distribution == "rademacher", FAST=FAST,
+        num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
