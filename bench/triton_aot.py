@@ -58,6 +58,10 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
                     yield name, project._project, {**tiling._asdict(), **rest}
             tiling = apply.choose(layout(dtype, k_unit, 64))._asdict()
             yield f"apply {side}", apply._apply, tiling
+            if dtype == torch.bfloat16:
+                for rounding in (1, 2) if everything else (1 if k_unit else 2,):
+                    name = f"apply {side} by chance {rounding}"
+                    yield name, apply._apply, {**tiling, "ROUNDING": rounding}
         tiling = apply.DenseTiling(apply.element(dtype), apply.element(dtype), True)._asdict()
         yield f"adamw {NAMES[dtype]}", apply._adamw, {**tiling, "num_warps": 8}
     yield "combine", scale._combine, {"ALIGNED": True, "BR": 128, "BC": scale.COMBINE}

@@ -226,7 +226,7 @@ def test_a_checkpoint_moves_to_the_cpu_and_back(backend):
 
 
 def stepped(backend, steps, **options):
-    """A low-rank and a dense parameter with gradients that stay where they are, after some steps."""
+    """Low-rank and dense parameters whose gradients stay where they are, after some steps."""
     torch.manual_seed(0)
     ps = [torch.nn.Parameter(torch.randn(s, device="cuda")) for s in ((64, 48), (48, 64), (48,))]
     lr = torch.tensor(1e-2, device="cuda")

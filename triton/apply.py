@@ -12,8 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from apollo_kernels import reference
+from apollo_kernels.triton_kernels import philox
 from apollo_kernels.triton_kernels import table as at
-from apollo_kernels.triton_kernels.element import element, finite, narrow, widen
+from apollo_kernels.triton_kernels.element import (
+    element,
+    finite,
+    narrow,
+    round_stochastically,
+    widen,
+)
 from apollo_kernels.triton_kernels.scale import F32, adam, inverse, one_minus_power, rates
 
 
@@ -22,7 +29,7 @@ from apollo_kernels.triton_kernels.scale import F32, adam, inverse, one_minus_po
 def _apply(
     table, items, space,
     T: tl.constexpr, G_T: tl.constexpr, K_UNIT: tl.constexpr, G_K_UNIT: tl.constexpr,
-    ALIGNED: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    ALIGNED: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
     row, number, tile = at.work(table, items, at.LOW_RANK)
     record = space + 4 * number
@@ -45,6 +52,14 @@ def _apply(
     g = widen(tl.load(g_at, mask=inside, other=0, eviction_policy="evict_first"))
     w = tl.fma(w, -decay, w)  # 1 - decay in float32 would lose a decay of 1e-7
     w = tl.fma(g, tl.broadcast_to(-(s * step)[:, None], (BC, BK)), w)
+    if ROUNDING:
+        key, t = tl.load(row + at.KEY), tl.load(at.pointer(row, at.STEP, F32, False))
+        c0, k0 = tile // k_tiles * BC, tile % k_tiles * BK
+        if ROUNDING == 1:
+            bits = philox.rounding(key, t, c0, k0, BC, BK)
+        else:
+            bits = tl.trans(philox.rounding(key, t, k0, c0, BK, BC))
+        w = round_stochastically(w, bits)
     tl.store(w_at, narrow(w, T), mask=inside, eviction_policy="evict_first")
 
 
@@ -58,6 +73,7 @@ class Tiling(NamedTuple):
     ALIGNED: bool
     BC: int
     BK: int
+    ROUNDING: int = 0
 
 
 def choose(layout: at.Layout) -> Tiling:
@@ -71,7 +87,7 @@ def choose(layout: at.Layout) -> Tiling:
     long = (8, 512) if fast > 128 and g.k_unit == w.k_unit else (64, 64)
     return Tiling(
         element(w.dtype), element(g.dtype), w.k_unit, g.k_unit, g.aligned and w.aligned,
-        *(long if w.k_unit else long[::-1]),
+        *(long if w.k_unit else long[::-1]), layout.rounding,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from apollo_kernels.triton_kernels.element import INTERPRET
 ROUNDS = tl.constexpr(contract.ROUNDS)
 GAUSSIAN = tl.constexpr(contract.GAUSSIAN)
 RADEMACHER = tl.constexpr(contract.RADEMACHER)
+ROUNDING = tl.constexpr(contract.ROUNDING)
 FAST = torch.version.cuda is not None and not INTERPRET.value  # PTX instead of Triton's functions
 
 
@@ -85,3 +86,13 @@ def draw(
         return signs(key, epoch, j0, k0, R, BK)
     else:
         return normals(key, epoch, j0, k0, R, BK, FAST)
+
+
+@triton.jit
+def rounding(key, step, i0, l0, M: tl.constexpr, N: tl.constexpr):
+    """16 random bits [M, N] uint32 for weights (i, l) from (i0, l0) on; l0 and N divide by 8."""
+    c0 = (l0 // 8 + tl.arange(0, N // 8)).to(tl.uint32)[None, :]
+    i = (i0 + tl.arange(0, M)).to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = words(key, c0, i, step, ROUNDING)
+    w = tl.permute(tl.join(tl.join(w0, w1), tl.join(w2, w3)), (0, 1, 3, 2))  # [i, call, 2, 2]
+    return tl.reshape(tl.join(w & 0xFFFF, w >> 16), (M, N))

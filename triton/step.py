@@ -58,7 +58,7 @@ def _plan(device: torch.device, layouts: tuple[tables.Layout, ...]) -> _Plan:
     floats = 4 * len(layouts)  # the records
     asynchronous = _asynchronous_dots(device)
     for layout in layouts:
-        channels, k, rank, _, g, w = layout
+        channels, k, rank, _, g, w, _ = layout
         tiling = project.choose(layout, asynchronous)
         chunk, chunks = project.split(layout, tiling)
         r_tiles = triton.cdiv(rank, tiling.BR)
@@ -145,7 +145,9 @@ def step_low_rank(
             for t in (item.exp_avg, item.exp_avg_sq)
         )
         vectors = m.shape[1] % 16 == 0 and m.data_ptr() % 16 == 0 and v.data_ptr() % 16 == 0
-        layouts.append(tables.Layout(*w.shape, m.shape[1], vectors, g_lies, w_lies))
+        by_chance = hyper.stochastic_rounding and w.dtype == torch.bfloat16
+        rounding = (1 if item.rows else 2) if by_chance else 0
+        layouts.append(tables.Layout(*w.shape, m.shape[1], vectors, g_lies, w_lies, rounding))
         held = (g, w, m, v, item.update_norm, item.step)
         addresses.append((*(t.data_ptr() for t in held), item.key))
     plan = _plan(device, tuple(layouts))

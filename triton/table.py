@@ -84,6 +84,7 @@ class Layout(NamedTuple):
     r_aligned: bool  # so are the moments' [C, rank]
     g: Matrix
     w: Matrix
+    rounding: int = 0  # stochastic: 1 if channels are the matrix's rows, 2 if its columns
 
 
 def matrix(t: Tensor) -> Matrix | None:
