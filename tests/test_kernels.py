@@ -90,9 +90,9 @@ def test_the_kernels_draw_the_contracts_numbers(distribution, rank, proj_type):
 
 
 @pytest.mark.parametrize("dtypes", [(w, g) for w in DTYPES for g in DTYPES], ids=str)
-@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("rank", [1, 8, 100])
 def test_every_pair_of_dtypes(dtypes, rank):
-    for shape in SHAPES[:3]:
+    for shape in [(131, 110), (110, 131)] if rank == 100 else SHAPES[:3]:
         options = {"scale_type": "tensor", "weight_decay": 0.01}
         compare_step(shape, dtypes, rank=rank, proj="rademacher", **options)
 
