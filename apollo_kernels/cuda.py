@@ -79,6 +79,7 @@ class _Plan:
     pointers: tuple[int, ...]
     table: Tensor  # int64 [parameters, fields], on the device
     host: Tensor  # the same in pinned memory, which the copy to the device may read later
+    counts: list[tuple[int, ...]]  # blocks of each parameter in each launch
     maps: tuple[Tensor, ...]
     blocks: tuple[int, ...]
     workspace: Tensor
@@ -113,7 +114,30 @@ def _table(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]
     return host.to(device, non_blocking=True), host
 
 
-def _plan_low_rank(batch: Sequence[LowRank], rank: int, pointers: tuple[int, ...]) -> _Plan:
+def _planned(
+    pointers: tuple[int, ...],
+    rows: list[list[int]],
+    counts: Sequence[tuple[int, ...]],
+    workspace: tuple[int, torch.dtype],
+    mirrors: list[_Mirror],
+    device: torch.device,
+    old: _Plan | None,
+) -> _Plan:
+    """A plan; of an old one whose blocks are the same, only the table is new: then nobody waits."""
+    blocks = tuple(map(sum, zip(*counts, strict=True)))
+    table, host = _table(rows, device)
+    size, dtype = workspace
+    if old is not None and old.counts == counts and old.workspace.numel() == size:
+        maps, space = old.maps, old.workspace
+    else:
+        maps = tuple(_blocks_to_rows(column, device) for column in zip(*counts, strict=True))
+        space = torch.zeros(size, dtype=dtype, device=device)
+    return _Plan(pointers, table, host, list(counts), maps, blocks, space, mirrors)
+
+
+def _plan_low_rank(
+    batch: Sequence[LowRank], rank: int, pointers: tuple[int, ...], old: _Plan | None
+) -> _Plan:
     device = batch[0].weight.device
     mirrors, rows, size = _Mirrors(), [], 0
     counts: list[tuple[int, int, int]] = []
@@ -163,11 +187,8 @@ def _plan_low_rank(batch: Sequence[LowRank], rank: int, pointers: tuple[int, ...
              chunks, chunk_length, *offsets, *first]
         )  # fmt: skip
         counts.append(count)
-    table, host = _table(rows, device)
-    maps = tuple(_blocks_to_rows([c[i] for c in counts], device) for i in range(3))
-    blocks = tuple(sum(c[i] for c in counts) for i in range(3))
-    workspace = torch.zeros(size, device=device)
-    return _Plan(pointers, table, host, maps, blocks, workspace, mirrors)
+    workspace = size, torch.float32
+    return _planned(pointers, rows, counts, workspace, mirrors, device, old)
 
 
 def _is_dense(t: Tensor) -> bool:
@@ -176,10 +197,10 @@ def _is_dense(t: Tensor) -> bool:
     return t.numel() == 0 or span == t.numel()
 
 
-def _plan_dense(batch: Sequence[Dense], pointers: tuple[int, ...]) -> _Plan:
+def _plan_dense(batch: Sequence[Dense], pointers: tuple[int, ...], old: _Plan | None) -> _Plan:
     device = batch[0].weight.device
     mirrors, rows = _Mirrors(), []
-    counts: list[int] = []
+    counts: list[tuple[int]] = []
     for i, item in enumerate(batch):
         weight = item.weight
         if not _is_dense(weight):
@@ -190,12 +211,11 @@ def _plan_dense(batch: Sequence[Dense], pointers: tuple[int, ...]) -> _Plan:
             same = t.stride() == weight.stride()
             tensors.append(t if same else mirrors.make(batch, i, field, weight))
         count = weight.numel()
-        rows.append([*(t.data_ptr() for t in (*tensors, item.step)), count, sum(counts), i])
-        counts.append(-(-count // (8 * kernels.APPLY_VECTORS)))
-    table, host = _table(rows, device)
-    maps = (_blocks_to_rows(counts, device),)
-    flags = torch.zeros(len(batch), dtype=torch.int32, device=device)
-    return _Plan(pointers, table, host, maps, (sum(counts),), flags, mirrors)
+        first = sum(blocks for (blocks,) in counts)
+        rows.append([*(t.data_ptr() for t in (*tensors, item.step)), count, first, i])
+        counts.append((-(-count // (8 * kernels.APPLY_VECTORS)),))
+    flags = len(batch), torch.int32
+    return _planned(pointers, rows, counts, flags, mirrors, device, old)
 
 
 def _pointer(t: Tensor | None) -> int:
@@ -266,7 +286,10 @@ class _Launches:
 
 
 def _plan(
-    kind: str, batch: list[Any], cache: ProjectionCache, build: Callable[[tuple[int, ...]], _Plan]
+    kind: str,
+    batch: list[Any],
+    cache: ProjectionCache,
+    build: Callable[[tuple[int, ...], _Plan | None], _Plan],
 ) -> _Plan:
     """The group's plan of the step before, unless one of its tensors has moved."""
     names = [field.name for field in fields(batch[0]) if field.type == "Tensor"]
@@ -276,7 +299,7 @@ def _plan(
     if plan is None or plan.pointers != pointers:
         if len(cache.plans) > 64:  # of parameters that have moved away
             cache.plans.clear()
-        plan = cache.plans[key] = build(pointers)
+        plan = cache.plans[key] = build(pointers, plan)
     return plan
 
 
@@ -291,10 +314,10 @@ def _step(
     """The launches over a group of one pair of dtypes; None where copies go around them."""
     rank = max(item.exp_avg.shape[1] for item in batch) if kind == "low-rank" else 0
 
-    def build(pointers: tuple[int, ...]) -> _Plan:
+    def build(pointers: tuple[int, ...], old: _Plan | None) -> _Plan:
         if kind == "low-rank":
-            return _plan_low_rank(batch, rank, pointers)
-        return _plan_dense(batch, pointers)
+            return _plan_low_rank(batch, rank, pointers, old)
+        return _plan_dense(batch, pointers, old)
 
     plan = _plan(kind, batch, cache, build)
     weight, grad = batch[0].weight, batch[0].grad

@@ -12,8 +12,10 @@ int rank_tile(int64_t group_rank) { return group_rank <= 64 ? 64 : 128; }
 
 #if defined(__CUDACC__)
 int finish() { return int(cudaGetLastError()); }
+// Beyond 48 KB a kernel has to ask, on each device.
 template <class Kernel>
 int reserve(Kernel kernel, int shared) {
+  if (shared <= 48 * 1024) return 0;
   return int(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
 }
 using Stream = cudaStream_t;
@@ -34,8 +36,7 @@ dim3 grid_of(const Launch& launch) { return dim3(static_cast<unsigned>(launch.bl
 template <class T, int RANKS, bool SIGNS>
 int launch_tiles(const Launch& launch) {
   constexpr int kShared = TileLayout<T, RANKS>::kShared;
-  static const int reserved = reserve(project_tiles<T, RANKS, SIGNS>, kShared);
-  if (reserved) return reserved;
+  if (const int error = reserve(project_tiles<T, RANKS, SIGNS>, kShared)) return error;
   APOLLO_LAUNCH((project_tiles<T, RANKS, SIGNS>), grid_of(launch), dim3(kTileThreads), kShared,
                 stream_of(launch), launch);
   return finish();
