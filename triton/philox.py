@@ -14,6 +14,7 @@ from apollo_kernels.triton_kernels.element import INTERPRET
 ROUNDS = tl.constexpr(contract.ROUNDS)
 GAUSSIAN = tl.constexpr(contract.GAUSSIAN)
 RADEMACHER = tl.constexpr(contract.RADEMACHER)
+ROUNDING = tl.constexpr(contract.ROUNDING)
 FAST = torch.version.cuda is not None and not INTERPRET.value  # PTX instead of Triton's functions
 
 
@@ -85,3 +86,14 @@ def draw(
         return signs(key, epoch, j0, k0, R, BK)
     else:
         return normals(key, epoch, j0, k0, R, BK, FAST)
+
+
+@triton.jit
+def rounding_bits(key, step, i0, l0, M: tl.constexpr, N: tl.constexpr):
+    """16 random bits for each weight (i, l) of a matrix, [M, N] uint32; 8 divides l0 and N."""
+    call = (l0 // 8 + tl.arange(0, N // 8)).to(tl.uint32)[None, :]
+    i = (i0 + tl.arange(0, M)).to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = words(key, call, i, step, ROUNDING)
+    pairs = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [M, call, x, y]: word 2y + x
+    halves = tl.join(pairs & 0xFFFF, pairs >> 16)  # [M, call, x, y, half]
+    return tl.reshape(tl.permute(halves, (0, 1, 3, 2, 4)), (M, N))
