@@ -59,7 +59,8 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
             tiling = apply.choose(layout(dtype, k_unit, 64))._asdict()
             for by_chance in (False, True) if dtype == torch.bfloat16 else (False,):
                 name = f"apply {side}{' stochastic' * by_chance}"
-                yield name, apply._apply, {**tiling, "STOCHASTIC": by_chance}
+                rest = {"STOCHASTIC": by_chance, "num_warps": apply.warps(by_chance)}
+                yield name, apply._apply, {**tiling, **rest}
         tiling = apply.DenseTiling(apply.element(dtype), apply.element(dtype), True)._asdict()
         yield f"adamw {NAMES[dtype]}", apply._adamw, {**tiling, "num_warps": 8}
     yield "combine", scale._combine, {"ALIGNED": True, "BR": 128, "BC": scale.COMBINE}

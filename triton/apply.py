@@ -95,6 +95,11 @@ def choose(layout: at.Layout) -> Tiling:
     )  # fmt: skip
 
 
+def warps(stochastic: bool) -> int:
+    """Half as many elements per thread where their random bits stand beside them."""
+    return 8 if stochastic else 4
+
+
 def apply(
     tiling: Tiling, table: Tensor, items: Tensor, space: Tensor, hyper: reference.Hyper
 ) -> None:
@@ -102,7 +107,7 @@ def apply(
     stochastic = hyper.stochastic_rounding and tiling.T == element(torch.bfloat16)
     _apply[(len(items),)](
         table, items, space, **tiling._asdict(), STOCHASTIC=stochastic,
-        num_warps=4, enable_fp_fusion=True,
+        num_warps=warps(stochastic), enable_fp_fusion=True,
     )  # fmt: skip
 
 
