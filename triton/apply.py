@@ -14,17 +14,15 @@ from torch import Tensor
 
 from apollo_kernels import reference
 from apollo_kernels.triton_kernels import table as at
-from apollo_kernels.triton_kernels.element import element, finite, narrow, widen
-from apollo_kernels.triton_kernels.philox import rounding_bits
+from apollo_kernels.triton_kernels.element import (
+    element,
+    finite,
+    narrow,
+    round_stochastically,
+    widen,
+)
+from apollo_kernels.triton_kernels.philox import rounding
 from apollo_kernels.triton_kernels.scale import F32, adam, inverse, one_minus_power, rates
-
-
-@triton.jit
-def _round_by_chance(w, bits):
-    """float32 to the bf16 above or below, as float32; next to infinity left for the nearest."""
-    raw = w.to(tl.uint32, bitcast=True)
-    cut = ((raw + bits) & 0xFFFF0000).to(F32, bitcast=True)
-    return tl.where((raw & 0x7FFFFFFF) < 0x7F7F0000, cut, w)
 
 
 # Reads G once, reads and writes W: 6 bytes a bf16 weight, 12 a float32 one. Nothing is used twice.
@@ -60,10 +58,10 @@ def _apply(
     if STOCHASTIC:
         key, t = tl.load(row + at.KEY), tl.load(at.pointer(row, at.STEP, F32, False)).to(tl.int32)
         if ROWS:
-            bits = rounding_bits(key, t, c0, k0, BC, BK)
+            bits = rounding(key, t, c0, k0, BC, BK)
         else:
-            bits = tl.trans(rounding_bits(key, t, k0, c0, BK, BC))
-        w = _round_by_chance(w, bits)
+            bits = tl.trans(rounding(key, t, k0, c0, BK, BC))
+        w = round_stochastically(w, bits)
     tl.store(w_at, narrow(w, T), mask=inside, eviction_policy="evict_first")
 
 

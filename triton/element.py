@@ -56,3 +56,11 @@ def narrow(x, T: tl.constexpr):
 def finite(x):
     """Neither NaN nor infinite."""
     return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def round_stochastically(x, bits):
+    """float32 cut to bf16's bits after 16 random bits were added; nearly infinite ones stay."""
+    raw = x.to(tl.uint32, bitcast=True)
+    cut = ((raw + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where((raw & 0x7FFFFFFF) < 0x7F7F0000, cut, x)

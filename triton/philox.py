@@ -89,11 +89,10 @@ def draw(
 
 
 @triton.jit
-def rounding_bits(key, step, i0, l0, M: tl.constexpr, N: tl.constexpr):
-    """16 random bits for each weight (i, l) of a matrix, [M, N] uint32; 8 divides l0 and N."""
-    call = (l0 // 8 + tl.arange(0, N // 8)).to(tl.uint32)[None, :]
+def rounding(key, step, i0, l0, M: tl.constexpr, N: tl.constexpr):
+    """16 random bits [M, N] uint32 for weights (i, l) from (i0, l0) on; l0 and N divide by 8."""
+    c0 = (l0 // 8 + tl.arange(0, N // 8)).to(tl.uint32)[None, :]
     i = (i0 + tl.arange(0, M)).to(tl.uint32)[:, None]
-    w0, w1, w2, w3 = words(key, call, i, step, ROUNDING)
-    pairs = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [M, call, x, y]: word 2y + x
-    halves = tl.join(pairs & 0xFFFF, pairs >> 16)  # [M, call, x, y, half]
-    return tl.reshape(tl.permute(halves, (0, 1, 3, 2, 4)), (M, N))
+    w0, w1, w2, w3 = words(key, c0, i, step, ROUNDING)
+    w = tl.permute(tl.join(tl.join(w0, w1), tl.join(w2, w3)), (0, 1, 3, 2))  # [i, call, 2, 2]
+    return tl.reshape(tl.join(w & 0xFFFF, w >> 16), (M, N))
