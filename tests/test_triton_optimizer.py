@@ -18,6 +18,7 @@ from test_checkpoint import (  # noqa: F401
     through_file,
 )
 from test_nonfinite import *  # noqa: F403
+from test_operators import run
 from test_rule import (  # noqa: F401
     check_run,
     test_a_tiny_weight_decay_is_not_lost,
@@ -134,6 +135,13 @@ def test_launches_repeat_while_nothing_moves(dtype, steps):
         calls.append(len(steps))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert calls == [2 if dtype == torch.float32 else 14, 14]  # a low-rank and a dense batch
+
+
+@pytest.mark.filterwarnings("ignore:rank .* is clamped")
+def test_a_compiled_step_is_exact():
+    (compiled, a), (eager, b) = (run("triton", flag) for flag in (True, False))
+    assert all(torch.equal(x, y) for x, y in zip(compiled, eager, strict=True))
+    assert a.stats() == b.stats()
 
 
 def test_a_converted_layout_is_written_back():
