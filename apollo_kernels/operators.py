@@ -3,7 +3,7 @@
     apollo_kernels::step_low_rank, apollo_kernels::step_dense
 
 Lists run over the parameters of a group. ``numbers``, ``switches`` and ``kinds`` are Hyper's, and
-the name of the back end that does the work. Eager steps call that back end at once.
+the name of the back end that is asked for. Eager steps call a back end at once.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def _step_low_rank(
     columns: tuple[Any, ...] = (weights, grads, exp_avgs, exp_avg_sqs, update_norms, steps, keys)
     batch = [LowRank(*item) for item in zip(*columns, flags, strict=True)]
     hyper = _unpacked(lr, numbers, switches, kinds)
-    ops.load(kinds[0]).step_low_rank(batch, hyper, counters, _cache, grad_scale, found_inf)
+    backend = ops.load(ops.choose(kinds[0], counters.device))
+    backend.step_low_rank(batch, hyper, counters, _cache, grad_scale, found_inf)
 
 
 def _step_dense(
@@ -103,7 +104,8 @@ def _step_dense(
     columns = (weights, grads, exp_avgs, exp_avg_sqs, steps)
     batch = [Dense(*item) for item in zip(*columns, strict=True)]
     hyper = _unpacked(lr, numbers, switches, kinds)
-    ops.load(kinds[0]).step_dense(batch, hyper, counters, _cache, grad_scale, found_inf)
+    backend = ops.load(ops.choose(kinds[0], counters.device))
+    backend.step_dense(batch, hyper, counters, _cache, grad_scale, found_inf)
 
 
 _library.impl("step_low_rank", _step_low_rank, "CompositeExplicitAutograd")

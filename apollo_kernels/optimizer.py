@@ -199,13 +199,13 @@ class APOLLO(torch.optim.Optimizer):
         self, kind: str, device: torch.device, batch: list[Any], group: dict[str, Any], hyper: Hyper
     ) -> Launch | None:
         """Hands a batch to its back end; under torch.compile as one operator."""
+        counters, amp = self._counters(device), self._amp(device)
+        if torch.compiler.is_compiling():  # which cannot look into the choice of a back end
+            operators.call(kind, self.defaults["backend"], batch, hyper, counters, *amp)
+            return None
         name = ops.choose(self.defaults["backend"], device)
         if name == "torch" and group["capturable"] and device.type == "cuda":
             raise RuntimeError("capturable=True needs a kernel back end; 'torch' reads the host")
-        counters, amp = self._counters(device), self._amp(device)
-        if torch.compiler.is_compiling():
-            operators.call(kind, name, batch, hyper, counters, *amp)
-            return None
         return getattr(ops.load(name), kind)(batch, hyper, counters, self._cache(), *amp)
 
     def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

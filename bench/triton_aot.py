@@ -42,7 +42,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 def layout(dtype: torch.dtype, k_unit: bool, rank: int, channels: int = 4096, k: int = 4096):
     """A parameter that vectors can read, as the launchers see it."""
     lies = table.Matrix(dtype, k_unit, k if k_unit else channels, True)
-    return table.Layout(channels, k, rank, rank % 16 == 0, lies, lies)
+    return table.Layout(channels, k, rank, k_unit, rank % 16 == 0, lies, lies)
 
 
 def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -57,11 +57,10 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
                     name = f"project {side} rank {rank}{' signs' * signs}{' split' * split}"
                     yield name, project._project, {**tiling._asdict(), **rest}
             tiling = apply.choose(layout(dtype, k_unit, 64))._asdict()
-            yield f"apply {side}", apply._apply, tiling
-            if dtype == torch.bfloat16:
-                for rounding in (1, 2) if everything else (1 if k_unit else 2,):
-                    name = f"apply {side} by chance {rounding}"
-                    yield name, apply._apply, {**tiling, "ROUNDING": rounding}
+            for by_chance in (False, True) if dtype == torch.bfloat16 else (False,):
+                name = f"apply {side}{' stochastic' * by_chance}"
+                rest = {"STOCHASTIC": by_chance, "num_warps": apply.warps(by_chance)}
+                yield name, apply._apply, {**tiling, **rest}
         tiling = apply.DenseTiling(apply.element(dtype), apply.element(dtype), True)._asdict()
         yield f"adamw {NAMES[dtype]}", apply._adamw, {**tiling, "num_warps": 8}
     yield "combine", scale._combine, {"ALIGNED": True, "BR": 128, "BC": scale.COMBINE}

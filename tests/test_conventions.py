@@ -523,6 +523,7 @@ def test_backends_are_chosen_in_one_place(monkeypatch):
     with pytest.raises(RuntimeError, match="backend='cuda' cannot run: needs a CUDA device"):
         APOLLO([p], rank=4, backend="cuda").step()
     monkeypatch.setenv("APOLLO_KERNELS_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # without its interpreter
     with pytest.raises(RuntimeError, match="APOLLO_KERNELS_BACKEND='triton' cannot run"):
         APOLLO([p], rank=4).step()
     APOLLO([p], rank=4, backend="torch").step()  # an argument beats the environment

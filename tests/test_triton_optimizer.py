@@ -18,6 +18,7 @@ from test_checkpoint import (  # noqa: F401
     through_file,
 )
 from test_nonfinite import *  # noqa: F403
+from test_operators import run
 from test_rule import (  # noqa: F401
     check_run,
     test_a_tiny_weight_decay_is_not_lost,
@@ -40,7 +41,7 @@ def steps(monkeypatch):
     taken = []
     for name in ("step_low_rank", "step_dense"):
         original = getattr(step, name)
-        monkeypatch.setattr(step, name, lambda *a, f=original: (taken.append(f), f(*a)))
+        monkeypatch.setattr(step, name, lambda *a, f=original: taken.append(f) or f(*a))
     monkeypatch.setenv(ops.ENVIRONMENT, "triton")
     yield taken
     assert taken
@@ -113,6 +114,34 @@ def test_a_run_that_moves_between_back_ends_errs_no_more_than_one_that_stays(key
     for mine, theirs, e in zip(errors(moving, exact), errors(plain, exact), exact, strict=True):
         # the floor: one rounding of the largest weight, which the plain run may have escaped
         assert mine <= 2 * theirs + 4 * torch.finfo(dtype).eps * float(e.detach().abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_launches_repeat_while_nothing_moves(dtype, steps):
+    """With another lr, across a redraw; float64 goes around the kernels and is never repeated."""
+    results, calls = [], []
+    for moved in (False, True):
+        del steps[:]
+        torch.manual_seed(1)
+        params = [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in [(16, 8), (8, 20), (9,)]]
+        optimizer = APOLLO(params, rank=4, update_proj_gap=3)
+        for number in range(7):
+            optimizer.param_groups[0]["lr"] = 0.01 / (number + 1)
+            for p in params:
+                g = torch.randn_like(p)
+                p.grad = g if moved or p.grad is None else p.grad.copy_(g)
+            optimizer.step()
+        results.append([p.detach() for p in params])
+        calls.append(len(steps))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert calls == [2 if dtype == torch.float32 else 14, 14]  # a low-rank and a dense batch
+
+
+@pytest.mark.filterwarnings("ignore:rank .* is clamped")
+def test_a_compiled_step_is_exact():
+    (compiled, a), (eager, b) = (run("triton", flag) for flag in (True, False))
+    assert all(torch.equal(x, y) for x, y in zip(compiled, eager, strict=True))
+    assert a.stats() == b.stats()
 
 
 def test_a_converted_layout_is_written_back():

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from apollo_kernels import reference
-from apollo_kernels.triton_kernels import philox
 from apollo_kernels.triton_kernels import table as at
 from apollo_kernels.triton_kernels.element import (
     element,
@@ -21,15 +21,18 @@ from apollo_kernels.triton_kernels.element import (
     round_stochastically,
     widen,
 )
+from apollo_kernels.triton_kernels.philox import rounding
 from apollo_kernels.triton_kernels.scale import F32, adam, inverse, one_minus_power, rates
 
 
 # Reads G once, reads and writes W: 6 bytes a bf16 weight, 12 a float32 one. Nothing is used twice.
+# Stochastic rounding draws one call, 60 issue slots, for 8 weights.
 @triton.jit
 def _apply(
     table, items, space,
     T: tl.constexpr, G_T: tl.constexpr, K_UNIT: tl.constexpr, G_K_UNIT: tl.constexpr,
-    ALIGNED: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, ROUNDING: tl.constexpr,
+    ROWS: tl.constexpr, ALIGNED: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     row, number, tile = at.work(table, items, at.LOW_RANK)
     record = space + 4 * number
@@ -39,8 +42,8 @@ def _apply(
     channels = at.number(row, at.C, ALIGNED and not (K_UNIT and G_K_UNIT)).to(tl.int32)
     size = at.number(row, at.K, ALIGNED and (K_UNIT or G_K_UNIT)).to(tl.int32)
     k_tiles = tl.cdiv(size, BK)
-    c = tile // k_tiles * BC + tl.arange(0, BC)
-    k = tile % k_tiles * BK + tl.arange(0, BK)
+    c0, k0 = tile // k_tiles * BC, tile % k_tiles * BK
+    c, k = c0 + tl.arange(0, BC), k0 + tl.arange(0, BK)
     w_ld, g_ld = at.number(row, at.W_LD, ALIGNED), at.number(row, at.G_LD, ALIGNED)
     w_at, g_at = at.pointer(row, at.W, T, ALIGNED), at.pointer(row, at.G, G_T, ALIGNED)
     by_c, by_k = c[:, None], k[None, :]
@@ -52,13 +55,12 @@ def _apply(
     g = widen(tl.load(g_at, mask=inside, other=0, eviction_policy="evict_first"))
     w = tl.fma(w, -decay, w)  # 1 - decay in float32 would lose a decay of 1e-7
     w = tl.fma(g, tl.broadcast_to(-(s * step)[:, None], (BC, BK)), w)
-    if ROUNDING:
-        key, t = tl.load(row + at.KEY), tl.load(at.pointer(row, at.STEP, F32, False))
-        c0, k0 = tile // k_tiles * BC, tile % k_tiles * BK
-        if ROUNDING == 1:
-            bits = philox.rounding(key, t, c0, k0, BC, BK)
+    if STOCHASTIC:
+        key, t = tl.load(row + at.KEY), tl.load(at.pointer(row, at.STEP, F32, False)).to(tl.int32)
+        if ROWS:
+            bits = rounding(key, t, c0, k0, BC, BK)
         else:
-            bits = tl.trans(philox.rounding(key, t, k0, c0, BK, BC))
+            bits = tl.trans(rounding(key, t, k0, c0, BK, BC))
         w = round_stochastically(w, bits)
     tl.store(w_at, narrow(w, T), mask=inside, eviction_policy="evict_first")
 
@@ -70,10 +72,10 @@ class Tiling(NamedTuple):
     G_T: tl.dtype
     K_UNIT: bool
     G_K_UNIT: bool
+    ROWS: bool
     ALIGNED: bool
     BC: int
     BK: int
-    ROUNDING: int = 0
 
 
 def choose(layout: at.Layout) -> Tiling:
@@ -86,16 +88,25 @@ def choose(layout: at.Layout) -> Tiling:
     fast = layout.k if w.k_unit else layout.channels
     long = (8, 512) if fast > 128 and g.k_unit == w.k_unit else (64, 64)
     return Tiling(
-        element(w.dtype), element(g.dtype), w.k_unit, g.k_unit, g.aligned and w.aligned,
-        *(long if w.k_unit else long[::-1]), layout.rounding,
+        element(w.dtype), element(g.dtype), w.k_unit, g.k_unit, layout.rows,
+        g.aligned and w.aligned, *(long if w.k_unit else long[::-1]),
     )  # fmt: skip
 
 
-def apply(tiling: Tiling, table: Tensor, items: Tensor, space: Tensor) -> None:
+def warps(stochastic: bool) -> int:
+    """Half as many elements per thread where their random bits stand beside them."""
+    return 8 if stochastic else 4
+
+
+def apply(
+    tiling: Tiling, table: Tensor, items: Tensor, space: Tensor, hyper: reference.Hyper
+) -> None:
     """Updates the weights of every item's tile by the records that scale.limit left."""
+    stochastic = hyper.stochastic_rounding and tiling.T == element(torch.bfloat16)
     _apply[(len(items),)](
-        table, items, space, **tiling._asdict(), num_warps=4, enable_fp_fusion=True
-    )
+        table, items, space, **tiling._asdict(), STOCHASTIC=stochastic,
+        num_warps=warps(stochastic), enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 # Writes 8 bytes per parameter: what every tile of _adamw needs.

@@ -46,7 +46,7 @@ def widen(x):
 @triton.jit
 def narrow(x, T: tl.constexpr):
     """float32 to elements of type T, to the nearest."""
-    if T == tl.uint16:  # noqa: SIM300
+    if T == tl.uint16:
         return (round_bf16(x).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
     else:
         return x.to(T)

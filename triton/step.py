@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from apollo_kernels import reference
 from apollo_kernels.philox import ProjectionCache
 from apollo_kernels.reference import Dense, Hyper, LowRank
+from apollo_kernels.repeat import Launch
 from apollo_kernels.triton_kernels import apply, project, scale
 from apollo_kernels.triton_kernels import table as tables
 from apollo_kernels.triton_kernels.element import element
@@ -58,7 +59,7 @@ def _plan(device: torch.device, layouts: tuple[tables.Layout, ...]) -> _Plan:
     floats = 4 * len(layouts)  # the records
     asynchronous = _asynchronous_dots(device)
     for layout in layouts:
-        channels, k, rank, _, g, w, _ = layout
+        channels, k, rank, _, _, g, w = layout
         tiling = project.choose(layout, asynchronous)
         chunk, chunks = project.split(layout, tiling)
         r_tiles = triton.cdiv(rank, tiling.BR)
@@ -91,10 +92,12 @@ class _Copies:
         self._held.append((t if written else None, copy))
         return copy
 
-    def write_back(self) -> None:
+    def write_back(self) -> bool:
+        """Whether there were any copies; what the kernels wrote is where it belongs then."""
         for t, copy in self._held:
             if t is not None:
                 t.copy_(copy)
+        return bool(self._held)
 
 
 def _guard(device: torch.device) -> Any:
@@ -102,12 +105,32 @@ def _guard(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _ours(batch: Sequence[Any], others: Callable[[list[Any]], None]) -> list[Any]:
-    """The parameters that the kernels take; float64 ones go to ``others``, PyTorch."""
-    rest = [i for i in batch if i.weight.dtype not in _DTYPES or i.grad.dtype not in _DTYPES]
-    if rest:
-        others(rest)
-    return [i for i in batch if i.weight.dtype in _DTYPES and i.grad.dtype in _DTYPES]
+def _ours(item: LowRank | Dense) -> bool:
+    """Whether the kernels take it; PyTorch takes the rest: float64, and sides beyond int32."""
+    sizes = max(item.weight.shape, default=0) < 2**31
+    return item.weight.dtype in _DTYPES and item.grad.dtype in _DTYPES and sizes
+
+
+def _launch_low_rank(
+    plan: _Plan,
+    table: Tensor,
+    space: Tensor,
+    hyper: Hyper,
+    counters: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """The launches of a batch, for as long as none of its tensors moves."""
+    scaler = (grad_scale, found_inf)
+    tables.keep_if_capturing(plan, table, space)
+    with _guard(table.device):
+        for tiling, chunked, items in plan.project:
+            project.project(tiling, chunked, table, items, space, scaler, hyper)
+        for tile, items in plan.combine:
+            scale.combine(*tile, table, items, space, scaler, hyper)
+        scale.limit(table, space, counters, scaler, hyper)
+        for update, items in plan.apply:
+            apply.apply(update, table, items, space, hyper)
 
 
 def step_low_rank(
@@ -117,20 +140,22 @@ def step_low_rank(
     cache: ProjectionCache,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> None:
-    """As reference.step_low_rank, without a wait for the device; ``cache`` is for float64 alone.
+) -> Launch | None:
+    """As reference.step_low_rank, without a wait for the device.
 
     A weight or gradient of which neither side is contiguous is copied, and written back.
+
+    Returns
+        what repeats the step on the same tensors; None where something goes around the kernels.
     """
-    scaler = (grad_scale, found_inf)
-    batch = _ours(
-        batch, lambda rest: reference.step_low_rank(rest, hyper, counters, cache, *scaler)
-    )
-    if not batch:
-        return
-    device, copies = batch[0].weight.device, _Copies()
-    layouts, addresses = [], []
-    for item in batch:
+    amp, copies = (grad_scale, found_inf), _Copies()
+    if rest := [item for item in batch if not _ours(item)]:
+        reference.step_low_rank(rest, hyper, counters, cache, *amp)
+    ours = [item for item in batch if _ours(item)]
+    if not ours:
+        return None
+    device, layouts, addresses = ours[0].weight.device, [], []
+    for item in ours:
         w, g = item.weight, item.grad
         if not item.rows:
             w, g = w.t(), g.t()
@@ -145,24 +170,15 @@ def step_low_rank(
             for t in (item.exp_avg, item.exp_avg_sq)
         )
         vectors = m.shape[1] % 16 == 0 and m.data_ptr() % 16 == 0 and v.data_ptr() % 16 == 0
-        by_chance = hyper.stochastic_rounding and w.dtype == torch.bfloat16
-        rounding = (1 if item.rows else 2) if by_chance else 0
-        layouts.append(tables.Layout(*w.shape, m.shape[1], vectors, g_lies, w_lies, rounding))
+        layouts.append(tables.Layout(*w.shape, m.shape[1], item.rows, vectors, g_lies, w_lies))
         held = (g, w, m, v, item.update_norm, item.step)
         addresses.append((*(t.data_ptr() for t in held), item.key))
     plan = _plan(device, tuple(layouts))
     rows = tuple((*a, *s) for a, s in zip(addresses, plan.static, strict=True))
-    with _guard(device):
-        table = tables.table(device, rows)
-        space = torch.empty(plan.floats, dtype=torch.float32, device=device)
-        for tiling, chunked, items in plan.project:
-            project.project(tiling, chunked, table, items, space, scaler, hyper)
-        for tile, items in plan.combine:
-            scale.combine(*tile, table, items, space, scaler, hyper)
-        scale.limit(table, space, counters, scaler, hyper)
-        for update, items in plan.apply:
-            apply.apply(update, table, items, space)
-    copies.write_back()
+    space = torch.empty(plan.floats, dtype=torch.float32, device=device)
+    launch = partial(_launch_low_rank, plan, tables.table(device, rows), space)
+    launch(hyper, counters, *amp)
+    return None if copies.write_back() or rest else launch
 
 
 @lru_cache(maxsize=64)
@@ -182,6 +198,24 @@ def _flat(tensors: Sequence[Tensor], copies: _Copies) -> list[Tensor]:
     return [t if t.is_contiguous() else copies.of(t, written=t is not g) for t in tensors]
 
 
+def _launch_dense(
+    plan: list[tuple[apply.DenseTiling, Tensor]],
+    table: Tensor,
+    space: Tensor,
+    bad: Tensor,
+    hyper: Hyper,
+    counters: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """As _launch_low_rank."""
+    tables.keep_if_capturing(plan, table, space, bad)
+    with _guard(table.device):
+        apply.begin(table, space, bad, counters, found_inf, hyper)
+        for tiling, items in plan:
+            apply.adamw(tiling, table, items, space, bad, counters, grad_scale, hyper)
+
+
 def step_dense(
     batch: Sequence[Dense],
     hyper: Hyper,
@@ -189,33 +223,28 @@ def step_dense(
     cache: ProjectionCache,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> None:
-    """As reference.step_dense, without a wait for the device.
+) -> Launch | None:
+    """As reference.step_dense, without a wait for the device; returns as step_low_rank does.
 
     W, G, M and V that do not lie alike in memory, or have gaps, are copied, and written back.
     """
-    batch = _ours(
-        batch,
-        lambda rest: reference.step_dense(rest, hyper, counters, cache, grad_scale, found_inf),
-    )
-    if not batch:
-        return
-    device, copies = batch[0].weight.device, _Copies()
-    layouts, rows = [], []
-    for item in batch:
+    amp, copies = (grad_scale, found_inf), _Copies()
+    if rest := [item for item in batch if not _ours(item)]:
+        reference.step_dense(rest, hyper, counters, cache, *amp)
+    ours = [item for item in batch if _ours(item)]
+    if not ours:
+        return None
+    device, layouts, rows = ours[0].weight.device, [], []
+    for item in ours:
         held = _flat((item.weight, item.grad, item.exp_avg, item.exp_avg_sq), copies)
         w, g, m, v = held
         aligned = all(t.data_ptr() % 16 == 0 for t in held) and w.numel() % 16 == 0
         tiling = apply.DenseTiling(element(w.dtype), element(g.dtype), aligned)
         layouts.append((w.numel(), tiling))
-        addresses = (t.data_ptr() for t in (g, w, m, v, item.step))
-        rows.append((*addresses, w.numel()))
-    plan = _dense_plan(device, tuple(layouts))
-    with _guard(device):
-        table = tables.table(device, tuple(rows))
-        space = torch.empty(4 * len(batch), dtype=torch.float32, device=device)
-        bad = torch.empty(len(batch), dtype=torch.int32, device=device)
-        apply.begin(table, space, bad, counters, found_inf, hyper)
-        for tiling, items in plan:
-            apply.adamw(tiling, table, items, space, bad, counters, grad_scale, hyper)
-    copies.write_back()
+        rows.append((*(t.data_ptr() for t in (g, w, m, v, item.step)), w.numel()))
+    plan, table = _dense_plan(device, tuple(layouts)), tables.table(device, tuple(rows))
+    space = torch.empty(4 * len(ours), dtype=torch.float32, device=device)
+    bad = torch.empty(len(ours), dtype=torch.int32, device=device)
+    launch = partial(_launch_dense, plan, table, space, bad)
+    launch(hyper, counters, *amp)
+    return None if copies.write_back() or rest else launch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -81,10 +81,10 @@ class Layout(NamedTuple):
     channels: int
     k: int
     rank: int
+    rows: bool  # the channels are the rows of the parameter's matrix
     r_aligned: bool  # so are the moments' [C, rank]
     g: Matrix
     w: Matrix
-    rounding: int = 0  # stochastic: 1 if channels are the matrix's rows, 2 if its columns
 
 
 def matrix(t: Tensor) -> Matrix | None:
@@ -106,8 +106,13 @@ def items(tiles: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
     return upload(torch.stack([rows.repeat_interleave(counts), tile], dim=1).int(), device)
 
 
-# Tables that a CUDA graph reads must outlive it, and no one tells when it goes.
-_captured: list[Tensor] = []
+# What a CUDA graph reads must outlive it, and no one tells when it goes.
+_captured: list[Any] = []
+
+
+def keep_if_capturing(*what: Any) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        _captured.extend(what)
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
@@ -115,20 +120,11 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return host.to(device)
     host = host.pin_memory()
-    there = host.to(device, non_blocking=True)
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(host)
-    return there
+    keep_if_capturing(host)
+    return host.to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=64)
-def _cached(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tensor:
-    return upload(torch.tensor(rows, dtype=torch.int64), device)
-
-
 def table(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tensor:
     """The rows on ``device``, [parameters, columns] int64; kept while no tensor moves."""
-    there = _cached(device, rows)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(there)
-    return there
+    return upload(torch.tensor(rows, dtype=torch.int64), device)
