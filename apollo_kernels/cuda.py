@@ -11,6 +11,7 @@ nothing and never waits for the device.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -45,7 +46,10 @@ def unavailable(device: torch.device) -> str | None:
 def _no_image(device: torch.device) -> str | None:
     """Asks the driver once, by a step over nothing but a kernel's attributes."""
     problem = kernels.probe(device.index or 0)
-    return f"the driver refuses the kernels: {problem}" if problem else None
+    if not problem:
+        return None
+    warnings.warn(f"the CUDA kernels cannot run on {device}: {problem}", stacklevel=2)
+    return f"the driver refuses the kernels: {problem}"
 
 
 def supported(weight: Tensor, grad: Tensor) -> bool:
@@ -268,14 +272,20 @@ class _Launches:
     device: torch.device
 
     def __call__(
-        self, hyper: Hyper, counters: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        hyper: Hyper,
+        counters: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        only: int = 15,
     ) -> None:
+        """``only``: which of project, scale, limit, apply, by bits; for benchmarks."""
         made, kept = _hyper(hyper, counters, grad_scale, found_inf)
         plan, device, stream = self.plan, *_stream(self.device)
         if self.kind == "low-rank":
             kernels.step_low_rank(
                 plan.table.data_ptr(), plan.map_pointers, plan.blocks, self.count,
-                plan.workspace.data_ptr(), *self.dtypes, self.rank, made, device, stream,
+                plan.workspace.data_ptr(), *self.dtypes, self.rank, made, device, stream, only,
             )  # fmt: skip
         else:
             kernels.step_dense(

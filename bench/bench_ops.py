@@ -22,7 +22,7 @@ from roofline import Configuration, costs
 from shapes import LLAMA
 from torch import Tensor
 
-from apollo_kernels import host, philox, reference
+from apollo_kernels import cuda, host, ops, philox, reference
 
 RANKS = (1, 8, 64, 128, 256, 512)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -110,8 +110,50 @@ def torch_apply(case: Case) -> Callable[[Tensor], Any]:
     return lambda x: call(w, x, coefficient, 0.0)
 
 
+def cuda_verb(only: int) -> Callable[[Case], Callable[[Tensor], Any]]:
+    """Some of the CUDA back end's launches, by cuda._Launches' bits; a whole step is checked."""
+
+    def prepare(case: Case) -> Callable[[Tensor], Any]:
+        made: dict[int, cuda._Launches] = {}
+        kept: list[Any] = []  # tables hold addresses only
+        hyper, counters = case.hyper(), torch.zeros(3, dtype=torch.int64, device=case.device)
+
+        def launches(x: Tensor) -> cuda._Launches:
+            if x.data_ptr() not in made:
+                grad = x if case.rows else x.t()
+                moments = [torch.zeros(case.channels, case.rank, device=case.device) for _ in "mv"]
+                scalars = [torch.zeros((), device=case.device) for _ in "ns"]
+                item = reference.LowRank(
+                    torch.zeros_like(grad), grad, *moments, *scalars, 1, case.rows
+                )
+                kept.append(item)
+                plan = cuda._plan_low_rank([item], case.rank, (), None)
+                codes = (cuda.DTYPES[case.dtype],) * 2
+                made[x.data_ptr()] = cuda._Launches(
+                    plan, "low-rank", 1, case.rank, codes, case.device
+                )
+            return made[x.data_ptr()]
+
+        x = case.matrix(0)
+        launches(x)(hyper, counters, None, None)
+        item, z = kept[0], philox.draw(1, 0, case.rank, case.k)
+        p = philox.scaled(z, torch.float64).to(case.device)
+        r, q = reference.project(x.double(), p)
+        zeros = torch.zeros_like(r), torch.zeros_like(r)
+        s, _ = reference.scale(r, q, *zeros, hyper)
+        w = -s[:, None] * x.double() * hyper.step_size(1)
+        # One normal in 1000 may be bf16's other neighbour, 2^-8 away: 2^-8 sqrt(1e-3) of R.
+        agree(item.exp_avg, zeros[0], 2**-8 * 0.1, "CUDA project")
+        found = item.weight if case.rows else item.weight.t()
+        agree(found, w, 2**-6 if case.rank < 4 else 2**-7, "CUDA step")
+        return lambda x: launches(x)(hyper, counters, None, None, only)
+
+    return prepare
+
+
 VERBS: dict[str, dict[str, Callable[[Case], Callable[[Tensor], Any]]]] = {
     "torch": {"project": torch_project, "scale": torch_scale, "apply": torch_apply},
+    "cuda": {"project": cuda_verb(1), "scale": cuda_verb(2 + 4), "apply": cuda_verb(8)},
 }
 
 
@@ -129,6 +171,8 @@ def measure_case(case: Case, copy: float, budget_s: float) -> Iterator[dict[str,
     width = float(case.dtype.itemsize)
     model = costs([case.shape], Configuration("", case.rank, width, width))
     for backend, verbs in VERBS.items():
+        if dict(ops.backends(case.device))[backend] is not None:
+            continue
         for verb, prepare in verbs.items():
             call = prepare(case)
             nbytes = int(width * case.channels * case.k)

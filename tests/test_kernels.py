@@ -316,6 +316,24 @@ def test_offsets_beyond_two_to_the_31(rank, rows):
     assert torch.equal(p.detach(), q.detach())
 
 
+def test_rank_1024():
+    """Eight rank tiles, more of them than channels' tiles."""
+    options = {"rank": 1024, "proj": "rademacher"}
+    compare_step((1030, 1027), (torch.bfloat16, torch.bfloat16), **options)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_the_benchmark_of_the_verbs_checks_this_back_end(rank, monkeypatch):
+    """bench_ops.py times each launch alone, after it has compared a whole step with float64."""
+    monkeypatch.syspath_prepend(str(emulated.ROOT / "bench"))
+    import bench_ops
+
+    for shape in [(40, 24), (24, 40)]:
+        case = bench_ops.Case(shape, rank, torch.bfloat16, torch.device("cpu"))
+        rows = list(bench_ops.measure_case(case, 1e9, 1e-3))
+        assert [r["verb"] for r in rows if r["backend"] == "cuda"] == ["project", "scale", "apply"]
+
+
 def test_float64_goes_to_pytorch():
     p, q = (torch.nn.Parameter(torch.ones(9, 12, dtype=torch.float64)) for _ in "pq")
     p.grad = q.grad = torch.randn(9, 12, dtype=torch.float64)

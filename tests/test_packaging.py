@@ -34,6 +34,8 @@ def checkout(target):
 
 def build(source, out, *options, **environment):
     # Without isolation: the same backend from the pinned requirements, and no network in a test.
+    # One architecture is enough here; test_kernel_limits.py looks at what was installed.
+    environment.setdefault("CMAKE_CUDA_ARCHITECTURES", "90")
     run(
         sys.executable,
         "-m",
