@@ -111,7 +111,7 @@ _captured: list[Any] = []
 
 
 def keep_if_capturing(*what: Any) -> None:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         _captured.extend(what)
 
 
