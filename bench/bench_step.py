@@ -159,7 +159,12 @@ def run(
     """One row per optimizer; times are scaled to all layers where not all fit."""
     model, device = LLAMA[model_name], measure.default_device()
     rank = rank or min(256, model.hidden // 4)
-    every = {**peers(rank, device, compiled), **ours(rank, device)}
+    every: dict[str, Build | str] = {**peers(rank, device, compiled), **ours(rank, device)}
+    if (
+        device.type == "cuda" and model.hidden > 1024
+    ):  # it would draw every P anew, with a host sync
+        slow = "plain PyTorch on a GPU: see the small models"
+        every.update({name: slow for name in every if name.startswith("ours torch")})
     builds = {name: build for name, build in every.items() if not isinstance(build, str)}
     samples: dict[str, list[float]] = {}
     details: dict[str, dict[str, Any]] = {}

@@ -59,11 +59,13 @@ def parts(out: Path, gpu: bool) -> list[Part]:
         "no:cacheprovider",
         str(ROOT / "tests/test_gpu.py"),
     ]
+    # Kernels that Triton compiles take seconds each: several processes where pytest-xdist is there.
+    workers = ["-n", "6"] if gpu and importlib.util.find_spec("xdist") else []
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     return [
         Part("build", [python, "setup.py", "build_ext", "--inplace"], 150, gpu=False),
         Part("environment", [python, "-m", "apollo_kernels", "info"], 30, gpu=False),
-        Part("test", [*pytest, "-m", "gpu"], 150),
+        Part("test", [*pytest, *workers, "-m", "gpu"], 180),
         Part("roofline", [python, f"{bench}/roofline.py", "--out", str(out)], 60, gpu=False),
         Part("step", [python, f"{bench}/bench_step.py", *sizes, "--out", str(out)], 180, gpu=False),
         Part("ops", [python, f"{bench}/bench_ops.py", *quick, "--out", str(out)], 75, gpu=False),
