@@ -55,7 +55,6 @@ bench: $(READY)
 
 kernel-report: $(READY)
 	$(BIN)/python bench/kernel_report.py --out bench/results
-	$(BIN)/python bench/triton_aot.py --out bench/results
 	$(BIN)/python bench/triton_aot.py --few --out bench/results
 
 # Uses what is installed (torch, nvcc, cmake, ninja, pybind11, pytest, matplotlib) and no network.
