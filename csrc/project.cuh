@@ -169,10 +169,10 @@ struct Drawing {
     at = swizzled<64>(int(threadIdx.x / 4 % RANKS), 0) + 4 * int(threadIdx.x % 4);
   }
 
-  APOLLO_DEVICE void store(unsigned char* shared, uint32_t k0, bool first) {
+  APOLLO_DEVICE void store(unsigned char* shared, uint32_t k0) {
     const uint32_t t = threadIdx.x % 4;
     if constexpr (SIGNS) {  // one word serves 4 stages; keeping all four would spill registers
-      if (inside && (first || k0 % 128 == 0)) {
+      if (inside && k0 % 128 == 0) {  // every chunk of K begins at one
         const Words w = philox4x32({{4 * (k0 / 512) + t, j, epoch, kRademacher}}, key0, key1);
         signs = sign_word(w, k0);
       }
@@ -342,37 +342,44 @@ struct Product {
   }
 };
 
-template <class T, int RANKS, bool SIGNS, bool BY_ROW>
-APOLLO_DEVICE void project_tile(const Parameter& p, const Launch& launch, int block,
-                                unsigned char* shared) {
-  using Layout = TileLayout<T, RANKS>;
-  // Rank tiles are neighbours, so that they share X in L2. Each side is below 2^31; products are
-  // not.
+// What a block computes. Rank tiles are neighbours, so that they share X in L2. Each side is below
+// 2^31; products are not.
+struct Place {
+  int c0, j0, chunk;
+};
+template <int CHANNELS, int RANKS>
+APOLLO_DEVICE Place place_of(const Parameter& p) {
+  const int block = int(int64_t(blockIdx.x) - p.first_project);
   const int rank_tiles = (int(p.rank) + RANKS - 1) / RANKS;
-  const int channel_tiles = (int(p.channels) + Tile<T>::kChannels - 1) / Tile<T>::kChannels;
-  const int j0 = block % rank_tiles * RANKS;
-  const int c0 = block / rank_tiles % channel_tiles * Tile<T>::kChannels;
-  const int chunk = block / rank_tiles / channel_tiles;
-  const int64_t k_begin = chunk * p.chunk_length;
+  const int channel_tiles = (int(p.channels) + CHANNELS - 1) / CHANNELS;
+  return {block / rank_tiles % channel_tiles * CHANNELS, block % rank_tiles * RANKS,
+          block / rank_tiles / channel_tiles};
+}
+
+template <class T, int RANKS, bool SIGNS, bool BY_ROW>
+APOLLO_DEVICE void project_tile(const Parameter& p, const Launch& launch, unsigned char* shared) {
+  using Layout = TileLayout<T, RANKS>;
+  const auto place = place_of<Tile<T>::kChannels, RANKS>(p);
+  const int64_t k_begin = place.chunk * p.chunk_length;
   const int64_t k_end = k_begin + p.chunk_length < p.k ? k_begin + p.chunk_length : p.k;
   const uint32_t epoch = uint32_t(int64_t(*p.step) / launch.hyper.update_proj_gap);
 
   Stage<T, BY_ROW> stage;
   Drawing<RANKS, SIGNS> drawing;
   Product<T, RANKS, BY_ROW> product;
-  drawing.begin(p, j0, epoch);
+  drawing.begin(p, place.j0, epoch);
   product.begin();
-  stage.begin(p, c0, k_begin, k_end);
+  stage.begin(p, place.c0, k_begin, k_end);
   stage.load();
   int parity = 0;
-  const uint32_t k_first = uint32_t(k_begin), k_last = uint32_t(k_end);
+  const uint32_t k_last = uint32_t(k_end);
 #pragma unroll 1
-  for (uint32_t k = k_first; k < k_last; k += kStep) {
+  for (uint32_t k = uint32_t(k_begin); k < k_last; k += kStep) {
     unsigned char* x = shared + parity * Layout::kStageBytes;
     unsigned char* z = x + kPieces<T> * Tile<T>::kPlane;
     stage.store(x);
     if (k + kStep < k_last) stage.load();
-    drawing.store(z, k, k == k_first);
+    drawing.store(z, k);
     __syncthreads();  // one a step: the other stage was read before the last one
     product.add(x, z);
     if (parity == 1) product.end_run();
@@ -381,11 +388,13 @@ APOLLO_DEVICE void project_tile(const Parameter& p, const Launch& launch, int bl
   product.end_run();
   __syncthreads();  // the stages become scratch
   float* scratch = reinterpret_cast<float*>(shared);
-  if (j0 == 0) {
-    float* q = launch.workspace + p.channel + p.channels * (1 + chunk);
-    stage.reduce(scratch, q, c0, p.channels);
+  const auto again =
+      place_of<Tile<T>::kChannels, RANKS>(p);  // cheaper than registers kept till here
+  if (again.j0 == 0) {
+    float* q = launch.workspace + p.channel + p.channels * (1 + again.chunk);
+    stage.reduce(scratch, q, again.c0, p.channels);
   }
-  product.finish(p, launch, c0, j0, chunk, scratch);
+  product.finish(p, launch, again.c0, again.j0, again.chunk, scratch);
 }
 
 template <class T, int RANKS, bool SIGNS>
@@ -393,11 +402,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) project_tiles(Launch launch) 
   APOLLO_SHARED(shared);
   if (skipped(launch.hyper)) return;
   const Parameter& p = static_cast<const Parameter*>(launch.table)[launch.map[blockIdx.x]];
-  const int block = int(int64_t(blockIdx.x) - p.first_project);
   if (by_row(p)) {
-    project_tile<T, RANKS, SIGNS, true>(p, launch, block, shared);
+    project_tile<T, RANKS, SIGNS, true>(p, launch, shared);
   } else {
-    project_tile<T, RANKS, SIGNS, false>(p, launch, block, shared);
+    project_tile<T, RANKS, SIGNS, false>(p, launch, shared);
   }
 }
 
