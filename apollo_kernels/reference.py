@@ -238,7 +238,8 @@ def adamw(
     g = g.to(exp_avg.dtype) * sign
     ok = _moments(g, torch.linalg.vector_norm(g), exp_avg, exp_avg_sq, hyper.betas)
     wide = w.to(exp_avg.dtype)
-    new = wide.add(wide, alpha=-lr * hyper.weight_decay)
+    decay = lr * hyper.weight_decay
+    new = wide.add(wide, alpha=-decay) if decay else wide.clone()  # 0 * Inf is NaN
     denominator = exp_avg_sq.sqrt().div_(math.sqrt(c2)).add_(hyper.eps)
     new.addcdiv_(exp_avg, denominator, value=-lr / c1)
     w.copy_(new if ok is None else torch.where(ok, new, wide))

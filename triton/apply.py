@@ -53,7 +53,8 @@ def _apply(
     s = tl.load(space + tl.load(row + at.SUMS) + c, mask=c < channels, other=0.0)
     w = widen(tl.load(w_at, mask=inside, other=0, eviction_policy="evict_first"))
     g = widen(tl.load(g_at, mask=inside, other=0, eviction_policy="evict_first"))
-    w = tl.fma(w, -decay, w)  # 1 - decay in float32 would lose a decay of 1e-7
+    if decay != 0.0:  # 0 * Inf is NaN; and 1 - decay in float32 would lose a decay of 1e-7
+        w = tl.fma(w, -decay, w)
     w = tl.fma(g, tl.broadcast_to(-(s * step)[:, None], (BC, BK)), w)
     if STOCHASTIC:
         key, t = tl.load(row + at.KEY), tl.load(at.pointer(row, at.STEP, F32, False)).to(tl.int32)
@@ -160,7 +161,10 @@ def _adamw(
     good = finite(g * g)
     m = old_m + w1 * (g - old_m)
     v = b2 * old_v + w2 * (g * g)
-    new = tl.fma(w, -decay, w) - step * (m / (tl.sqrt(v) * root + eps))
+    kept = w
+    if decay != 0.0:  # 0 * Inf is NaN
+        kept = tl.fma(w, -decay, w)
+    new = kept - step * (m / (tl.sqrt(v) * root + eps))
     # Selected, not masked: a mask that depends on data would cut the vector stores into elements.
     tl.store(w_at, narrow(tl.where(good, new, w), T), mask=inside)
     tl.store(m_at, tl.where(good, m, old_m), mask=inside)
