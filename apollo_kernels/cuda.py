@@ -260,6 +260,10 @@ def _by_dtypes(batch: Sequence[Any]) -> dict[tuple[torch.dtype, torch.dtype], li
     return groups
 
 
+# A CUDA graph reads its tables at every replay, and no one tells when it goes.
+_captured: list[_Plan] = []
+
+
 @dataclass(frozen=True)
 class _Launches:
     """A group's launches, to be made now and, while no tensor moves, again."""
@@ -282,6 +286,8 @@ class _Launches:
         """``only``: which of project, scale, limit, apply, by bits; for benchmarks."""
         made, kept = _hyper(hyper, counters, grad_scale, found_inf)
         plan, device, stream = self.plan, *_stream(self.device)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured.append(plan)
         if self.kind == "low-rank":
             kernels.step_low_rank(
                 plan.table.data_ptr(), plan.map_pointers, plan.blocks, self.count,

@@ -58,54 +58,25 @@ def _unpacked(
     )  # fmt: skip
 
 
-def _step_low_rank(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    update_norms: list[Tensor],
-    steps: list[Tensor],
-    keys: list[int],
-    rows: list[int],
-    counters: Tensor,
-    lr: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    numbers: list[float],
-    switches: list[int],
-    kinds: list[str],
-) -> None:
+def _run(kind: str, item: type[LowRank] | type[Dense], arguments: Sequence[Any]) -> None:
+    """An operator's arguments as a batch, for the back end that is asked for."""
     from apollo_kernels import ops
 
-    flags = [bool(row) for row in rows]
-    columns: tuple[Any, ...] = (weights, grads, exp_avgs, exp_avg_sqs, update_norms, steps, keys)
-    batch = [LowRank(*item) for item in zip(*columns, flags, strict=True)]
+    *columns, counters, lr, grad_scale, found_inf, numbers, switches, kinds = arguments
+    batch = [item(*row) for row in zip(*columns, strict=True)]
     hyper = _unpacked(lr, numbers, switches, kinds)
     backend = ops.load(ops.choose(kinds[0], counters.device))
-    backend.step_low_rank(batch, hyper, counters, _cache, grad_scale, found_inf)
+    getattr(backend, kind)(batch, hyper, counters, _cache, grad_scale, found_inf)
 
 
-def _step_dense(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    counters: Tensor,
-    lr: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    numbers: list[float],
-    switches: list[int],
-    kinds: list[str],
-) -> None:
-    from apollo_kernels import ops
+def _step_low_rank(*arguments: Any) -> None:
+    *columns, rows = arguments[:8]
+    booleans = [bool(row) for row in rows]  # schemas have no list of them beside tensors
+    _run("step_low_rank", LowRank, (*columns, booleans, *arguments[8:]))
 
-    columns = (weights, grads, exp_avgs, exp_avg_sqs, steps)
-    batch = [Dense(*item) for item in zip(*columns, strict=True)]
-    hyper = _unpacked(lr, numbers, switches, kinds)
-    backend = ops.load(ops.choose(kinds[0], counters.device))
-    backend.step_dense(batch, hyper, counters, _cache, grad_scale, found_inf)
+
+def _step_dense(*arguments: Any) -> None:
+    _run("step_dense", Dense, arguments)
 
 
 _library.impl("step_low_rank", _step_low_rank, "CompositeExplicitAutograd")

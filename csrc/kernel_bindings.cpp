@@ -70,20 +70,26 @@ Hyper make_hyper(uintptr_t lr_tensor, uintptr_t grad_scale, uintptr_t found_inf,
   return h;
 }
 
+Launch make_launch(uintptr_t table, int weight_dtype, int grad_dtype, const Hyper& hyper,
+                   uintptr_t stream) {
+  Launch launch{};
+  launch.table = pointer<const void>(table);
+  launch.weight_dtype = weight_dtype;
+  launch.grad_dtype = grad_dtype;
+  launch.hyper = hyper;
+  launch.stream = pointer<void>(stream);
+  return launch;
+}
+
 // The four launches of a group; maps and blocks are of project, scale and apply. `only` picks some
 // of them by bits, in this order, for benchmarks.
 void step_low_rank(uintptr_t table, std::array<uintptr_t, 3> maps, std::array<int64_t, 3> blocks,
                    int64_t count, uintptr_t workspace, int weight_dtype, int grad_dtype, int rank,
                    const Hyper& hyper, int device, uintptr_t stream, unsigned only) {
   DeviceGuard guard(device);
-  Launch launch{};
-  launch.table = pointer<const void>(table);
+  Launch launch = make_launch(table, weight_dtype, grad_dtype, hyper, stream);
   launch.workspace = pointer<float>(workspace);
-  launch.weight_dtype = weight_dtype;
-  launch.grad_dtype = grad_dtype;
   launch.rank = rank;
-  launch.stream = pointer<void>(stream);
-  launch.hyper = hyper;
   const auto with = [&launch](uintptr_t map, int64_t size) -> const Launch& {
     launch.map = pointer<const int32_t>(map);
     launch.blocks = size;
@@ -99,15 +105,10 @@ void step_dense(uintptr_t table, uintptr_t map, int64_t blocks, int64_t count, u
                 int weight_dtype, int grad_dtype, const Hyper& hyper, int device,
                 uintptr_t stream) {
   DeviceGuard guard(device);
-  Launch launch{};
-  launch.table = pointer<const void>(table);
+  Launch launch = make_launch(table, weight_dtype, grad_dtype, hyper, stream);
   launch.map = pointer<const int32_t>(map);
   launch.flags = pointer<int32_t>(flags);
   launch.blocks = blocks;
-  launch.weight_dtype = weight_dtype;
-  launch.grad_dtype = grad_dtype;
-  launch.stream = pointer<void>(stream);
-  launch.hyper = hyper;
   check(adamw(launch), "adamw");
   launch.blocks = count;
   check(advance(launch), "advance");

@@ -135,7 +135,7 @@ def test_a_step_waits_for_nothing_and_allocates_nothing(kernels):
 def test_a_graph_replays_across_a_redraw_with_another_lr(kernels):
     lr = torch.tensor(1e-2, device="cuda")
     ps, optimizer = model(kernels, lr=lr, capturable=True)
-    twins, twin = model(kernels)
+    twins, twin = model(kernels, lr=float(lr))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
