@@ -1,0 +1,131 @@
+"""What a back end is handed, and what it answers with: the border between plan.py and kernels.
+
+    project   R = P X, q_c = |X_c|^2        (paper: Algorithm 1, step 1)
+    scale     M, V <- Adam(R); s; limiter    (steps 2 and 3)
+    apply     W <- W - step * s_c * X_c      (step 4)
+
+A gradient G [m, n] is seen as X [C, K]: C channels, each K long along the contracted side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+NORM_GROWTH = 1.01  # gamma of the norm-growth limiter (paper, section 4.1, after Fira)
+TINY = 1e-8  # keeps quotients of norms finite; a stored norm below it counts as unset
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What one parameter group asks for. ``lr`` may be a tensor; the rest is plain numbers."""
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    correct_bias: bool
+    maximize: bool
+    scale_type: str = "channel"
+    scale: float = 1.0
+    scale_front: bool = False
+    disable_nl: bool = False
+    update_proj_gap: int = 200
+    distribution: str = "gaussian"
+    stochastic_rounding: bool = False
+
+    def step_size(self, step: int) -> float:
+        """lr times Adam's bias correction, kept outside of the limiter (as published)."""
+        if not self.correct_bias:
+            return float(self.lr)
+        c1, c2 = (_one_minus_power(beta, step) for beta in self.betas)
+        return float(self.lr) * math.sqrt(c2) / c1
+
+
+def _one_minus_power(beta: float, step: int) -> float:
+    return -math.expm1(step * math.log(beta)) if beta > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What reaches a step on one device from outside of its group.
+
+    counters: int64 [3] (updates, limited, not finite), added to.
+    grad_scale, found_inf: float32 [] of torch.amp.GradScaler; a set found_inf skips every write.
+    clip: float32 [], the factor of max_grad_norm, on top of 1 / grad_scale. It is made between
+    ``project`` and ``scale``, and NaN where the norm of all gradients is not finite.
+    """
+
+    counters: Tensor
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    clip: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One low-rank matrix: weight and grad [m, n], moments [C, r], update_norm [], step int64 [].
+
+    ``rows``: channels are the rows, so the columns are contracted; else the reverse.
+    ``leads``: advances ``step``, which the expert matrices of one parameter share.
+    """
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    update_norm: Tensor
+    step: Tensor
+    key: int
+    rows: bool
+    leads: bool = True
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One parameter under AdamW: all tensors of the parameter's shape but step, int64 []."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
+
+class Batch(Protocol):
+    """Low-rank matrices of one device that take their step together: three calls, in this order."""
+
+    def project(self, hyper: Hyper, signals: Signals) -> None:
+        """R and q of every matrix; unless built ``separate``, the moments may follow at once."""
+
+    def square_norm(self) -> Tensor:
+        """float64 []: the sum of all q, as the gradients are. After ``project``, if separate."""
+
+    def scale(self, hyper: Hyper, signals: Signals) -> None:
+        """Moments, s_c, the limiter and the step counters."""
+
+    def apply(self, hyper: Hyper, signals: Signals) -> None:
+        """The weights."""
+
+    def set_gradients(self, addresses: Sequence[int]) -> None:
+        """The gradients have moved and nothing else has changed."""
+
+
+class DenseBatch(Protocol):
+    """Dense parameters of one device that take their step together."""
+
+    def adamw(self, hyper: Hyper, signals: Signals) -> None:
+        """Moments, weights and step counters."""
+
+    def set_gradients(self, addresses: Sequence[int]) -> None:
+        """The gradients have moved and nothing else has changed."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic and of the moments beside a weight of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
