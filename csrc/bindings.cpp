@@ -9,6 +9,7 @@
 #include "host_bf16.h"
 #include "kernel_bindings.h"
 #include "philox.cuh"
+#include "tensor_facts.h"
 
 namespace py = pybind11;
 
@@ -80,6 +81,7 @@ PYBIND11_MODULE(_C, module) {
              "R and q of a bf16 matrix; the arguments are HostProject's (host_bf16.h).");
   module.def("host_apply", &host_apply, py::call_guard<py::gil_scoped_release>(),
              "The update of a bf16 matrix; the arguments are HostApply's (host_bf16.h).");
+  apollo::bind_tensor_facts(module);
 #if APOLLO_HAS_KERNELS
   apollo::bind_kernels(module);
 #endif
