@@ -94,7 +94,7 @@ def check(p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], name: s
     """Raises ValueError, with the parameter's name, for a state that a step must not rest on."""
     expected = shapes(p, group)
     if missing := {"step", *expected} - set(state):
-        raise ValueError(f"the state of {name} lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"the state of {name} does not fit: it lacks {', '.join(sorted(missing))}")
     low_rank = "update_norm" in expected
     if not low_rank and "update_norm" in state:
         raise ValueError(
