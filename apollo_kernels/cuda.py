@@ -1,6 +1,233 @@
-"""stub until merge"""
+"""The CUDA back end: plans over csrc's kernels, behind the border of batch.py.
+
+    LowRankBatch  project, scale (two launches), apply: four launches, whatever the number of items
+    DenseBatch    adamw (two launches)
+
+C++ (csrc/plan.h) works out rows, maps and workspace from named fields; here they get their memory.
+A step allocates nothing and never waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
 import torch
-from apollo_kernels.native import _C as kernels
+from torch import Tensor
+
+from apollo_kernels.batch import Dense, Hyper, LowRank, Signals
+from apollo_kernels.native import _C as _native
+
+# What the kernels read and write; csrc/apollo.h says what else a new dtype needs.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}  # as csrc/philox.cuh numbers them
+
+BY_ADDRESS = True  # plan.py lends no gradients
+SAME_ORDER = True  # the kernels walk weight and gradient together
+
+# The module that holds the kernels; tests put an emulated device's here.
+kernels: Any = _native
 kernel_device = "cuda"
-def unavailable(device):
-    return "stub"
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on ``device``; None if they can."""
+    if device.type != kernel_device:
+        return f"needs a {kernel_device.upper()} device, the tensors are on {device.type!r}"
+    if kernels is None:
+        return "the native module is not built"
+    if not hasattr(kernels, "LowRankPlan"):
+        return f"the native module has no kernels: {kernels.build_info()['cuda_missing']}"
+    return _no_image(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def _no_image(device: torch.device) -> str | None:
+    """Asks the driver once, by a kernel's attributes."""
+    problem = kernels.probe(device.index or 0)
+    if not problem:
+        return None
+    warnings.warn(f"the CUDA kernels cannot run on {device}: {problem}", stacklevel=2)
+    return f"the driver refuses the kernels: {problem}"
+
+
+def takes(item: LowRank | Dense) -> bool:
+    """Whether the kernels know these dtypes and sizes."""
+    weight, grad = item.weight, item.grad
+    known = weight.dtype in DTYPES and grad.dtype in DTYPES
+    return known and (isinstance(item, Dense) or max(weight.shape) < 2**31)
+
+
+def family(item: LowRank | Dense) -> Hashable:
+    """Items of one family share launches: equal dtypes and, by their own ranks, equal kernels."""
+    rank = kernels.rank_class(item.exp_avg.shape[1]) if isinstance(item, LowRank) else None
+    return item.weight.dtype, item.grad.dtype, rank
+
+
+def build(items: Sequence[LowRank], *, separate: bool = False) -> LowRankBatch:
+    """``separate``: R stays in the workspace between ``project`` and ``scale``."""
+    return LowRankBatch(items, separate)
+
+
+def build_dense(items: Sequence[Dense]) -> DenseBatch:
+    return DenseBatch(items)
+
+
+def _row_major(*matrices: Tensor) -> bool:
+    """Whether all [m, n] lie in memory as rows, or all as columns. Where a side has size 1 and both
+    are true, the longer side is the inner one; its own stride means nothing."""
+    m, n = matrices[0].shape
+    by_rows = all(n == 1 or x.stride(1) == 1 for x in matrices)
+    by_columns = all(m == 1 or x.stride(0) == 1 for x in matrices)
+    if not (by_rows or by_columns):
+        raise ValueError(f"weight and gradient lie apart: {[x.stride() for x in matrices]}")
+    return by_rows and not (by_columns and n == 1)
+
+
+class _Placed:
+    """A plan of C++ with its table, maps and workspace on the device of the items.
+
+    A batch that a captured graph reads must not get other gradients: its tables would be freed.
+    """
+
+    def __init__(self, plan: Any, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.index = device.index or 0
+        self._made: tuple[Any, ...] = (None, None)
+        self.workspace = torch.zeros(plan.workspace_floats, dtype=torch.float32, device=device)
+        self.maps, self._host_maps = self._upload(plan.map_size, torch.int32, plan.write_maps)
+        self._write_table()
+
+    def _upload(self, size: int, dtype: torch.dtype, write: Callable[[int], None]) -> Any:
+        """A tensor on the device, and its pinned source, which the copy may read later."""
+        pinned = self.device.type == "cuda"
+        host = torch.empty(size, dtype=dtype, device="cpu", pin_memory=pinned)
+        write(host.data_ptr())
+        return host.to(self.device, non_blocking=True), host
+
+    def _write_table(self) -> None:
+        plan = self.plan
+        self.table, self._host_table = self._upload(plan.table_words, torch.int64, plan.write_table)
+        plan.place(
+            table=self.table.data_ptr(), maps=self.maps.data_ptr(),
+            workspace=self.workspace.data_ptr(), device=self.index,
+        )  # fmt: skip
+
+    def set_gradients(self, addresses: Sequence[int]) -> None:
+        """A new table, which nobody waits for; maps and workspace stay."""
+        self.plan.set_gradients(addresses)
+        self._write_table()
+
+    def _stream(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def _hyper(self, h: Hyper, signals: Signals) -> Any:
+        """The kernels' Hyper; the verbs of one step share it."""
+        made = self._made
+        if made[0] is h and made[1] is signals:
+            return made[2]
+        on_device = isinstance(h.lr, Tensor) and h.lr.device == self.device
+        lr: Any = h.lr.to(torch.float32) if on_device else float(h.lr)
+        native = kernels.Hyper(
+            counters=signals.counters.data_ptr(),
+            lr=0.0 if on_device else lr,
+            lr_tensor=lr.data_ptr() if on_device else 0,
+            beta1=h.betas[0],
+            beta2=h.betas[1],
+            eps=h.eps,
+            weight_decay=h.weight_decay,
+            correct_bias=h.correct_bias,
+            maximize=h.maximize,
+            scale=h.scale,
+            update_proj_gap=h.update_proj_gap,
+            distribution=DISTRIBUTIONS[h.distribution],
+            tensor_scale=h.scale_type == "tensor",
+            scale_front=h.scale_front,
+            disable_nl=h.disable_nl,
+            stochastic_rounding=h.stochastic_rounding,
+            grad_scale=_address(signals.grad_scale),
+            found_inf=_address(signals.found_inf),
+            clip=_address(signals.clip),
+        )
+        changes = isinstance(h.lr, Tensor) and lr is not h.lr  # a copy, of what may change unseen
+        self._made = None if changes else h, signals, native, lr
+        return native
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+class LowRankBatch(_Placed):
+    """batch.Batch over the kernels: items of one device and family, in one memory order each."""
+
+    def __init__(self, items: Sequence[LowRank], separate: bool) -> None:
+        first = items[0]
+        plan = kernels.LowRankPlan(
+            weight_dtype=DTYPES[first.weight.dtype],
+            grad_dtype=DTYPES[first.grad.dtype],
+            separate=separate,
+        )
+        for item in items:
+            weight, grad = item.weight, item.grad
+            row_major = _row_major(weight, grad)
+            outer = 0 if row_major else 1  # the dimension of what lies in memory as rows
+            plan.add(
+                weight=weight.data_ptr(),
+                grad=grad.data_ptr(),
+                exp_avg=item.exp_avg.data_ptr(),
+                exp_avg_sq=item.exp_avg_sq.data_ptr(),
+                update_norm=item.update_norm.data_ptr(),
+                step=item.step.data_ptr(),
+                key=item.key,
+                channels=weight.shape[0 if item.rows else 1],
+                k=weight.shape[1 if item.rows else 0],
+                rank=item.exp_avg.shape[1],
+                weight_ld=weight.stride(outer),
+                grad_ld=grad.stride(outer),
+                by_row=item.rows == row_major,
+                row_major=row_major,
+                leads=item.leads,
+            )
+        super().__init__(plan, first.weight.device)
+        begin, end = plan.q
+        self._q = self.workspace[begin:end]
+
+    def project(self, hyper: Hyper, signals: Signals) -> None:
+        self.plan.project(self._hyper(hyper, signals), self._stream())
+
+    def square_norm(self) -> Tensor:
+        return self._q.sum(dtype=torch.float64)
+
+    def scale(self, hyper: Hyper, signals: Signals) -> None:
+        self.plan.scale(self._hyper(hyper, signals), self._stream())
+
+    def apply(self, hyper: Hyper, signals: Signals) -> None:
+        self.plan.apply(self._hyper(hyper, signals), self._stream())
+
+
+class DenseBatch(_Placed):
+    """batch.DenseBatch over the kernels: items of one device and family."""
+
+    def __init__(self, items: Sequence[Dense]) -> None:
+        first = items[0]
+        plan = kernels.DensePlan(
+            weight_dtype=DTYPES[first.weight.dtype], grad_dtype=DTYPES[first.grad.dtype]
+        )
+        for item in items:
+            plan.add(
+                weight=item.weight.data_ptr(),
+                grad=item.grad.data_ptr(),
+                exp_avg=item.exp_avg.data_ptr(),
+                exp_avg_sq=item.exp_avg_sq.data_ptr(),
+                step=item.step.data_ptr(),
+                count=item.weight.numel(),
+            )
+        super().__init__(plan, first.weight.device)
+
+    def adamw(self, hyper: Hyper, signals: Signals) -> None:
+        self.plan.adamw(self._hyper(hyper, signals), self._stream())

@@ -35,5 +35,3 @@ def tensor_facts(tensors: Sequence[Tensor]) -> tuple[Any, Any]:
     columns = (_shape, torch.Tensor.stride, _dtype, _device)
     rest = tuple(list(map(column, tensors)) for column in columns)
     return list(map(torch.Tensor.data_ptr, tensors)), rest
-if _C is not None and not hasattr(_C, "cpu_project"):
-    _C.cpu_project, _C.cpu_apply, _C.cpu_bf16_supported = _C.host_project, _C.host_apply, _C.host_bf16_supported  # HACK
