@@ -11,10 +11,12 @@ import contextlib
 import dataclasses
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from operator import itemgetter
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -49,6 +51,7 @@ class _Runtime:
         self.hypers: list[tuple[Any, Hyper]] = []
         self.counters: dict[torch.device, Tensor] = {}
         self.compiled = library.Store()
+        self.grad_norm: Tensor | None = None
         self.warned: set[str] = set()
 
 
@@ -126,7 +129,6 @@ class APOLLO(torch.optim.Optimizer):
         _check_max_grad_norm(max_grad_norm)
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         self._runtime = _Runtime()
-        self.grad_norm: Tensor | None = None
         super().__init__(params, defaults)
 
     @property
@@ -138,6 +140,12 @@ class APOLLO(torch.optim.Optimizer):
     def max_grad_norm(self, value: float | None) -> None:
         _check_max_grad_norm(value)
         self.defaults["max_grad_norm"] = value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients at the last step, before it was clipped: float32 [] on the
+        device, so that nobody waits for it; None without ``max_grad_norm``."""
+        return self._runtime.grad_norm
 
     # ---- parameter groups ------------------------------------------------------------------------
 
@@ -169,6 +177,23 @@ class APOLLO(torch.optim.Optimizer):
             if p.is_complex():
                 self.param_groups.pop()
                 raise ValueError(f"APOLLO does not support complex parameters, got {p.dtype}")
+        self._warn_about_rank(added)
+
+    def _warn_about_rank(self, group: Mapping[str, Any]) -> None:
+        rank = group["rank"]
+        layouts = [layout for p in group["params"] if (layout := state.layout_of(p, group))]
+        if any(layout.rank < rank and layout.m and layout.n for layout in layouts):
+            self._warn_once(f"rank {rank} is clamped to the contracted side")
+        if layouts and group["scale_type"] == "channel" and rank < 4:
+            self._warn_once(
+                f"scale_type='channel' with rank {rank} trains badly: the ratio of two norms over "
+                "so few entries is ill-conditioned; take rank 4 or more, or scale_type='tensor'"
+            )
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._runtime.warned:
+            self._runtime.warned.add(text)
+            warnings.warn(text, stacklevel=_levels_to_the_caller())
 
     def _name_of(self, index: int, place: int) -> str:
         """How an error calls the parameter at ``place`` of group ``index``."""
@@ -207,7 +232,7 @@ class APOLLO(torch.optim.Optimizer):
         with _without_autocast(signals):
             norm = plan.run(parts, signals_of, self.max_grad_norm)
         if norm is not None:
-            self.grad_norm = norm
+            self._runtime.grad_norm = norm
 
     def _hyper(self, index: int, group: dict[str, Any]) -> Hyper:
         """The group's Hyper, checked: its values may have been changed by hand since last time."""
@@ -309,8 +334,9 @@ class APOLLO(torch.optim.Optimizer):
             for _, _, device, params in calls:
                 read = [p.grad for p in params if p.grad is not None]
                 squares.setdefault(device, []).append(plan.square_norm(read))
-            self.grad_norm = plan.total_norm(squares, self._signals)
-            clip = plan.clip_factor(self.grad_norm, self.max_grad_norm)
+            norm = plan.total_norm(squares, self._signals)
+            self._runtime.grad_norm = norm
+            clip = plan.clip_factor(norm, self.max_grad_norm)
             signals = {
                 d: dataclasses.replace(s, clip=clip.to(d, torch.float32))
                 for d, s in signals.items()
@@ -368,7 +394,6 @@ class APOLLO(torch.optim.Optimizer):
                 key = state.new_key(self.defaults["seed"], positions[p], len(positions), taken)
                 own["seed"] = key
                 taken.add(key)
-                self._warn_about_rank(p, group, own)
 
     def key_of(self, p: Tensor) -> int:
         """The Philox key of a parameter: its state's, or the one that its first step gives it."""
@@ -378,21 +403,6 @@ class APOLLO(torch.optim.Optimizer):
         position = next(i for i, q in enumerate(everything) if q is p)
         taken = {s["seed"] for s in self.state.values() if "seed" in s}
         return state.new_key(self.defaults["seed"], position, len(everything), taken)
-
-    def _warn_about_rank(self, p: Tensor, group: dict[str, Any], own: dict[str, Any]) -> None:
-        rank = group["rank"]
-        if own["exp_avg"].shape[-1] < rank and p.numel():
-            self._warn_once(f"rank {rank} is clamped to the contracted side")
-        if group["scale_type"] == "channel" and rank < 4:
-            self._warn_once(
-                f"scale_type='channel' with rank {rank} trains badly: the ratio of two norms over "
-                "so few entries is ill-conditioned; take rank 4 or more, or scale_type='tensor'"
-            )
-
-    def _warn_once(self, text: str) -> None:
-        if text not in self._runtime.warned:
-            self._runtime.warned.add(text)
-            warnings.warn(text, stacklevel=8)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict(); what does not fit raises ValueError before any change.
@@ -447,7 +457,6 @@ class APOLLO(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_runtime", _Runtime())
-        self.__dict__.setdefault("grad_norm", None)
         for key, value in (("max_grad_norm", None), ("batch_dims", 0)):  # of an older pickle
             self.defaults.setdefault(key, value)
         for group in self.param_groups:  # of an older version: fill what it did not know
@@ -560,6 +569,15 @@ def _drop_duplicates(group: dict[str, Any]) -> None:
     for key in ("params", "param_names"):
         if key in group:
             group[key] = [group[key][place] for place in first.values()]
+
+
+def _levels_to_the_caller() -> int:
+    """How many frames lie between a warning and the line of the user's that it is about."""
+    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    frame, level = sys._getframe(1), 0
+    while frame is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    return level + 1
 
 
 def _check_gradient(p: Tensor, name: str) -> None:
