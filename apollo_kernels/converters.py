@@ -29,7 +29,7 @@ def load_apollo_torch(
 
     Args
         optimizer: with the same groups of parameters, in the same order.
-        source: a state_dict, or a file (its path, or open for reading) that torch.save wrote of one.
+        source: a state_dict, or a file that torch.save wrote of one: its path, or open to read.
         allow_unsafe_pickle: a file of apollo_torch holds Python objects, which only an unrestricted
             unpickler reads; such a file can run any code. Say True for a file that you trust.
     Raises
@@ -95,8 +95,8 @@ def _convert_parameter(
         return state
     if "svd" in type(saved["projector"]).__module__ or group.get("proj") == "svd":
         raise ValueError(
-            f"the state of {name} rests on an SVD, which is not offered here: its moments belong to "
-            "directions that a random projection does not have"
+            f"the state of {name} rests on an SVD, which is not offered here: its moments belong "
+            "to directions that a random projection does not have"
         )
     layout = layout_of(p, group)
     if layout is not None and not layout.rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
@@ -9,11 +11,9 @@ from typing import Any
 import torch  # first: the module shares PyTorch's OpenMP threads where they are
 from torch import Tensor
 
-_C: Any
-try:
-    import apollo_kernels._C as _C
-except ModuleNotFoundError:  # PyTorch computes the same, bit for bit where the contract says so
-    _C = None
+_C: Any = None  # where it is missing PyTorch computes the same
+with contextlib.suppress(ModuleNotFoundError):
+    _C = importlib.import_module("apollo_kernels._C")
 
 _shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
 _exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)

@@ -183,8 +183,8 @@ def adamw(
 ) -> bool:
     """The low-rank rule without a projection, in place: decoupled AdamW as apollo_torch has it.
 
-    N = M / (sqrt(V) + eps), and the bias correction is part of the step size, so that eps weighs the
-    same at every step (torch.optim.AdamW divides it by sqrt(1 - b2^t)).
+    N = M / (sqrt(V) + eps), and the bias correction is part of the step size. So eps weighs the
+    same at every step (in torch.optim.AdamW it weighs sqrt(1 - b2^t) times as much).
 
     Args
         w, g, exp_avg, exp_avg_sq: the same shape. ``factor`` multiplies the gradient. An element
@@ -217,7 +217,7 @@ def takes(item: LowRank | Dense) -> bool:
 
 
 def family(item: LowRank | Dense) -> Hashable:
-    """Every matrix is a batch of its own: its gradient is still in the caches when it is applied."""
+    """Every matrix is a batch of its own: its gradient is still in the caches for ``apply``."""
     return id(item)
 
 
@@ -251,7 +251,11 @@ class LowRankBatch:
 
     def __init__(self, item: LowRank):
         self.item = replace(item, grad=_LENT)
+        self.skipped = False
         self.x: Tensor | None = None  # the gradient as [C, K]
+        self.r: Tensor | None = None
+        self.q: Tensor | None = None
+        self.coefficient: Tensor | None = None  # what each channel of X is multiplied with
 
     def lend(self, gradients: Sequence[Tensor] | None) -> None:
         self.x = self.r = self.q = self.coefficient = None

@@ -168,7 +168,7 @@ def converted(p: Tensor, saved: Mapping[str, Any], name: str) -> dict[str, Any]:
         if key == "step":
             check_step(value, name)
             if isinstance(value, Tensor) and int(value) < 0:
-                raise ValueError(f"step of {name} must be a whole number of steps >= 0, got {value}")
+                raise ValueError(f"step of {name} must not be negative, got {int(value)}")
             value = as_step(value, p.device)
             value = value.clone() if value is saved[key] else value
         elif key in ("exp_avg", "exp_avg_sq", "update_norm") and isinstance(value, Tensor):
