@@ -211,7 +211,8 @@ def test_a_small_clip_does_not_underflow():
 
 
 def test_clip_after_a_fused_projection_is_refused():
-    batch = step.build([low_rank(*data((4, 6)), True, 2)], separate=False)
+    item = low_rank(*data((4, 6)), True, 2)
+    batch = step.build([item], separate=False)
     batch.project(hyper(), signals())
     with pytest.raises(AssertionError, match="without clip"):
         batch.scale(hyper(), signals(clip=0.5))
