@@ -21,6 +21,7 @@ from apollo_kernels.triton_kernels import adamw, apply, project, scale
 from apollo_kernels.triton_kernels import table as tables
 from apollo_kernels.triton_kernels.element import element
 
+BY_ADDRESS = True  # plan.py lends no gradients
 SAME_ORDER = False  # a weight and its gradient may lie in different memory orders
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
