@@ -42,15 +42,17 @@ def update_moments(m, v, g, g2, b1, w1, b2, w2):
     since float32 would lose three digits of 1 - 0.999.
     """
     good = finite(g2)
-    return tl.where(good, b1 * m + w1 * g, m), tl.where(good, b2 * v + w2 * g2, v), good
+    new_m = tl.fma(g, w1, b1 * m)
+    new_v = tl.fma(g2, w2, b2 * v)
+    return tl.where(good, new_m, m), tl.where(good, new_v, v), good
 
 
 @triton.jit
 def normalized(m, v, eps):
-    """N = M / (sqrt(V) + eps), and 0 where the denominator is 0."""
+    """N = M / (sqrt(V) + eps), and where that is so: elsewhere the denominator is 0, and so is N."""
     denominator = tl.sqrt(v) + eps
-    empty = denominator == 0.0
-    return tl.where(empty, 0.0, m / tl.where(empty, 1.0, denominator))
+    some = denominator != 0.0
+    return m / tl.where(some, denominator, 1.0), some
 
 
 @triton.jit
@@ -159,7 +161,8 @@ def _adamw(
     m = tl.load(m_at, mask=inside, other=0.0)
     v = tl.load(v_at, mask=inside, other=0.0)
     m, v, good = update_moments(m, v, g, g * g, b1, w1, b2, w2)
-    new = decayed(w, high, low) - step * normalized(m, v, eps)
+    n, some = normalized(m, v, eps)
+    new = decayed(w, high, low) - step * tl.where(some, n, 0.0)
     # Selected, not masked: a mask that depends on data would cut the vector stores into elements.
     tl.store(w_at, narrow(tl.where(good, new, w), T), mask=inside)
     tl.store(m_at, m, mask=inside)

@@ -50,15 +50,16 @@ def moments(row, space, r, c, j, r_tile, factor, b1, w1, b2, w2, eps, ALIGNED: t
     m_at = tables.load_pointer(row, tables.LOW_RANK.exp_avg, F32, ALIGNED) + offset
     v_at = tables.load_pointer(row, tables.LOW_RANK.exp_avg_sq, F32, ALIGNED) + offset
     m, v = tl.load(m_at, mask=inside, other=0.0), tl.load(v_at, mask=inside, other=0.0)
-    # The squares are selected even where nothing is outside: a product that goes straight into a
-    # sum is fused with the addition, and then the lanes of one sum end an ulp apart.
+    # Both squares are selected: a product that goes straight into a sum would be fused with the
+    # addition, and then the lanes that hold one sum would end an ulp apart.
     r2 = tl.where(inside, r * r, 0.0)
     m, v, _ = update_moments(m, v, r, r2, b1, w1, b2, w2)
-    n = normalized(m, v, eps)
-    n2 = tl.where(inside, n * n, 0.0)
-    tl.debug_barrier()  # a tile smaller than the block is loaded by several warps, stored by one
+    if r.shape[0] == 1:
+        tl.debug_barrier()  # a tile smaller than the block is read by several warps, stored by one
     tl.store(m_at, m, mask=inside)
     tl.store(v_at, v, mask=inside)
+    n, some = normalized(m, v, eps)
+    n2 = tl.where(inside & some, n * n, 0.0)
     tile = r_tile * channels.to(tl.int64) + c
     r_squares = space + tl.load(row + tables.LOW_RANK.r_squares) + tile
     n_squares = space + tl.load(row + tables.LOW_RANK.n_squares) + tile
