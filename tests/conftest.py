@@ -17,6 +17,19 @@ if not HAS_GPU:  # decided when Triton is imported: its kernels run interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Warnings that tests cause on purpose, all over: they clamp ranks, and overflow where a kernel must
+# keep what it has (NumPy tells of that inside of Triton's interpreter, as a card does not).
+EXPECTED = [
+    "ignore:rank .* is clamped:UserWarning",
+    "ignore:(overflow|invalid value|divide by zero):RuntimeWarning:triton",
+]
+
+
+def pytest_configure(config):
+    for line in EXPECTED:
+        config.addinivalue_line("filterwarnings", line)
+
+
 @dataclass(frozen=True)
 class Backend:
     """A back end as a test sees it: what it is called, and where its tensors live."""
