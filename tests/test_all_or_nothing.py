@@ -63,7 +63,7 @@ def test_a_sharded_parameter_in_a_later_group_moves_nothing(backend):
         from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
         mesh = DeviceMesh("cpu", torch.arange(2, device="cpu"))
-        params, optimizer = trained(backend)
+        _, optimizer = trained(backend)
         whole = randn((6, 4), backend)
         sharded = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
         sharded.grad = distribute_tensor(whole, mesh, [Shard(0)])
@@ -78,7 +78,7 @@ def test_a_sharded_parameter_in_a_later_group_moves_nothing(backend):
 
 
 def test_a_state_that_does_not_fit_in_a_later_group_moves_nothing(backend):
-    params, optimizer = trained(backend)
+    _, optimizer = trained(backend)
     optimizer.param_groups[1]["rank"] = 5
     refuses(optimizer, optimizer.step, match="down.*does not fit|does not fit.*down")
 
@@ -121,7 +121,7 @@ WRONG_VALUES = [
 @pytest.mark.parametrize("key, value", WRONG_VALUES, ids=str)
 def test_a_group_value_set_by_hand_is_checked_where_it_is_read(backend, key, value):
     """In a warm run too, where nothing else has changed."""
-    params, optimizer = trained(backend)
+    _, optimizer = trained(backend)
     optimizer.step()
     optimizer.param_groups[1][key] = value
     before = snapshot(optimizer)

@@ -123,7 +123,8 @@ def test_a_channel_of_rank_one_whose_square_overflows_keeps_its_moments(backend,
 
 
 @pytest.mark.parametrize(
-    "scale_type, rank", [("channel", 4), ("channel", 8), ("tensor", 1), ("tensor", 4), ("tensor", 8)]
+    "scale_type, rank",
+    [("channel", 4), ("channel", 8), ("tensor", 1), ("tensor", 4), ("tensor", 8)],
 )
 @pytest.mark.parametrize("shape", [(600, 16), (16, 600)])
 def test_gradients_whose_sum_of_squares_overflows_are_still_taken(backend, scale_type, rank, shape):

@@ -54,7 +54,7 @@ def test_a_replaced_state_tensor_is_stepped_and_the_old_one_left_alone(backend, 
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step", "update_norm"])
 def test_a_state_tensor_whose_data_moved_is_stepped_where_it_is_now(backend, name):
-    """Offloaders and device moves assign to ``.data``: the tensor is the same, its memory is not."""
+    """Offloaders and device moves assign to ``.data``: the same tensor then has other memory."""
     params, optimizer = trained(backend)
     kept = []
     for p in params:
@@ -165,7 +165,7 @@ def test_another_rank_with_its_moments_is_seen(backend):
 
 
 def test_a_parameter_that_is_listed_later_is_stepped(backend):
-    params, optimizer = trained(backend)
+    _, optimizer = trained(backend)
     late = parameter((16, 8), backend)
     fill([late], backend)
     optimizer.param_groups[0]["params"].append(late)
@@ -174,7 +174,7 @@ def test_a_parameter_that_is_listed_later_is_stepped(backend):
 
 
 def test_a_parameter_that_is_no_longer_listed_is_left_alone(backend):
-    params, optimizer = trained(backend)
+    _, optimizer = trained(backend)
     gone = optimizer.param_groups[0]["params"].pop(0)
     before = gone.detach().clone()
     optimizer.step()
