@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(256) adamw_update(Launch launch) {
   const DenseRow p = static_cast<const DenseRow*>(launch.table)[parameter];
   if (threadIdx.x == 0) {  // float64 is slow on most cards
     shared_rate = float(step_size(h, double(*p.step + 1)));
-    shared_keep = Keep::of(h);
+    shared_keep = keep_of(h);
   }
   __syncthreads();  // the rates are there
   const float rate = shared_rate, factor = sign_and_scale(h) * clip_factor(h);

@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kDotThreads, R > 1            ? 1
   APOLLO_SHARED(shared);
   if (skipped(launch.hyper)) return;
   // By value: behind volatile loads a reference would be read again before each of them.
-  const Matrix p = static_cast<const Matrix*>(launch.table)[launch.map[blockIdx.x]];
+  const Matrix p = matrix_of(launch);
   const int64_t block = int64_t(blockIdx.x) - p.first_project;
   float* z = reinterpret_cast<float*>(shared);
   if (by_row(p)) {

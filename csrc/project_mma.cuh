@@ -105,14 +105,15 @@ struct Stage {
     }
   }
 
-  // q of the tile's channels; `scratch` holds 16 rows of them. Fixed order, so the same bits.
-  APOLLO_DEVICE void reduce(float* scratch, float* q, int64_t c0, int64_t channels) {
+  // q of the tile's channels, of which `left` are there; `scratch` holds 16 rows of them. Fixed
+  // order, so the same bits.
+  APOLLO_DEVICE void reduce(float* scratch, float* q, int left) {
     if constexpr (BY_ROW) {
       for (int i = 0; i < Shape::kVectors; ++i) {
         float sum = squares[i];
         sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
         sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-        if (chunk() == 0 && c0 + row(i) < channels) q[c0 + row(i)] = sum;
+        if (chunk() == 0 && row(i) < left) q[row(i)] = sum;
       }
     } else {
       constexpr int kRows = kTileThreads / kRowVectors;
@@ -121,10 +122,10 @@ struct Stage {
       }
       __syncthreads();  // all rows of squares are there
       const int c = int(threadIdx.x);
-      if (c < Shape::kChannels && c0 + c < channels) {
+      if (c < Shape::kChannels && c < left) {
         float sum = 0.0f;
         for (int i = 0; i < kRows; ++i) sum += scratch[i * Shape::kChannels + c];
-        q[c0 + c] = sum;
+        q[c] = sum;
       }
       __syncthreads();  // scratch is free again
     }
@@ -258,19 +259,20 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   product.end_run();
   __syncthreads();  // the stages become scratch
   float* scratch = reinterpret_cast<float*>(shared);
-  const auto again =
-      place_of<Tile<T>::kChannels, RANKS>(p);  // cheaper than registers kept till here
-  if (again.j0 == 0) {
-    stage.reduce(scratch, q_of(p, launch, again.chunk), again.c0, p.channels);
+  // Looked up again: cheaper than registers kept till here.
+  const Matrix& matrix = matrix_of(launch);
+  const auto end = place_of<Tile<T>::kChannels, RANKS>(matrix);
+  if (end.j0 == 0) {
+    stage.reduce(scratch, q_of(matrix, launch, end.chunk) + end.c0, int(matrix.channels) - end.c0);
   }
-  finish_tile(product, p, launch, again.c0, again.j0, again.chunk, scratch);
+  finish_tile(product, matrix, launch, end.c0, end.j0, end.chunk, scratch);
 }
 
 template <class T, int RANKS, class DISTRIBUTION>
 __global__ void __launch_bounds__(kTileThreads, 1) project_tiles(Launch launch) {
   APOLLO_SHARED(shared);
   if (skipped(launch.hyper)) return;
-  const Matrix& p = static_cast<const Matrix*>(launch.table)[launch.map[blockIdx.x]];
+  const Matrix& p = matrix_of(launch);
   if (by_row(p)) {
     project_tile<T, RANKS, DISTRIBUTION, true>(p, launch, shared);
   } else {

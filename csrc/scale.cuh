@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kScaleChannels) limit_update(Launch launch) {
     *p.update_norm = u * factor;
   }
   Record& record = record_of(launch, blockIdx.x);
-  const Keep keep = Keep::of(h);
+  const Keep keep = keep_of(h);
   record.f = float(step_size(h, double(record.t)) * double(alpha) * double(factor) *
                    double(sign_and_scale(h)) * double(clip_factor(h)) * s);
   record.keep_high = keep.high;

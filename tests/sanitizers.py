@@ -50,7 +50,7 @@ def build(sources: Path, sanitizer: str, out: Path) -> None:
         ["g++", "-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-Wno-unknown-pragmas",
          "-DAPOLLO_EMULATED", "-DEMULATED_STATIC_SHARED", *FLAGS[sanitizer],
          f"-I{folder}", f"-I{sources}", "-x", "c++",
-         str(sources / "step.cu"), str(folder / "emulated_device.cpp"),
+         str(sources / "launch.cu"), str(sources / "plan.cpp"), str(folder / "emulated_device.cpp"),
          str(sources / ".." / "tests" / "cuda_on_cpu" / "driver.cpp"), "-o", str(out), "-lpthread"],
         check=True,
     )  # fmt: skip
