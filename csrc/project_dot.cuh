@@ -98,7 +98,7 @@ struct Dots {
         }
       } else {
         for (int i = 0; i < kOwn; ++i) scratch[256 * warp + 8 * lane + i] = sums[i][j];
-        __syncthreads();
+        __syncthreads();  // every warp's share is there
         float sum = 0.0f;
         for (int w = 0; w < 8; ++w) sum += scratch[256 * w + threadIdx.x];
         const int64_t c = c0 + threadIdx.x;
@@ -109,7 +109,7 @@ struct Dots {
             r_workspace[c * p.rank + j] = factor * sum;
           }
         }
-        __syncthreads();
+        __syncthreads();  // and was read before the next row overwrites it
       }
     }
   }
