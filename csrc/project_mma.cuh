@@ -151,7 +151,7 @@ struct Product {
   // accumulated there and added up in float32 registers.
   static constexpr bool kShortRuns = kPieces<T> > 1;
   // In shared memory, of this lane's matrix rows: the others lie a constant or one turned bit away.
-  int x_at, z_at;
+  int x_smem, z_smem;
   float run[kM][4][4] = {};
   float total[kShortRuns ? kM : 1][4][4] = {};
 
@@ -163,9 +163,9 @@ struct Product {
   APOLLO_DEVICE void begin() {
     const int lane = int(threadIdx.x % 32), low = lane & 7, second = (lane >> 3) & 1;
     const int third = lane >> 4, c = warp_channel();
-    z_at = swizzled<64>(warp_rank() + 8 * third + low, second);
-    x_at = BY_ROW ? swizzled<64>(c + (lane & 15), third)
-                  : swizzled<2 * Tile<T>::kChannels>(8 * third + low, c / 8 + second);
+    z_smem = swizzled<64>(warp_rank() + 8 * third + low, second);
+    x_smem = BY_ROW ? swizzled<64>(c + (lane & 15), third)
+                    : swizzled<2 * Tile<T>::kChannels>(8 * third + low, c / 8 + second);
   }
 
   APOLLO_DEVICE void add(const unsigned char* x, const unsigned char* z) {
@@ -174,7 +174,7 @@ struct Product {
       uint32_t b[2][4];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        load_matrices<false>(b[n], z + (z_at ^ 32 * kk) + 16 * 64 * n);
+        load_matrices<false>(b[n], z + (z_smem ^ 32 * kk) + 16 * 64 * n);
       }
 #pragma unroll
       for (int piece = 0; piece < kPieces<T>; ++piece) {
@@ -182,9 +182,9 @@ struct Product {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           uint32_t a[4];
-          const int at = BY_ROW ? (x_at ^ 32 * kk) + 16 * 64 * m
-                                : (x_at ^ 32 * m) + 16 * 2 * Tile<T>::kChannels * kk;
-          load_matrices<!BY_ROW>(a, plane + at);
+          const int offset = BY_ROW ? (x_smem ^ 32 * kk) + 16 * 64 * m
+                                    : (x_smem ^ 32 * m) + 16 * 2 * Tile<T>::kChannels * kk;
+          load_matrices<!BY_ROW>(a, plane + offset);
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
             multiply_add(run[m][n], a, b[n / 2][2 * (n % 2)], b[n / 2][2 * (n % 2) + 1]);

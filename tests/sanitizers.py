@@ -57,7 +57,7 @@ BUGS = [
     ("moments beyond the last channel", "address", "project_epilogue.cuh",
      "const int left = c < channels ? rank - j : 0;", "const int left = rank - j;"),
     ("dense parameters read past their end", "address", "adamw.cuh",
-     "const int64_t left = p.count - at;", "const int64_t left = p.count - at + 1;"),
+     "const int64_t left = p.count - element;", "const int64_t left = p.count - element + 1;"),
     ("q of a channel that is not there", "address", "project_mma.cuh",
      "if (c < Shape::kChannels && c < left)", "if (c < Shape::kChannels)"),
     ("an offset without its part of the workspace", "address", "plan.cpp",
