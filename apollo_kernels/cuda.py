@@ -139,8 +139,9 @@ class _Placed:
         made = self._made
         if made[0] is h and made[1] is signals:
             return made[2]
-        on_device = isinstance(h.lr, Tensor) and h.lr.device == self.device
-        lr: Any = h.lr.to(torch.float32) if on_device else float(h.lr)
+        lr: Any = h.lr
+        on_device = isinstance(lr, Tensor) and lr.device == self.device
+        lr = lr.to(torch.float32) if on_device else float(lr)
         native = kernels.Hyper(
             counters=signals.counters.data_ptr(),
             lr=0.0 if on_device else lr,

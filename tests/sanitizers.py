@@ -19,35 +19,26 @@ FLAGS = {
     "thread": ["-fsanitize=thread"],
 }
 
+# Every barrier of csrc, by its file and comment: without one, most results here stay the same.
+BARRIERS = [
+    ("before the product", "project_mma.cuh", "one per step"),
+    ("before the stages become scratch", "project_mma.cuh", "the stages become scratch"),
+    ("before squares are summed", "project_mma.cuh", "all rows of squares are there"),
+    ("after squares are summed", "project_mma.cuh", "scratch is free again"),
+    ("before a tile's norms", "project_epilogue.cuh", "all warps' sums are there"),
+    ("after a slab of z", "project_dot.cuh", "the slab of z is there"),
+    ("before the next slab of z", "project_dot.cuh", "and was read by all"),
+    ("before dots are summed", "project_dot.cuh", "every warp's share is there"),
+    ("after dots are summed", "project_dot.cuh", "and was read before the next row"),
+    ("before a channel's norms", "scale.cuh", "each thread takes the norms"),
+    ("in a block's sum", "common.cuh", "the warps' sums are there"),
+    ("after a block's sum", "common.cuh", "and were read before the next sum"),
+    ("before the rates of adamw", "adamw.cuh", "the rates are there"),
+]
 # name, sanitizer, file, what stands there, what the bug makes of it
 BUGS = [
-    # Every barrier of csrc: most of them no result shows on the emulated device.
-    ("no barrier before the product", "thread", "project_mma.cuh",
-     "__syncthreads();  // one per step", "// one per step"),
-    ("no barrier before scratch is used", "thread", "project_mma.cuh",
-     "__syncthreads();  // the stages become scratch", "// the stages become scratch"),
-    ("no barrier before squares are summed", "thread", "project_mma.cuh",
-     "__syncthreads();  // all rows of squares are there", "// all rows of squares are there"),
-    ("no barrier after squares are summed", "thread", "project_mma.cuh",
-     "__syncthreads();  // scratch is free again", "// scratch is free again"),
-    ("no barrier before a tile's norms", "thread", "project_epilogue.cuh",
-     "__syncthreads();  // all warps' sums are there", "// all warps' sums are there"),
-    ("no barrier after a slab of z", "thread", "project_dot.cuh",
-     "__syncthreads();  // the slab of z is there", "// the slab of z is there"),
-    ("no barrier before the next slab of z", "thread", "project_dot.cuh",
-     "__syncthreads();  // and was read by all", "// and was read by all"),
-    ("no barrier before dots are summed", "thread", "project_dot.cuh",
-     "__syncthreads();  // every warp's share is there", "// every warp's share is there"),
-    ("no barrier after dots are summed", "thread", "project_dot.cuh",
-     "__syncthreads();  // and was read before the next row", "// and was read before the next row"),
-    ("no barrier before a channel's norms", "thread", "scale.cuh",
-     "__syncthreads();  // each thread takes the norms", "// each thread takes the norms"),
-    ("no barrier in a block's sum", "thread", "common.cuh",
-     "__syncthreads();  // the warps' sums are there", "// the warps' sums are there"),
-    ("no barrier after a block's sum", "thread", "common.cuh",
-     "__syncthreads();  // and were read before the next sum", "// and were read before the next sum"),
-    ("no barrier before the rates of adamw", "thread", "adamw.cuh",
-     "__syncthreads();  // the rates are there", "// the rates are there"),
+    *((f"no barrier {place}", "thread", file, f"__syncthreads();  // {comment}", f"// {comment}")
+      for place, file, comment in BARRIERS),
     ("a row read past its end", "address", "common.cuh",
      "values[i] = i < n ? from[i] : T{};", "values[i] = i <= n ? from[i] : T{};"),
     ("a row written past its end", "address", "common.cuh",
