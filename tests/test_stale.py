@@ -444,7 +444,8 @@ def test_a_warm_step_makes_no_tensor(backend):
 
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(str(function))
+            if "profiler" not in str(function):  # torch's own, around every optimizer's step
+                names.append(str(function))
             return function(*args, **(kwargs or {}))
 
     names = []
