@@ -115,7 +115,7 @@ def take(batch, h, s):
     return batch.apply(h, s)
 
 
-def check(item, expected, rtol=1e-4):
+def check(item, expected, rtol=1e-5):
     """Every tensor of ``item``: to rtol of its largest change, and to a rounding of its own."""
     values, t = expected
     assert int(item.step) == t
@@ -148,19 +148,19 @@ KINDS = [
 
 @pytest.mark.parametrize("dtype, scale_type, separate", KINDS, ids=str)
 def test_a_step_of_every_rank_and_orientation(dtype, scale_type, separate):
-    """One batch holds them all; the last two matrices are cut along their contracted side."""
+    """One batch holds them all. The last matrix is cut along its contracted side."""
     h = hyper(scale_type=scale_type, scale=2.0, maximize=separate, scale_front=separate)
-    shapes = [(1, (9, 40)), (3, (40, 9)), (8, (16, 48)), (130, (5, 135)), (1, (2, 2100))]
+    shapes = [(1, 9, 40), (3, 40, 9), (8, 16, 48), (130, 5, 135), (1, 2, 2100)]
     items = [
-        low_rank(*data(shape if rows else shape[::-1], dtype), rows, rank, key=rank + 7)
-        for rank, shape in shapes
-        for rows in (True, False)
+        low_rank(*data((channels, k) if rows else (k, channels), dtype), rows, rank, key=rank + 7)
+        for rank, channels, k in shapes
+        for rows in ((True, False) if k < 100 else (separate,))
     ]
     expected = [restated(item, h) for item in items]
     s = signals()
     take(step.build(items, separate=separate), h, s)
     for item, right in zip(items, expected, strict=True):
-        check(item, right)
+        check(item, right, rtol=3e-5)
     assert s.counters.tolist()[0::2] == [len(items), 0]
 
 
