@@ -277,9 +277,17 @@ def test_dense_tensors_of_one_order_are_walked_as_they_lie():
 def test_aligned_matrices_take_the_vector_path():
     w, g = data((48, 32), torch.bfloat16)
     assert table.matrix(w).aligned and not table.matrix(w[:, 1:17]).aligned
+    assert not table.matrix(torch.ones(48, 40)[:, :32]).vectors
     assert not table.matrix(w[:, :17]).vectors and table.matrix(w[:, 16:]).vectors
     items = [low_rank(w, g, True, 16), low_rank(w.clone(), g, False, 16)]
     check_step(items, hyper())
+
+
+def test_the_stride_of_a_side_of_size_one_decides_nothing():
+    row = torch.ones(1, 48)
+    for stride in (0, 1, 7, 48):
+        assert table.matrix(row.as_strided((1, 48), (stride, 1))) == table.matrix(row)
+        assert table.matrix(row.as_strided((48, 1), (1, stride))) == table.matrix(row.t())
 
 
 def test_offsets_beyond_two_to_the_31():
