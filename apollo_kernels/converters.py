@@ -6,16 +6,18 @@ import os
 import pickle
 import warnings
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch import Tensor
 
-from apollo_kernels.optimizer import APOLLO, channels_are_rows, matrix_shape
+from apollo_kernels.optimizer import APOLLO
+from apollo_kernels.state import check_step, layout_of
 
 
 def load_apollo_torch(
     optimizer: APOLLO,
-    source: str | os.PathLike[str] | dict[str, Any],
+    source: str | os.PathLike[str] | IO[bytes] | dict[str, Any],
     *,
     allow_unsafe_pickle: bool = False,
 ) -> None:
@@ -27,71 +29,100 @@ def load_apollo_torch(
 
     Args
         optimizer: with the same groups of parameters, in the same order.
-        source: a state_dict, or a file that torch.save wrote of one.
+        source: a state_dict, or a file that torch.save wrote of one: its path, or open to read.
         allow_unsafe_pickle: a file of apollo_torch holds Python objects, which only an unrestricted
             unpickler reads; such a file can run any code. Say True for a file that you trust.
     Raises
-        ValueError: for a file without ``allow_unsafe_pickle``, or a state that does not fit.
+        ValueError: before any change, for a file that needs ``allow_unsafe_pickle``, for what is no
+            such state, and for a state that does not fit or holds numbers that cannot be right.
     """
-    if isinstance(source, dict):
-        state_dict = source
-    elif not allow_unsafe_pickle:
+    state_dict = source if isinstance(source, dict) else _read(source, allow_unsafe_pickle)
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
         raise ValueError(
-            f"{os.fspath(source)!r} holds Python objects of apollo_torch, which "
-            "torch.load(weights_only=True) refuses; if you trust the file, pass "
-            "allow_unsafe_pickle=True (unpickling can run any code)"
-        )
-    else:
-        warnings.warn(f"unpickling {os.fspath(source)!r} can run any code in it", stacklevel=2)
-        state_dict = torch.load(
-            source, map_location="cpu", weights_only=False, pickle_module=_Pickle
+            "source must be or hold an optimizer's state_dict (with 'state' and 'param_groups'), "
+            f"got {type(state_dict).__name__}"
         )
     optimizer.load_state_dict(_convert(optimizer, state_dict))
 
 
+def _read(source: str | os.PathLike[str] | IO[bytes], allow_unsafe_pickle: bool) -> Any:
+    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
+        raise ValueError(f"source must be a state_dict or a file, got {type(source).__name__}")
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "the file"
+    if allow_unsafe_pickle:
+        warnings.warn(f"unpickling {name!r} can run any code in it", stacklevel=3)
+        return torch.load(source, map_location="cpu", weights_only=False, pickle_module=_Pickle)
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{name!r} holds Python objects, as states of apollo_torch do, which "
+            "torch.load(weights_only=True) refuses; if you trust the file, pass "
+            "allow_unsafe_pickle=True (unpickling can run any code)"
+        ) from None
+
+
 def _convert(optimizer: APOLLO, state_dict: dict[str, Any]) -> dict[str, Any]:
     ours = optimizer.state_dict()
-    params = [p for group in optimizer.param_groups for p in group["params"]]
     theirs_groups, our_groups = state_dict["param_groups"], ours["param_groups"]
-    theirs_ids = [i for group in theirs_groups for i in group["params"]]
     if [len(g["params"]) for g in theirs_groups] != [len(g["params"]) for g in our_groups]:
         raise ValueError("the parameter groups of the apollo_torch state have other sizes")
     keys = set(optimizer.defaults)
-    groups = [
-        {**mine, **{k: v for k, v in theirs.items() if k in keys}, "params": mine["params"]}
-        for mine, theirs in zip(our_groups, theirs_groups, strict=True)
-    ]
-    group_of = {i: group for group in groups for i in group["params"]}
-    state = {}
-    for index, (p, theirs_id) in enumerate(zip(params, theirs_ids, strict=True)):
-        saved = state_dict["state"].get(theirs_id)
-        if saved and "exp_avg" in saved:  # apollo_torch writes a seed before the first step
-            state[index] = _convert_parameter(optimizer, p, group_of[index], saved)
+    state: dict[int, dict[str, Any]] = {}
+    groups = []
+    for index, (mine, theirs) in enumerate(zip(our_groups, theirs_groups, strict=True)):
+        group = {**mine, **{k: v for k, v in theirs.items() if k in keys}, "params": mine["params"]}
+        groups.append(group)
+        params = optimizer.param_groups[index]["params"]
+        for place, (p, i) in enumerate(zip(params, theirs["params"], strict=True)):
+            saved = state_dict["state"].get(i)
+            if saved and "exp_avg" in saved:  # apollo_torch writes a seed before the first step
+                name = optimizer._name_of(index, place)
+                state[mine["params"][place]] = _convert_parameter(optimizer, p, group, saved, name)
     return {"state": state, "param_groups": groups}
 
 
 def _convert_parameter(
-    optimizer: APOLLO, p: torch.Tensor, group: dict[str, Any], saved: dict[str, Any]
+    optimizer: APOLLO, p: Tensor, group: dict[str, Any], saved: dict[str, Any], name: str
 ) -> dict[str, Any]:
-    names = ("exp_avg", "exp_avg_sq")
-    state = {name: saved[name].float() for name in names}
-    state["step"] = torch.tensor(float(saved["step"]))
+    moments = {key: _moment(key, saved.get(key), name) for key in ("exp_avg", "exp_avg_sq")}
+    if bool((moments["exp_avg_sq"] < 0).any()):
+        raise ValueError(f"exp_avg_sq of {name} holds negative numbers")
+    steps = check_step(saved.get("step"), name)
+    step = int(saved["step"]) if steps is None else steps
+    state: dict[str, Any] = {**moments, "step": torch.tensor(step, dtype=torch.int64, device="cpu")}
     if "projector" not in saved:
         return state
-    if not channels_are_rows(matrix_shape(p.shape), group["proj_type"]):
-        state.update({name: state[name].t().contiguous() for name in names})  # theirs: [r, C]
+    if "svd" in type(saved["projector"]).__module__ or group.get("proj") == "svd":
+        raise ValueError(
+            f"the state of {name} rests on an SVD, which is not offered here: its moments belong "
+            "to directions that a random projection does not have"
+        )
+    layout = layout_of(p, group)
+    if layout is not None and not layout.rows:
+        state.update({key: m.t().contiguous() for key, m in moments.items()})  # theirs: [r, C]
     norm = saved.get("scaled_grad")
-    state["update_norm"] = torch.zeros(()) if norm is None else norm.detach().float().reshape(())
+    if norm is None:
+        norm = torch.zeros((), dtype=torch.float32, device="cpu")
+    state["update_norm"] = _moment("scaled_grad", norm, name).reshape(())
     state["seed"] = optimizer.key_of(p)
     return state
+
+
+def _moment(key: str, value: Any, name: str) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise ValueError(f"{key} of {name} must be a tensor of floats, got {type(value).__name__}")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{key} of {name} holds NaN or Inf")
+    return value.detach().float()
 
 
 class _Unpickler(pickle.Unpickler):
     """Reads apollo_torch's objects as bare namespaces, so that the package need not be there."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "apollo_torch":
-            return SimpleNamespace
+        if module.split(".")[0] == "apollo_torch":  # the module tells an SVD
+            return type(name, (SimpleNamespace,), {"__module__": module})
         return super().find_class(module, name)
 
 

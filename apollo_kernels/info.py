@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from apollo_kernels import _version, ops, philox
+from apollo_kernels import _version, backends, native
 
 
 def _installed(distribution: str) -> str | None:
@@ -22,8 +22,8 @@ def _installed(distribution: str) -> str | None:
 
 
 def _native() -> dict[str, Any]:
-    if philox._C is not None:
-        return {"present": True, **philox._C.build_info()}
+    if native._C is not None:
+        return {"present": True, **native._C.build_info()}
     note = Path(__file__).with_name("_no_native.txt")
     reason = note.read_text().strip() if note.exists() else "not built: run pip install . or -e ."
     return {"present": False, "reason": reason}
@@ -37,9 +37,9 @@ def collect() -> dict[str, Any]:
     """Everything as plain Python values, ready for JSON."""
     devices = {}
     for device in _devices():
-        entry: dict[str, Any] = {"rejected": {k: v for k, v in ops.backends(device) if v}}
+        entry: dict[str, Any] = {"rejected": {k: v for k, v in backends.backends(device) if v}}
         try:
-            entry["runs"] = ops.choose("auto", device)
+            entry["runs"] = backends.choose("auto", device)
         except (RuntimeError, ValueError) as error:
             entry["runs"], entry["error"] = None, str(error)
         if device != "cpu":
@@ -57,7 +57,7 @@ def collect() -> dict[str, Any]:
         "apollo_torch": _installed("apollo-torch"),
         "transformers": _installed("transformers"),
         "native_module": _native(),
-        "environment": {ops.ENVIRONMENT: os.environ.get(ops.ENVIRONMENT)},
+        "environment": {backends.ENVIRONMENT: os.environ.get(backends.ENVIRONMENT)},
         "devices": devices,
     }
 

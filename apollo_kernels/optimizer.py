@@ -1,47 +1,48 @@
-"""APOLLO as a torch.optim.Optimizer: parameter groups, state, and a step handed to a back end.
+"""APOLLO as a torch.optim.Optimizer: parameter groups, state, and a step handed to a plan.
 
-The way of a gradient: ``step`` sorts each group's parameters into low-rank and dense ones
-(``_collect``), and a back end chosen in ops.py does the arithmetic; reference.py says what it is.
+The way of a gradient: ``step`` checks every group, plan.py groups what has a gradient into batches
+of a back end (backends.py chooses it), and the batches do the arithmetic; reference.py says what
+it is. All checks of a step come before its first write.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
+from operator import itemgetter
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from apollo_kernels import operators, ops
+from apollo_kernels import backends, clipping, library, options, plan, state
+from apollo_kernels.batch import Hyper, Signals
 from apollo_kernels.memory import MemoryReport, measure
-from apollo_kernels.philox import ProjectionCache, parameter_key
-from apollo_kernels.reference import Dense, Hyper, LowRank, compute_dtype
-from apollo_kernels.repeat import Launch, Repeat
 
-PROJECTIONS = {"random": "gaussian", "gaussian": "gaussian", "rademacher": "rademacher"}
-SCALE_TYPES = ("channel", "tensor")
-PROJ_TYPES = ("std", "reverse_std", "left", "right")
+_OWN_DEFAULTS = ("seed", "backend", "max_grad_norm")  # of the optimizer, not of its groups
 
-# Keys that torch, its schedulers and trainers put into groups: no typing errors.
-_FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr"}
-_FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
-_HYPER_KEYS = tuple(f.name for f in dataclasses.fields(Hyper) if f.name != "distribution")
-_OWN_DEFAULTS = ("seed", "backend")  # of the optimizer, not of its groups
+# What of a group decides its plan, and what of it decides its Hyper; lr is looked at by itself.
+_structure = itemgetter("rank", "proj_type", "batch_dims", "scale_type", "capturable")
+_settings = itemgetter(*(k for k in options.HYPER_KEYS if k != "lr"), "proj", "differentiable")
 
 
-def matrix_shape(shape: Iterable[int]) -> tuple[int, int]:
-    """How a parameter is seen: shape[0] x the rest."""
-    first, *rest = shape
-    return first, math.prod(rest)
+class _Runtime:
+    """What an optimizer keeps beside its state; no copy and no checkpoint ever sees it."""
 
-
-def channels_are_rows(shape: tuple[int, int], proj_type: str) -> bool:
-    """Whether the columns are contracted, for a matrix [m, n] (design: the contract's table)."""
-    tall = shape[0] >= shape[1]
-    return {"std": tall, "reverse_std": not tall, "right": True, "left": False}[proj_type]
+    def __init__(self) -> None:
+        self.plans: list[plan.GroupPlan | None] = []
+        self.hypers: list[tuple[Any, Hyper]] = []
+        self.counters: dict[torch.device, Tensor] = {}
+        self.compiled = library.Store()
+        self.grad_norm: Tensor | None = None
+        self.warned: set[str] = set()
 
 
 class APOLLO(torch.optim.Optimizer):
@@ -73,10 +74,16 @@ class APOLLO(torch.optim.Optimizer):
         differentiable: refused.
         stochastic_rounding: bf16 matrices in low-rank groups are rounded up or down by chance, so
             that updates far below a weight's precision add up; no master copy is needed.
+        batch_dims: that many leading dimensions count matrices: an expert weight [E, m, n] with
+            batch_dims 1 is E matrices, each with its own projection, scales and limiter.
+        max_grad_norm: clips the norm of all gradients together to this, as
+            ``torch.nn.utils.clip_grad_norm_`` before the step, without another read of the
+            low-rank ones; ``p.grad`` stays as it is. ``grad_norm`` tells the norm.
     Errors
         ValueError: names the argument, or the key of the group, and its value.
     """
 
+    _runtime: _Runtime
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
 
     def __init__(
@@ -104,12 +111,32 @@ class APOLLO(torch.optim.Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         stochastic_rounding: bool = False,
+        batch_dims: int = 0,
+        max_grad_norm: float | None = None,
     ):
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise ValueError(f"seed must be an integer, got {seed!r}")
-        ops.check_name(backend, "backend")
+        backends.check_name(backend, "backend")
+        options.check_max_grad_norm(max_grad_norm)
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        self._runtime = _Runtime()
         super().__init__(params, defaults)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """What the norm of all gradients is clipped to; it may be set between two steps."""
+        return self.defaults["max_grad_norm"]
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        options.check_max_grad_norm(value)
+        self.defaults["max_grad_norm"] = value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients at the last step, before it was clipped: float32 [] on the
+        device, so that nobody waits for it; None without ``max_grad_norm``."""
+        return self._runtime.grad_norm
 
     # ---- parameter groups ------------------------------------------------------------------------
 
@@ -123,20 +150,47 @@ class APOLLO(torch.optim.Optimizer):
             group.setdefault("proj_type", group.pop("projection_type"))
             group.pop("projection_type", None)
         known = set(self.defaults) - set(_OWN_DEFAULTS)
-        if unknown := set(group) - known - _FOREIGN_KEYS:
+        if unknown := set(group) - known - options.FOREIGN_KEYS:
             raise ValueError(
                 f"unknown key {', '.join(map(repr, sorted(unknown)))} in parameter group "
                 f"{len(self.param_groups)}; known keys are {sorted(known)}"
             )
-        _check_group({**self.defaults, **group})
+        options.check_group({**self.defaults, **group})
+        for key in options.INTEGERS:  # torch.load(weights_only=True) refuses NumPy's
+            if group.get(key) is not None:
+                group[key] = int(group[key])
         super().add_param_group(group)
         added = self.param_groups[-1]
         for key in _OWN_DEFAULTS:
             added.pop(key, None)
+        _drop_duplicates(added)
         for p in added["params"]:
             if p.is_complex():
                 self.param_groups.pop()
                 raise ValueError(f"APOLLO does not support complex parameters, got {p.dtype}")
+        self._warn_about_rank(added)
+
+    def _warn_about_rank(self, group: Mapping[str, Any]) -> None:
+        rank = group["rank"]
+        layouts = [layout for p in group["params"] if (layout := state.layout_of(p, group))]
+        if any(layout.rank < rank and layout.m and layout.n for layout in layouts):
+            self._warn_once(f"rank {rank} is clamped to the contracted side")
+        if layouts and group["scale_type"] == "channel" and rank < 4:
+            self._warn_once(
+                f"scale_type='channel' with rank {rank} trains badly: the ratio of two norms over "
+                "so few entries is ill-conditioned; take rank 4 or more, or scale_type='tensor'"
+            )
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._runtime.warned:
+            self._runtime.warned.add(text)
+            warnings.warn(text, stacklevel=_levels_to_the_caller())
+
+    def _name_of(self, index: int, place: int) -> str:
+        """How an error calls the parameter at ``place`` of group ``index``."""
+        names = self.param_groups[index].get("param_names")
+        named = f"{names[place]!r} " if names else ""
+        return f"parameter {named}({place} of group {index})"
 
     # ---- the step --------------------------------------------------------------------------------
 
@@ -150,133 +204,211 @@ class APOLLO(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            for group in self.param_groups:
-                self._step_group(group)
+            if torch.compiler.is_compiling():  # which cannot look into the choice of a back end
+                self._compiled_step()
+            else:
+                self._eager_step()
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        hyper = _hyper(group)
-        compiling = torch.compiler.is_compiling()
-        repeats: dict[int, Repeat] = self.__dict__.setdefault("_repeats", {})
-        last = None if compiling else repeats.get(id(group))
-        if last is not None:
-            if last.holds(group, self.state):
-                for device, launch in last.launches:
-                    launch(hyper, self._counters(device), *self._amp(device))
-                return
-            del repeats[id(group)]
-        launches: list[tuple[torch.device, Launch | None]] = []
-        low_rank: dict[torch.device, list[Any]] = {}
-        dense: dict[torch.device, list[Any]] = {}
-        copies: list[tuple[Tensor, Tensor]] = []
-        for p in group["params"]:
+    def _eager_step(self) -> None:
+        hypers = [self._hyper(index, group) for index, group in enumerate(self.param_groups)]
+        gradients = self._gradients()
+        made = [p for p in self._runtime.plans if p is not None]
+        parts = list(zip(made, gradients, hypers, strict=True))
+        signals = {w.device: self._signals(w.device) for p in made for w in p.works}
+
+        def signals_of(device: torch.device) -> Signals:
+            return signals[device] if device in signals else self._signals(device)
+
+        with _without_autocast(signals):
+            norm = plan.run(parts, signals_of, self.max_grad_norm)
+        if norm is not None:
+            self._runtime.grad_norm = norm
+
+    def _hyper(self, index: int, group: dict[str, Any]) -> Hyper:
+        """The group's Hyper, checked: its values may have been changed by hand since last time."""
+        values, lr, known = _settings(group), group["lr"], self._runtime.hypers
+        if index < len(known) and known[index][0] == values:
+            options.check_lr(lr, f" in parameter group {index}")
+            hyper = known[index][1]
+            if hyper.lr is lr:
+                return hyper
+        else:
+            options.check_group(group, f" in parameter group {index}")
+        hyper = options.hyper_of(group)
+        known[index:] = [(values, hyper), *known[index + 1 :]]
+        return hyper
+
+    def _gradients(self) -> list[list[Tensor]]:
+        """The gradients of every group, with a plan for each that is true now.
+
+        Everything is checked, in all groups, before a plan is built or a state is made.
+        """
+        clipping = self.max_grad_norm is not None
+        asked = self.defaults["backend"], os.environ.get(backends.ENVIRONMENT), clipping
+        keys = [(*asked, *_structure(group)) for group in self.param_groups]
+        plans = self._runtime.plans
+        plans[:] = plans[: len(keys)] + [None] * (len(keys) - len(plans))
+        gradients = [
+            None if p is None else p.gradients(group["params"], key, self.state)
+            for p, group, key in zip(plans, self.param_groups, keys, strict=True)
+        ]
+        stale = [index for index, found in enumerate(gradients) if found is None]
+        if stale:
+            self._refuse_duplicates()
+            chosen = [self._check_parameters(index) for index in stale]
+            for index, backends_of in zip(stale, chosen, strict=True):
+                group, key = self.param_groups[index], keys[index]
+                plans[index] = None  # the old one goes before the new one takes its memory
+                plans[index] = self._build(group, key, backends_of, clipping)
+                gradients[index] = [p.grad for p in group["params"] if p.grad is not None]
+        return gradients  # type: ignore[return-value]
+
+    def _refuse_duplicates(self) -> None:
+        seen: dict[int, str] = {}
+        for index, group in enumerate(self.param_groups):
+            for place, p in enumerate(group["params"]):
+                name = self._name_of(index, place)
+                if id(p) in seen:
+                    raise ValueError(f"{name} is {seen[id(p)]}: it would be stepped twice")
+                seen[id(p)] = name
+
+    def _check_parameters(self, index: int) -> dict[torch.device, ModuleType]:
+        """Raises for a gradient or a state that a step must not rest on; the back ends to use."""
+        group = self.param_groups[index]
+        chosen: dict[torch.device, ModuleType] = {}
+        for place, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
-            _check_gradient(p)
-            state = self.state[p]
-            if not state:
-                state.update(self._new_state(p, group))
-            self._check_state(p, group, state)
-            if "update_norm" in state:
-                item = _low_rank_item(p, group, state)
-                low_rank.setdefault(p.device, []).append(item)
-                # Of a matrix, and of whatever is contiguous, reshape makes a view.
-                if not p.is_contiguous() and item.weight.data_ptr() != p.data_ptr():
-                    copies.append((p, item.weight))
-            else:
-                names = ("exp_avg", "exp_avg_sq", "step")
-                dense.setdefault(p.device, []).append(Dense(p, p.grad, *(state[n] for n in names)))
-        for kind, batches in (("step_low_rank", low_rank), ("step_dense", dense)):
-            for device, batch in batches.items():
-                launches.append((device, self._run(kind, device, batch, group, hyper)))
-        for p, weight in copies:
-            p.copy_(weight.view(p.shape))
-        repeat = Repeat.of(group, self.state, launches) if launches and not copies else None
-        if repeat is not None:
-            repeats[id(group)] = repeat
+            name = self._name_of(index, place)
+            _check_gradient(p, name)
+            if own := self.state.get(p):
+                state.check(p, group, own, name)
+            if p.device not in chosen:
+                backend = backends.choose(self.defaults["backend"], p.device)
+                if backend == "torch" and group["capturable"] and p.device.type == "cuda":
+                    raise RuntimeError(
+                        "capturable=True needs a kernel back end; 'torch' reads the host"
+                    )
+                chosen[p.device] = backends.load(backend)
+        return chosen
 
-    def _run(
-        self, kind: str, device: torch.device, batch: list[Any], group: dict[str, Any], hyper: Hyper
-    ) -> Launch | None:
-        """Hands a batch to its back end; under torch.compile as one operator."""
-        counters, amp = self._counters(device), self._amp(device)
-        if torch.compiler.is_compiling():  # which cannot look into the choice of a back end
-            operators.call(kind, self.defaults["backend"], batch, hyper, counters, *amp)
-            return None
-        name = ops.choose(self.defaults["backend"], device)
-        if name == "torch" and group["capturable"] and device.type == "cuda":
-            raise RuntimeError("capturable=True needs a kernel back end; 'torch' reads the host")
-        return getattr(ops.load(name), kind)(batch, hyper, counters, self._cache(), *amp)
+    def _build(
+        self,
+        group: dict[str, Any],
+        key: tuple[Any, ...],
+        chosen: Mapping[torch.device, ModuleType],
+        clipping: bool,
+    ) -> plan.GroupPlan:
+        self._make_states(group)
+        params = group["params"]
+        states = [self.state[p] for p in params if p.grad is not None]
+        gradients = [p.grad for p in params]
+        return plan.build(params, gradients, states, group, key, chosen, separate=clipping)
 
-    def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """What torch.amp.GradScaler left on the optimizer for this step."""
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        return tuple(None if t is None else t.to(device) for t in (scale, found))  # type: ignore
+    def _compiled_step(self) -> None:
+        signals: dict[torch.device, Signals] = {}
+        calls = []
+        for index, group in enumerate(self.param_groups):
+            self._make_states(group)
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for place, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    _check_gradient(p, self._name_of(index, place))
+                    by_device.setdefault(p.device, []).append(p)
+            for device, params in by_device.items():
+                signals.setdefault(device, self._signals(device))
+                calls.append((index, group, device, params))
+        if self.max_grad_norm is not None:
+            # Here the gradients are read once more: an operator steps one group by itself.
+            squares: dict[torch.device, list[Tensor]] = {}
+            for _, _, device, params in calls:
+                read = [p.grad for p in params if p.grad is not None]
+                squares.setdefault(device, []).append(clipping.square_norm(read))
+            norm = clipping.total_norm(squares, self._signals)
+            self._runtime.grad_norm = norm
+            clip = clipping.clip_factor(norm, self.max_grad_norm)
+            signals = {
+                d: dataclasses.replace(s, clip=clip.to(d, torch.float32))
+                for d, s in signals.items()
+            }
+        for index, group, device, params in calls:
+            self._call_operator(index, group, params, signals[device])
 
-    def _cache(self) -> ProjectionCache:
-        # An attribute, made when first needed: deepcopy and pickle keep only state and groups.
-        return self.__dict__.setdefault("_projections", ProjectionCache())
+    def _call_operator(
+        self, index: int, group: dict[str, Any], params: list[Tensor], signals: Signals
+    ) -> None:
+        options.check_group(group, f" in parameter group {index}")
+        hyper = options.hyper_of(group)
+        params = sorted(params, key=lambda p: state.layout_of(p, group) is None)
+        states = [self.state[p] for p in params]
+        low_rank = [s for s in states if "update_norm" in s]
+        lr = hyper.lr if isinstance(hyper.lr, Tensor) else None
+        torch.ops.apollo_kernels.step(
+            params, [p.grad for p in params], [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states], [s["step"] for s in states],
+            [s["update_norm"] for s in low_rank], [s["seed"] for s in low_rank],
+            signals.counters, lr, signals.grad_scale, signals.found_inf, signals.clip,
+            *library.packed(
+                hyper, group, self.defaults["backend"], self._runtime.compiled.name, index
+            ),
+        )  # fmt: skip
 
-    def _counters(self, device: torch.device) -> Tensor:
-        counters = self.__dict__.setdefault("_device_counters", {})
+    def _signals(self, device: torch.device) -> Signals:
+        """The device's counters, and what torch.amp.GradScaler left on the optimizer."""
+        counters = self._runtime.counters
         if device not in counters:
-            counters[device] = torch.zeros(3, dtype=torch.int64, device=device)
-        return counters[device]
+            counters[device] = torch.zeros((3,), dtype=torch.int64, device=device)
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scale, found = (None if t is None else t.to(device, torch.float32) for t in (scale, found))
+        return Signals(counters[device], scale, found)
 
     # ---- state -----------------------------------------------------------------------------------
 
-    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state = _zeros(p, group, p.device)
-        if "update_norm" in state:
-            state["seed"] = self.key_of(p)
-            if state["exp_avg"].shape[1] < group["rank"] and p.numel():
-                self._warn_once(f"rank {group['rank']} is clamped to the contracted side")
-            if group["scale_type"] == "channel" and group["rank"] < 4:
-                self._warn_once(
-                    f"scale_type='channel' with rank {group['rank']} trains badly: the ratio of "
-                    "two norms over so few entries is ill-conditioned; take rank 4 or more, or "
-                    "scale_type='tensor'"
-                )
-        return state
+    def _make_states(self, group: dict[str, Any]) -> None:
+        """State for parameters with a gradient that have none; for the others a step in int64."""
+        positions: dict[Tensor, int] | None = None
+        taken: set[int] = set()
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            own = self.state[p]
+            if own:
+                own["step"] = state.as_step(own["step"], p.device)
+                continue
+            if positions is None:
+                everything = [q for g in self.param_groups for q in g["params"]]
+                positions = {q: i for i, q in enumerate(everything)}
+                taken = {s["seed"] for s in self.state.values() if "seed" in s}
+            own.update(state.zeros(p, group, p.device))
+            if "update_norm" in own:
+                key = state.new_key(self.defaults["seed"], positions[p], len(positions), taken)
+                own["seed"] = key
+                taken.add(key)
 
     def key_of(self, p: Tensor) -> int:
-        """The Philox key of a parameter that has no state yet; later its state's seed holds."""
-        everything = (q for group in self.param_groups for q in group["params"])
+        """The Philox key of a parameter: its state's, or the one that its first step gives it."""
+        if own := self.state.get(p):
+            return own["seed"]
+        everything = [q for group in self.param_groups for q in group["params"]]
         position = next(i for i, q in enumerate(everything) if q is p)
-        return parameter_key(self.defaults["seed"], position)
-
-    def _warn_once(self, text: str) -> None:
-        told = self.__dict__.setdefault("_warned", set())
-        if text not in told:
-            told.add(text)
-            warnings.warn(text, stacklevel=6)
-
-    def _check_state(self, p: Tensor, group: dict[str, Any], state: Mapping[str, Any]) -> None:
-        """Raises if the state does not fit the parameter and its group (say, a changed rank)."""
-        plan = _plan(p, group)
-        expected = tuple(p.shape) if plan is None else plan[0]
-        if ("update_norm" in state) != (plan is not None) or state["exp_avg"].shape != expected:
-            raise ValueError(
-                f"the state of a parameter of shape {tuple(p.shape)} does not fit its group: "
-                f"exp_avg has shape {tuple(state['exp_avg'].shape)}, rank {group['rank']} and "
-                f"proj_type {group['proj_type']!r} need {expected}; neither changes after step 1"
-            )
+        taken = {s["seed"] for s in self.state.values() if "seed" in s}
+        return state.new_key(self.defaults["seed"], position, len(everything), taken)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state_dict(); a state that does not fit raises ValueError before any change.
+        """Loads a state_dict(); what does not fit raises ValueError before any change.
 
         torch casts loaded state to the parameter's dtype; the moments here stay float32 and the
         tensors are copies, so that two optimizers never share them.
         """
-        source: dict[str, Any] = {}
+        loaded: list[tuple[Tensor, dict[str, Any]]] = []
 
         def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
-            source.update(given)
-            self._check_loadable(given)
+            loaded[:] = self._checked(given)
 
         def restore(_: torch.optim.Optimizer) -> None:
-            for p, saved in self._match(source):
-                self.state[p] = _own_state(p, saved)
+            for p, own in loaded:
+                self.state[p] = own
 
         # Hooks, since torch may swap the dict in the user's pre-hooks and calls their post-hooks
         # last; of this call only, since hooks made in __init__ are lost by deepcopy and pickle.
@@ -290,30 +422,34 @@ class APOLLO(torch.optim.Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _match(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        pairs = zip(params, ids, strict=False)  # torch itself checks the lengths
-        return [(p, state_dict["state"][i]) for p, i in pairs if state_dict["state"].get(i)]
-
-    def _check_loadable(self, state_dict: dict[str, Any]) -> None:
-        groups = {i: g for g in state_dict["param_groups"] for i in g["params"]}
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for p, i in zip(params, ids, strict=False):
-            saved = state_dict["state"].get(i)
-            if not saved:
-                continue
-            if "projector" in saved:
-                raise ValueError(
-                    "this state was written by apollo_torch: use apollo_kernels.load_apollo_torch"
-                )
-            if missing := {"step", "exp_avg", "exp_avg_sq"} - set(saved):
-                raise ValueError(f"state of parameter {i} lacks {sorted(missing)}")
-            self._check_state(p, {**self.defaults, **groups[i]}, saved)
+    def _checked(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The states of ``state_dict`` as ours, with the parameters that they belong to."""
+        groups, made = state_dict["param_groups"], []
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            return []  # torch's own check says so
+        for index, saved_group in enumerate(groups):
+            group = {**self.defaults, **saved_group}
+            options.check_group(group, f" in parameter group {index} of the loaded state")
+            params = self.param_groups[index]["params"]
+            for place, (p, i) in enumerate(zip(params, saved_group["params"], strict=True)):
+                saved, name = state_dict["state"].get(i), self._name_of(index, place)
+                if not saved:
+                    continue
+                if "projector" in saved:
+                    raise ValueError(
+                        f"the state of {name} was written by apollo_torch: use "
+                        "apollo_kernels.load_apollo_torch"
+                    )
+                own = state.converted(p, saved, name)
+                state.check(p, group, own, name)
+                made.append((p, own))
+        return made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_runtime", _Runtime())
+        for key, value in (("max_grad_norm", None), ("batch_dims", 0)):  # of an older pickle
+            self.defaults.setdefault(key, value)
         for group in self.param_groups:  # of an older version: fill what it did not know
             for key, value in self.defaults.items():
                 if key not in _OWN_DEFAULTS:
@@ -323,17 +459,21 @@ class APOLLO(torch.optim.Optimizer):
 
     def memory_report(self) -> MemoryReport:
         """Bytes of weights and optimizer state per group, next to AdamW's; print it for a table."""
-        return measure(self.param_groups, lambda p, g: self.state.get(p) or _zeros(p, g, "meta"))
+
+        def state_of(p: Tensor, group: dict[str, Any]) -> Mapping[str, Any]:
+            return self.state.get(p) or state.zeros(p, group, "meta")
+
+        return measure(self.param_groups, state_of)
 
     def stats(self) -> dict[str, int]:
-        """What has happened since construction, counted per parameter and step; waits for the GPU.
+        """What has happened since construction, counted per matrix and step; waits for the GPU.
 
         Returns
             parameters: that have state;  updates: applied;  limited: held by the norm-growth
             limiter;  nonfinite: skipped, or for dense parameters partly skipped, for NaN or Inf.
         """
         total = [0, 0, 0]
-        for counters in self.__dict__.get("_device_counters", {}).values():
+        for counters in self._runtime.counters.values():
             total = [a + b for a, b in zip(total, counters.tolist(), strict=True)]
         names = ("updates", "limited", "nonfinite")
         return {"parameters": len(self.state), **dict(zip(names, total, strict=True))}
@@ -362,100 +502,45 @@ class APOLLOAdamW(APOLLO):
         super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 
-def _check_group(group: dict[str, Any]) -> None:
-    """Raises ValueError for the first value of a complete group that cannot be meant."""
-
-    def check(key: str, ok: bool, expected: str) -> None:
-        if not ok:
-            raise ValueError(f"{key} must be {expected}, got {group[key]!r}")
-
-    def number(key: str) -> bool:
-        return isinstance(group[key], (int, float)) and math.isfinite(group[key])
-
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        check("lr", lr.numel() == 1, "a number or a tensor of one element")
-    else:
-        check("lr", number("lr") and lr >= 0, "a number >= 0")
-    betas = group["betas"]
-    check("betas", len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)")
-    for key in ("eps", "weight_decay"):
-        check(key, number(key) and group[key] >= 0, "a number >= 0")
-    for key in ("rank", "update_proj_gap"):
-        value = group[key]
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        check(key, good or (key == "rank" and value is None), "an integer >= 1")
-    check("scale", number("scale") and group["scale"] > 0, "a number > 0")
-    check("scale_type", group["scale_type"] in SCALE_TYPES, f"one of {SCALE_TYPES}")
-    check("proj_type", group["proj_type"] in PROJ_TYPES, f"one of {PROJ_TYPES}")
-    known = tuple(PROJECTIONS)
-    check("proj", group["proj"] in known, f"one of {known} (an SVD is not offered)")
-    check("differentiable", not group["differentiable"], "False: the step has no derivative")
-    both = bool(group["foreach"] and group["fused"])
-    check("fused", not both, "False or None together with foreach=True")
+def _drop_duplicates(group: dict[str, Any]) -> None:
+    """A parameter that a group lists twice (torch has warned of it) is stepped once."""
+    first: dict[int, int] = {}
+    for place, p in enumerate(group["params"]):
+        first.setdefault(id(p), place)
+    for key in ("params", "param_names"):
+        if key in group:
+            group[key] = [group[key][place] for place in first.values()]
 
 
-def _hyper(group: dict[str, Any]) -> Hyper:
-    return Hyper(
-        **{key: group[key] for key in _HYPER_KEYS}, distribution=PROJECTIONS[group["proj"]]
-    )
+def _levels_to_the_caller() -> int:
+    """How many frames lie between a warning and the line of the user's that it is about."""
+    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    frame, level = sys._getframe(1), 0
+    while frame is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    return level + 1
 
 
-def _plan(p: Tensor, group: dict[str, Any]) -> tuple[tuple[int, int], bool] | None:
-    """The moments' shape [C, r] and whether channels are rows; None for a dense parameter."""
-    if group["rank"] is None or p.dim() < 2:
-        return None
-    shape = matrix_shape(p.shape)
-    rows = channels_are_rows(shape, group["proj_type"])
-    channels, contracted = shape if rows else shape[::-1]
-    return (channels, min(group["rank"], contracted)), rows
-
-
-def _zeros(p: Tensor, group: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """The state's tensors before the first step."""
-    dtype, plan = compute_dtype(p.dtype), _plan(p, group)
-    step = torch.zeros((), dtype=torch.float32, device=device)
-    if plan is None:
-        m, v = (torch.zeros_like(p, dtype=dtype, device=device) for _ in range(2))
-        return {"step": step, "exp_avg": m, "exp_avg_sq": v}
-    m, v = (torch.zeros(plan[0], dtype=dtype, device=device) for _ in range(2))
-    norm = torch.zeros((), dtype=dtype, device=device)
-    return {"step": step, "exp_avg": m, "exp_avg_sq": v, "update_norm": norm}
-
-
-def _low_rank_item(p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> LowRank:
-    plan = _plan(p, group)
-    assert plan is not None and p.grad is not None
-    shape = matrix_shape(p.shape)
-    return LowRank(
-        # A view wherever the strides allow; else (channels_last convolutions) a copy, written back.
-        weight=p.reshape(shape),
-        grad=p.grad.reshape(shape),
-        exp_avg=state["exp_avg"],
-        exp_avg_sq=state["exp_avg_sq"],
-        update_norm=state["update_norm"],
-        step=state["step"],
-        key=state["seed"],
-        rows=plan[1],
-    )
-
-
-def _check_gradient(p: Tensor) -> None:
-    assert p.grad is not None
-    if p.grad.is_sparse:
-        raise RuntimeError("APOLLO does not support sparse gradients")
-    if type(p).__name__ == "DTensor":
+def _check_gradient(p: Tensor, name: str) -> None:
+    grad = p.grad
+    assert grad is not None
+    if type(p).__name__ == "DTensor" or type(grad).__name__ == "DTensor":
         raise NotImplementedError(
-            f"a sharded parameter (DTensor of shape {tuple(p.shape)}) is not supported yet"
+            f"{name} is sharded (a DTensor of shape {tuple(p.shape)}): not supported yet"
+        )
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"APOLLO does not support sparse gradients; that of {name} is one")
+    if grad.device != p.device or grad.shape != p.shape:
+        raise RuntimeError(
+            f"the gradient of {name} has shape {tuple(grad.shape)} on {grad.device}, the parameter "
+            f"{tuple(p.shape)} on {p.device}"
         )
 
 
-def _own_state(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-    """A copy of loaded state on p's device, in the contract's dtypes; ints stay ints."""
-    state = {}
-    for key, value in saved.items():
-        if key == "step" or isinstance(value, Tensor):
-            dtype = torch.float32 if key == "step" else compute_dtype(p.dtype)
-            value = torch.as_tensor(value).to(p.device, dtype, copy=True)
-        state[key] = value
-    return state
+def _without_autocast(devices: Iterable[torch.device]) -> contextlib.AbstractContextManager[Any]:
+    """The step's arithmetic is float32 by contract, also inside of an autocast region."""
+    off = contextlib.ExitStack()
+    for kind in {device.type for device in devices}:
+        if torch.is_autocast_enabled(kind):
+            off.enter_context(torch.autocast(kind, enabled=False))
+    return off

@@ -9,16 +9,12 @@ nothing drawn here is ever part of a checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-try:
-    import apollo_kernels._C as _C
-except ModuleNotFoundError:  # installed without a C++ compiler: the form below gives the same bits
-    _C = None
+from apollo_kernels.native import _C
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
 
@@ -39,13 +35,16 @@ def _splitmix64(x: int) -> int:
     return z ^ (z >> 31)
 
 
+KEY_BITS = 63  # operator schemas refuse integers from 2**63 on
+
+
 def parameter_key(seed: int, position: int) -> int:
     """The 63-bit Philox key of the parameter at ``position`` (over all groups), given the seed.
 
-    63 bits, because operator schemas refuse integers from 2**63 on. It is equal on every rank of a
-    data-parallel group.
+    It is equal on every rank of a data-parallel group. The same function of a parameter's key
+    gives those of its expert matrices, where ``position`` counts the matrices.
     """
-    return _splitmix64((_splitmix64(seed & _MASK64) + position) & _MASK64) & (2**63 - 1)
+    return _splitmix64((_splitmix64(seed & _MASK64) + position) & _MASK64) & (2**KEY_BITS - 1)
 
 
 def words(
@@ -61,7 +60,9 @@ def words(
     An int64 product of two uint32 values wraps exactly as uint64 does, so its halves are a shift
     and a mask away.
     """
-    c = [torch.as_tensor(x, dtype=torch.int64) for x in (c0, c1, c2, c3)]
+    given = (c0, c1, c2, c3)
+    device = next((x.device for x in given if isinstance(x, Tensor)), torch.device("cpu"))
+    c = [torch.as_tensor(x, dtype=torch.int64, device=device) for x in given]
     k = [key & _MASK32, (key >> 32) & _MASK32]
     for _ in range(rounds):
         p0, p1 = c[0] * _MULTIPLIERS[0], c[2] * _MULTIPLIERS[1]
@@ -125,14 +126,14 @@ def draw(
     code = DISTRIBUTIONS.index(distribution)
     device = torch.device(device)
     if _C is not None and device.type == "cpu":
-        z = torch.empty(rank, dim, dtype=torch.bfloat16)
+        z = torch.empty((rank, dim), dtype=torch.bfloat16, device="cpu")
         _C.draw(z.data_ptr(), key, epoch, rank, dim, start, code)
         return z
     block = _BLOCK[distribution]
     first, last = start // block, -(-(start + dim) // block)
     c0 = torch.arange(4 * first, 4 * last, device=device)
     c1 = torch.arange(rank, device=device).view(-1, 1)
-    w = words(key, c0, c1, torch.tensor(epoch, device=device), torch.tensor(code, device=device))
+    w = words(key, c0, c1, epoch, code)
     z = _normals(w, rank) if distribution == "gaussian" else _signs(w, rank)
     return z[:, start - block * first :][:, :dim].float().bfloat16()
 
@@ -183,43 +184,3 @@ def scaled(z: Tensor, dtype: torch.dtype) -> Tensor:
     """z [rank, dim] / sqrt(rank) in ``dtype``."""
     rank = max(z.shape[0], 1)
     return z.to(torch.promote_types(dtype, torch.float32)).div_(math.sqrt(rank)).to(dtype)
-
-
-class ProjectionCache:
-    """The current P of each parameter, for the CPU, where drawing P costs more than reading it.
-
-    It holds at most ``limit`` bytes (a float32 P takes 4 * rank * dim; beyond the limit P is drawn
-    anew at each step, so a large model costs time, not memory), one entry a parameter, and is no
-    part of state, checkpoints or pickles.
-    """
-
-    def __init__(self, limit: int = 256 * 2**20):
-        self.limit = limit
-        self._entries: dict[int, tuple[tuple, Tensor]] = {}
-        self.plans: dict[Any, Any] = {}  # what a kernel back end keeps between steps
-
-    @property
-    def nbytes(self) -> int:
-        return sum(p.numel() * p.element_size() for _, p in self._entries.values())
-
-    def get(
-        self,
-        key: int,
-        epoch: int,
-        rank: int,
-        dim: int,
-        distribution: str,
-        device: torch.device,
-        form: str,
-        prepare: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """``prepare(draw(...))`` from the cache where it is there; ``form`` names what it makes."""
-        wanted = (epoch, rank, dim, distribution, device, form)
-        have = self._entries.get(key)
-        if have is not None and have[0] == wanted:
-            return have[1]
-        self._entries.pop(key, None)
-        p = prepare(draw(key, epoch, rank, dim, distribution, device=device))
-        if self.nbytes + p.numel() * p.element_size() <= self.limit:
-            self._entries[key] = (wanted, p)
-        return p

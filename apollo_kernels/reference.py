@@ -1,91 +1,28 @@
 """APOLLO in plain PyTorch: the specification, the CPU path, and in float64 the oracle of the tests.
 
-    project  R = P G, q_c = |G_c|^2         (paper: Algorithm 1, step 1)
+    project  R = X P^T, q_c = |X_c|^2       (paper: Algorithm 1, step 1)
     scale    M, V <- Adam(R); s; limiter    (steps 2 and 3)
-    apply    W <- W - step * s_c * G_c      (step 4)
+    apply    W <- W - step * s_c * X_c      (step 4)
 
-G is seen as X [C, K]: C channels, each K long along the contracted side. Arithmetic runs in float64
-for float64 weights and in float32 for all others, with one rounding at the store.
+Arithmetic runs in float64 for float64 weights and in float32 for all others, with one rounding at
+the store. The functions say what every back end computes; the two batches at the end of the file
+are the back end itself, one matrix or one dense parameter each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from apollo_kernels import host
-from apollo_kernels.philox import ProjectionCache, rounding_bits, scaled
+from apollo_kernels import cpu
+from apollo_kernels.batch import NORM_GROWTH, TINY, Dense, Hyper, LowRank, Signals
+from apollo_kernels.philox import rounding_bits, scaled
 
-NORM_GROWTH = 1.01  # gamma of the norm-growth limiter (paper, section 4.1, after Fira)
-TINY = 1e-8  # keeps quotients of norms finite; a stored norm below it counts as unset
 _CHUNK = 2**20  # elements widened at a time: bounds the temporaries and keeps them in cache
-
-
-@dataclass(frozen=True)
-class Hyper:
-    """What one parameter group asks for. ``lr`` may be a tensor; the rest is plain numbers."""
-
-    lr: float | Tensor
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    correct_bias: bool
-    maximize: bool
-    scale_type: str = "channel"
-    scale: float = 1.0
-    scale_front: bool = False
-    disable_nl: bool = False
-    update_proj_gap: int = 200
-    distribution: str = "gaussian"
-    stochastic_rounding: bool = False
-
-    def step_size(self, step: float) -> float:
-        """lr times Adam's bias correction, kept outside of the limiter (as published)."""
-        if not self.correct_bias:
-            return float(self.lr)
-        c1, c2 = (_one_minus_power(beta, step) for beta in self.betas)
-        return float(self.lr) * math.sqrt(c2) / c1
-
-
-@dataclass
-class LowRank:
-    """One low-rank parameter: weight and grad [m, n], moments [C, r], update_norm and step [].
-
-    ``rows``: channels are the rows, so the columns are contracted; else the reverse.
-    """
-
-    weight: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    update_norm: Tensor
-    step: Tensor
-    key: int
-    rows: bool
-
-
-@dataclass
-class Dense:
-    """One parameter under AdamW: all tensors of the parameter's shape but step []."""
-
-    weight: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
-
-
-def _one_minus_power(beta: float, step: float) -> float:
-    return -math.expm1(step * math.log(beta)) if beta > 0 else 1.0
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic and of the moments beside a weight of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -138,7 +75,7 @@ def scale(
     dim = 1 if hyper.scale_type == "channel" else None
     r_norm = norm(r, dim=dim)
     _moments(r, r_norm, exp_avg, exp_avg_sq, hyper.betas)
-    n = exp_avg / exp_avg_sq.sqrt().add_(hyper.eps)
+    n = _ratio(exp_avg, exp_avg_sq.sqrt().add_(hyper.eps), hyper.eps)
     s = (norm(n, dim=dim) / (r_norm + TINY)).view(-1)
     return s, (s * s * q).sum()
 
@@ -148,20 +85,28 @@ def _moments(
 ) -> Tensor | None:
     """Adam's moments in place. An entry whose g^2 is not finite keeps them.
 
-    ``norms``: of g or of its parts; where they are finite, so is every g^2, and no mask is needed.
+    ``norms``: of g or of its parts; where their squares are finite, so is every g^2, and no mask is
+    needed. Their own finiteness says too little: the norm of one element never overflows.
     Returns
         None, or the mask of the entries with a finite square.
     """
     ok = None
-    if not math.isfinite(norms.sum()):
+    if not math.isfinite((norms * norms).sum()):
         ok = torch.isfinite(g * g)
         old = exp_avg.clone(), exp_avg_sq.clone()
-    exp_avg.lerp_(g, 1 - betas[0])
+    exp_avg.mul_(betas[0]).add_(g, alpha=1 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     if ok is not None:
         exp_avg.copy_(torch.where(ok, exp_avg, old[0]))
         exp_avg_sq.copy_(torch.where(ok, exp_avg_sq, old[1]))
     return ok
+
+
+def _ratio(exp_avg: Tensor, denominator: Tensor, eps: float) -> Tensor:
+    """N = M / (sqrt(V) + eps), in the memory of the denominator; 0 where that is 0."""
+    if eps > 0:
+        return torch.div(exp_avg, denominator, out=denominator)
+    return torch.where(denominator == 0, 0.0, exp_avg / denominator)
 
 
 def limit(u: float, previous: float) -> tuple[float, float]:
@@ -170,20 +115,29 @@ def limit(u: float, previous: float) -> tuple[float, float]:
     return factor, u * factor
 
 
+def _decay(wide: Tensor, decay: float) -> Tensor:
+    """W <- W - decay W in place; an infinite weight stays what it is.
+
+    1 - decay is never formed, since float32 would lose a decay of 1e-7.
+    """
+    if decay:
+        largest = torch.finfo(wide.dtype).max
+        wide.sub_(wide.clamp(-largest, largest), alpha=decay)
+    return wide
+
+
 def apply(w: Tensor, x: Tensor, coefficient: Tensor, decay: float) -> None:
     """W <- W - decay W - coefficient_c X_c in place, rounded once.
 
     Args
         w, x: weight and gradient [C, K], any float dtypes and strides.
         coefficient: [C] or [1], in the dtype of the arithmetic.
-        decay: lr * weight_decay; 1 - decay is never formed, since float32 would lose 1e-7.
+        decay: lr * weight_decay.
     """
     dtype = coefficient.dtype
     column = -coefficient.expand(w.shape[0]).unsqueeze(1)
     for part, gradient, c in _parts(w, x, column):
-        wide = _widen(part, dtype)
-        if decay:
-            wide.add_(wide, alpha=-decay)
+        wide = _decay(_widen(part, dtype), decay)
         wide.addcmul_(_widen(gradient, dtype), c)
         if wide is not part:
             part.copy_(wide)
@@ -200,19 +154,21 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where((raw & 0x7FFFFFFF) < 0x7F7F0000, cut, x.bfloat16())
 
 
-def apply_stochastic(item: LowRank, coefficient: Tensor, decay: float, step: int) -> None:
-    """``apply`` to a bf16 weight [m, n], with stochastic instead of nearest rounding."""
+def apply_stochastic(item: LowRank, x: Tensor, coefficient: Tensor, decay: float) -> None:
+    """``apply`` to a bf16 weight [m, n], with stochastic instead of nearest rounding.
+
+    Args
+        x: the gradient [m, n], as the weight lies. Other arguments as in ``apply``.
+    """
     rows, columns = item.weight.shape
     coefficient = -coefficient.expand(item.exp_avg.shape[0])
     size = max(1, _CHUNK // max(columns, 1))
     for first in range(0, rows, size):
-        part, x = item.weight[first : first + size], item.grad[first : first + size].float()
-        own = coefficient[first : first + size, None] if item.rows else coefficient
-        wide = part.float()
-        if decay:
-            wide.add_(wide, alpha=-decay)
-        wide.addcmul_(x, own)
-        bits = rounding_bits(item.key, step, first, len(part), columns, part.device)
+        part, gradient = item.weight[first : first + size], x[first : first + size].float()
+        c = coefficient[first : first + size, None] if item.rows else coefficient
+        wide = _decay(part.float(), decay)
+        wide.addcmul_(gradient, c)
+        bits = rounding_bits(item.key, int(item.step), first, len(part), columns, part.device)
         part.copy_(round_stochastically(wide, bits))
 
 
@@ -222,114 +178,172 @@ def adamw(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     hyper: Hyper,
-    step: float,
-    sign: float,
+    step: int,
+    factor: float,
 ) -> bool:
-    """Decoupled AdamW in place, bias correction and eps as in torch.optim.AdamW.
+    """The low-rank rule without a projection, in place: decoupled AdamW as apollo_torch has it.
+
+    N = M / (sqrt(V) + eps), and the bias correction is part of the step size. So eps weighs the
+    same at every step (in torch.optim.AdamW it weighs sqrt(1 - b2^t) times as much).
 
     Args
-        w, g, exp_avg, exp_avg_sq: the same shape. ``sign`` multiplies the gradient. An element
+        w, g, exp_avg, exp_avg_sq: the same shape. ``factor`` multiplies the gradient. An element
         whose squared gradient is not finite keeps its weight and its moments.
     Returns
         whether every element was finite.
     """
-    c1, c2 = (_one_minus_power(b, step) if hyper.correct_bias else 1.0 for b in hyper.betas)
-    lr = float(hyper.lr)
-    g = g.to(exp_avg.dtype) * sign
+    g = g.to(exp_avg.dtype)
+    if factor != 1:
+        g = g * factor
     ok = _moments(g, torch.linalg.vector_norm(g), exp_avg, exp_avg_sq, hyper.betas)
     wide = w.to(exp_avg.dtype)
-    decay = lr * hyper.weight_decay
-    new = wide.add(wide, alpha=-decay) if decay else wide.clone()  # 0 * Inf is NaN
-    denominator = exp_avg_sq.sqrt().div_(math.sqrt(c2)).add_(hyper.eps)
-    new.addcdiv_(exp_avg, denominator, value=-lr / c1)
+    n = _ratio(exp_avg, exp_avg_sq.sqrt().add_(hyper.eps), hyper.eps)
+    new = _decay(wide.clone(), float(hyper.lr) * hyper.weight_decay)
+    new.sub_(n, alpha=hyper.step_size(step))
     w.copy_(new if ok is None else torch.where(ok, new, wide))
     return ok is None or bool(ok.all())
 
 
-def _gradient_sign(hyper: Hyper, grad_scale: Tensor | None) -> float:
+# ---- the back end --------------------------------------------------------------------------------
+
+BY_ADDRESS = False  # a batch is lent the gradients for each step
+SAME_ORDER = False  # a gradient may lie in another memory order than its weight
+_OUTCOMES = torch.eye(3, dtype=torch.int64, device="cpu")  # updated, limited, not finite
+_LENT = torch.empty((0,), dtype=torch.float32, device="cpu")  # where an item would keep a gradient
+
+
+def takes(item: LowRank | Dense) -> bool:
+    return True
+
+
+def family(item: LowRank | Dense) -> Hashable:
+    """Every matrix is a batch of its own: its gradient is still in the caches for ``apply``."""
+    return id(item)
+
+
+def build(items: Sequence[LowRank], *, separate: bool) -> LowRankBatch:
+    (item,) = items
+    return LowRankBatch(item)
+
+
+def build_dense(items: Sequence[Dense]) -> DenseBatch:
+    (item,) = items
+    return DenseBatch(item)
+
+
+def _gradient_factor(hyper: Hyper, signals: Signals) -> float:
+    """What the gradient is multiplied with, but for the clipping."""
     sign = -1.0 if hyper.maximize else 1.0
-    return sign if grad_scale is None else sign / float(grad_scale)
+    return sign if signals.grad_scale is None else sign / float(signals.grad_scale)
 
 
-def _drawn_and_projected(
-    x: Tensor, item: LowRank, epoch: int, hyper: Hyper, cache: ProjectionCache
-) -> tuple[Tensor, Tensor]:
-    """``project`` with the P of this epoch, on the CPU's bf16 units where there are any."""
-    rank, dtype = item.exp_avg.shape[1], item.exp_avg.dtype
-    drawn = (item.key, epoch, rank, x.shape[1], hyper.distribution, x.device)
-    if host.supported(x):
-        form = host.layout(x, rank)
-        return host.project(x, cache.get(*drawn, form, lambda z: host.arrange(z, form)), rank)
-    return project(x, cache.get(*drawn, str(dtype), lambda z: scaled(z, dtype)))
+def _skipped(signals: Signals) -> bool:
+    return signals.found_inf is not None and bool(signals.found_inf)
 
 
-def step_low_rank(
-    batch: Sequence[LowRank],
-    hyper: Hyper,
-    counters: Tensor,
-    cache: ProjectionCache,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """One APOLLO step of every parameter of ``batch``, in place.
+def _count(signals: Signals, *outcomes: int) -> None:
+    for outcome in outcomes:
+        signals.counters.add_(_OUTCOMES[outcome].to(signals.counters.device))
 
-    Args
-        counters: int64 [3] (updates, limited, not finite), added to.
-        cache: where the current projections are kept.
-        grad_scale, found_inf: of torch.amp.GradScaler; a set found_inf skips every write.
-    """
-    if found_inf is not None and bool(found_inf):
-        return
-    sign = _gradient_sign(hyper, grad_scale)
-    alpha = math.sqrt(hyper.scale)
-    decay = float(hyper.lr) * hyper.weight_decay
-    updates = limited = 0
-    for item in batch:
-        item.step.add_(1)
-        step = float(item.step)
-        x, w = (item.grad, item.weight) if item.rows else (item.grad.t(), item.weight.t())
-        r, q = _drawn_and_projected(x, item, (int(step) - 1) // hyper.update_proj_gap, hyper, cache)
-        if sign != 1:
-            r, q = r.mul_(sign), q.mul_(sign**2)
+
+class LowRankBatch:
+    """One matrix. ``lend`` gives it the gradient, which it keeps for one step only."""
+
+    def __init__(self, item: LowRank):
+        self.item = replace(item, grad=_LENT)
+        self.skipped = False
+        self.x: Tensor | None = None  # the gradient as [C, K]
+        self.r: Tensor | None = None
+        self.q: Tensor | None = None
+        self.coefficient: Tensor | None = None  # what each channel of X is multiplied with
+
+    def lend(self, gradients: Sequence[Tensor] | None) -> None:
+        self.x = self.r = self.q = self.coefficient = None
+        if gradients is not None:
+            (grad,) = gradients
+            self.x = grad if self.item.rows else grad.t()
+
+    def project(self, hyper: Hyper, signals: Signals) -> None:
+        self.skipped = _skipped(signals)
+        item, x = self.item, self.x
+        assert x is not None
+        if self.skipped:
+            return
+        if item.leads:
+            item.step.add_(1)
+        epoch = (int(item.step) - 1) // hyper.update_proj_gap
+        rank, dtype = item.exp_avg.shape[1], item.exp_avg.dtype
+        drawn = (self, item.key, epoch, rank, x.shape[1], hyper.distribution, x.device)
+        if cpu.supported(x):
+            form = cpu.layout(x, rank)
+            z = cpu.projections.get(*drawn, form, lambda z: cpu.arrange(z, form))
+            self.r, self.q = cpu.project(x, z, rank)
+        else:
+            p = cpu.projections.get(*drawn, str(dtype), lambda z: scaled(z, dtype))
+            self.r, self.q = project(x, p)
+
+    def square_norm(self) -> Tensor:
+        if self.q is None:
+            return torch.zeros((), dtype=torch.float64, device=self.item.weight.device)
+        return self.q.sum(dtype=torch.float64)
+
+    def scale(self, hyper: Hyper, signals: Signals) -> None:
+        if self.skipped:
+            return
+        item, r, q = self.item, self.r, self.q
+        assert r is not None and q is not None
+        factor = _gradient_factor(hyper, signals)
+        factor *= 1.0 if signals.clip is None else float(signals.clip)
+        if factor != 1:
+            r, q = r.mul_(factor), q.mul_(factor**2)
         s, u2 = scale(r, q, item.exp_avg, item.exp_avg_sq, hyper)
+        alpha = math.sqrt(hyper.scale)
         u = math.sqrt(u2) * (alpha if hyper.scale_front else 1.0)
         if not math.isfinite(u):
-            continue
-        factor = 1.0
+            _count(signals, 2)
+            return
+        growth = 1.0
         if not hyper.disable_nl:
-            factor, norm = limit(u, float(item.update_norm))
+            growth, norm = limit(u, float(item.update_norm))
             item.update_norm.fill_(norm)
-        coefficient = s * (hyper.step_size(step) * alpha * factor * sign)
+        self.coefficient = s * (hyper.step_size(int(item.step)) * alpha * growth * factor)
+        _count(signals, 0, *([1] if growth < 1 else []))
+
+    def apply(self, hyper: Hyper, signals: Signals) -> None:
+        coefficient, x = self.coefficient, self.x
+        if coefficient is None or x is None:  # skipped, or not finite
+            return
+        item, decay = self.item, float(hyper.lr) * hyper.weight_decay
+        w = item.weight if item.rows else item.weight.t()
         same_order = (w.stride(1) == 1) == (x.stride(1) == 1)
         if hyper.stochastic_rounding and w.dtype == torch.bfloat16:
-            apply_stochastic(item, coefficient, decay, int(step))
-        elif host.supported(w, x) and same_order:
-            host.apply(w, x, coefficient, decay)
+            apply_stochastic(item, x if item.rows else x.t(), coefficient, decay)
+        elif cpu.supported(w, x) and same_order:
+            cpu.apply(w, x, coefficient, decay)
         else:
             apply(w, x, coefficient, decay)
-        updates += 1
-        limited += factor < 1
-    counters += torch.tensor([updates, limited, len(batch) - updates], device=counters.device)
 
 
-def step_dense(
-    batch: Sequence[Dense],
-    hyper: Hyper,
-    counters: Tensor,
-    cache: ProjectionCache,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """One AdamW step of every parameter of ``batch``, in place; arguments as in step_low_rank."""
-    if found_inf is not None and bool(found_inf):
-        return
-    sign = _gradient_sign(hyper, grad_scale)
-    updates = 0
-    for item in batch:
+class DenseBatch:
+    """One dense parameter, lent its gradient as a LowRankBatch is."""
+
+    def __init__(self, item: Dense):
+        self.item = replace(item, grad=_LENT)
+        self.grad: Tensor | None = None
+
+    def lend(self, gradients: Sequence[Tensor] | None) -> None:
+        self.grad = None if gradients is None else gradients[0]
+
+    def adamw(self, hyper: Hyper, signals: Signals) -> None:
+        item, grad = self.item, self.grad
+        assert grad is not None
+        if _skipped(signals):
+            return
         item.step.add_(1)
-        tensors = (item.weight, item.grad, item.exp_avg, item.exp_avg_sq)
-        finite = True
+        factor = _gradient_factor(hyper, signals)
+        factor *= 1.0 if signals.clip is None else float(signals.clip)
+        step, finite = int(item.step), True
+        tensors = (item.weight, grad, item.exp_avg, item.exp_avg_sq)
         for w, g, m, v in _parts(*(t.view(1) if t.dim() == 0 else t for t in tensors)):
-            finite &= adamw(w, g, m, v, hyper, float(item.step), sign)
-        updates += finite
-    counters += torch.tensor([updates, 0, len(batch) - updates], device=counters.device)
+            finite &= adamw(w, g, m, v, hyper, step, factor)
+        _count(signals, 0 if finite else 2)

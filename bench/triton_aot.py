@@ -24,12 +24,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from apollo_kernels.triton_kernels import apply, project, scale, table
+from apollo_kernels.triton_kernels import adamw, apply, project, scale, table
+from apollo_kernels.triton_kernels.element import element
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx942")
-TYPES = {"table": "*i64", "items": "*i32", "space": "*fp32", "bad": "*i32", "counters": "*i64"}
-TYPES |= {"gap": "i32"}  # the rest: fp32
-OPTIONAL = ("lr_at", "grad_scale", "found_inf")
+TYPES = {"table": "*i64", "items": "*i32", "space": "*fp32", "clock": "*i64", "bad": "*i32"}
+TYPES |= {"counters": "*i64", "gap": "i32"}  # all others are fp32
+OPTIONAL = ("lr_at", "grad_scale", "found_inf", "clip")
 MIX = {
     "spills": "LDL|STL",
     "tensor": "HMMA|HGMMA|UTC[A-Z]*MMA",
@@ -40,8 +41,8 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
 def layout(dtype: torch.dtype, k_unit: bool, rank: int, channels: int = 4096, k: int = 4096):
-    """A parameter that vectors can read, as the launchers see it."""
-    lies = table.Matrix(dtype, k_unit, k if k_unit else channels, True)
+    """A matrix that vectors can read, as the launchers see it."""
+    lies = table.Matrix(dtype, k_unit, k if k_unit else channels, True, True)
     return table.Layout(channels, k, rank, k_unit, rank % 16 == 0, lies, lies)
 
 
@@ -52,30 +53,34 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
             side = f"{NAMES[dtype]} {'rows' if k_unit else 'columns'}"
             for rank in (1, 16, 64, 256) if everything else (1, 256):
                 tiling = project.choose(layout(dtype, k_unit, rank), arch in ("90", "100"))
-                for signs, split in ((0, 0), (1, 0), (0, 1)) if everything else ((0, 0),):
-                    rest = {"SPLIT": bool(split), "SIGNS": bool(signs), "FAST": True}
-                    name = f"project {side} rank {rank}{' signs' * signs}{' split' * split}"
+                for signs, store in ((0, 0), (1, 0), (0, 1)) if everything else ((0, 0),):
+                    rest = {"STORE": bool(store), "SIGNS": bool(signs), "FAST": True}
+                    name = f"project {side} rank {rank}{' signs' * signs}{' stored' * store}"
                     yield name, project._project, {**tiling._asdict(), **rest}
             tiling = apply.choose(layout(dtype, k_unit, 64))._asdict()
             for by_chance in (False, True) if dtype == torch.bfloat16 else (False,):
                 name = f"apply {side}{' stochastic' * by_chance}"
                 rest = {"STOCHASTIC": by_chance, "num_warps": apply.warps(by_chance)}
                 yield name, apply._apply, {**tiling, **rest}
-        tiling = apply.DenseTiling(apply.element(dtype), apply.element(dtype), True)._asdict()
-        yield f"adamw {NAMES[dtype]}", apply._adamw, {**tiling, "num_warps": 8}
+        tiling = adamw.Tiling(element(dtype), element(dtype), True)._asdict()
+        yield f"adamw {NAMES[dtype]}", adamw._adamw, {**tiling, "num_warps": 8}
     yield "combine", scale._combine, {"ALIGNED": True, "BR": 128, "BC": scale.COMBINE}
     flags = {"CORRECT": True, "FRONT": False, "LIMITER": True, "BLOCK": 1024}
     for tensor in (False, True):
         name = f"limit {'tensor' if tensor else 'channel'}"
         yield name, scale._limit, {"TENSOR": tensor, **flags}
-    yield "begin", apply._begin, {"CORRECT": True, "num_warps": 1}
-    given = dict.fromkeys(OPTIONAL, "*fp32")  # lr in a tensor, and GradScaler's tensors
+    yield "begin", adamw._begin, {"CORRECT": True, "num_warps": 1}
+    given = dict.fromkeys(OPTIONAL, "*fp32")  # lr in a tensor, GradScaler's tensors, and clip
     tiling = project.choose(layout(torch.float16, True, 64), arch in ("90", "100"))._asdict()
-    given_too = {"SPLIT": False, "SIGNS": False, "FAST": True, **given}
-    yield "project f16 rows rank 64, scaler", project._project, {**tiling, **given_too}
+    fused = {"STORE": False, "SIGNS": False, "FAST": True, **given}
+    yield "project f16 rows rank 64, signals", project._project, {**tiling, **fused}
     flags = {"TENSOR": False, "CORRECT": False, "FRONT": True, "LIMITER": False, "BLOCK": 1024}
-    yield "limit, scaler", scale._limit, {**flags, **given}
-    yield "begin, scaler", apply._begin, {"CORRECT": False, "num_warps": 1, **given}
+    yield "limit, signals", scale._limit, {**flags, **given}
+    tile = {"ALIGNED": False, "BR": 1, "BC": scale.COMBINE}
+    yield "combine rank 1, signals", scale._combine, {**tile, **given}
+    tiling = adamw.Tiling(element(torch.float16), element(torch.float16), True)._asdict()
+    yield "adamw f16, signals", adamw._adamw, {**tiling, "num_warps": 8, **given}
+    yield "begin, signals", adamw._begin, {"CORRECT": False, "num_warps": 1, **given}
 
 
 def compiled(kernel: Any, fixed: dict[str, Any], arch: str) -> Any:

@@ -1,103 +1,144 @@
-// What crosses from bindings.cpp to the kernels: tables of parameters, and one launch each.
+// The border of the kernels: the rows of their tables, the structs of a launch, and the launches.
 //
-// A step of the low-rank parameters of one group is four launches, whatever their number:
-//   project  R = X P^T per tile, moments where the tile holds all of K;  q        reads G
-//   scale    sums of K chunks and rank tiles, moments of split tensors, s_c        small
-//   limit    one block per parameter: the limiter, step, update_norm, counters     tiny
-//   apply    W <- W - decay W - f s_c X                                            reads G, W;
-//   writes W
+// A step of the low-rank matrices of one family is four launches, whatever their number:
+//   project  R = X P^T per tile, moments where the tile holds all of K;  q          reads G
+//   scale    R that lies in the workspace: its moments;  s_c, parts of u^2, t        small
+//   limit    one block per matrix: the limiter, update_norm, step, counters          tiny
+//   apply    W <- (1 - lr wd) W - f s_c X_c                                          reads G and W
 // Dense parameters take two: adamw and advance. Nothing here allocates, waits or asks the device.
+// plan.h fills tables, maps and launches from named fields; launch.cu picks the kernels.
 #pragma once
 
 #include <cstdint>
 
 namespace apollo {
 
+// A dtype joins here, in `pieces` below, in common.cuh (conversions and kDtypeOf), in `with_dtype`
+// of launch.cu and in DTYPES of cuda.py. A weight that is stored otherwise (int8 with scales) is
+// another WeightPack in weights.cuh.
 enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
-// One low-rank parameter; all fields are 8 bytes, so that Python fills the table as int64 [n, 22].
-// X [channels, k] lies in memory as rows of length k, `ld` elements apart (by_row), or as rows of
+// How many bf16 numbers hold a gradient's element exactly: the tensor cores multiply bf16.
+constexpr int pieces(int dtype) { return dtype == kBfloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
+
+// The kernels of `project` by the matrix's own rank: a matrix's bits must not depend on what else
+// is in the launch.
+enum RankClass : int { kRankOne, kRankTo4, kRankTo7, kRankTo64, kRankBeyond };
+constexpr RankClass rank_class(int64_t rank) {
+  return rank <= 1    ? kRankOne
+         : rank <= 4  ? kRankTo4
+         : rank <= 7  ? kRankTo7
+         : rank <= 64 ? kRankTo64
+                      : kRankBeyond;
+}
+// Below rank 8 the tensor cores' tiles would lie mostly idle; project_dot.cuh runs instead.
+constexpr bool uses_dots(RankClass rank) { return rank <= kRankTo7; }
+
+// Tiles of a block of `project`: rank rows, and channels. Three planes of 256 channels would not
+// fit the 99 KB of sm_86, 89 and 120; for dots, contiguous channels take a warp each in turn, the
+// others lie across the lanes.
+constexpr int rank_tile(RankClass rank) {
+  return uses_dots(rank) ? 7 : rank == kRankTo64 ? 64 : 128;
+}
+constexpr int mma_channels(int dtype) { return pieces(dtype) == 1 ? 256 : 128; }
+constexpr int kDotChannels = 64, kDotColumns = 256;
+
+constexpr int kScaleChannels = 256;         // channels of a block of `scale`
+constexpr int64_t kApplyVectors = 8 * 256;  // vectors of 8 elements of a block of `apply`, `adamw`
+
+// X [channels, k] lies in memory as rows of length k, `ld` elements apart (kByRow), or as rows of
 // length `channels`. Offsets count floats in the workspace, blocks count from the launch's first.
-enum Order : int64_t { kByRow = 1, kRowMajor = 2 };  // rows in memory: channels; the matrix's rows
-struct Parameter {
+enum Flag : int64_t {
+  kByRow = 1,     // the rows in memory are channels
+  kRowMajor = 2,  // the rows in memory are the matrix's own
+  kLeads = 4,     // `limit` advances `step`, which matrices may share
+  kSummed = 8,    // R goes to the workspace and `scale` updates the moments
+};
+struct Matrix {
   void* weight;
   const void* grad;
   float* exp_avg;      // [channels, rank]
   float* exp_avg_sq;   // [channels, rank]
   float* update_norm;  // []
-  float* step;         // []
+  int64_t* step;       // []
   uint64_t key;
   int64_t channels, k, rank;
   int64_t weight_ld, grad_ld;
-  int64_t order;                 // kByRow | kRowMajor
-  int64_t chunks, chunk_length;  // parts of K that are summed by `scale`; 1: moments in `project`
-  int64_t partial;               // R of each chunk [chunks, channels, rank], if `scale` sums
-  int64_t sums;                  // |R_c|^2 and |N_c|^2 of each rank tile [2, rank_tiles, channels]
-  int64_t channel;               // s [channels], then q [chunks, channels]
-  int64_t parts;                 // of `scale`'s blocks [3, blocks], then {f, skip} for `apply`
+  int64_t flags;
+  int64_t chunks, chunk_length;  // of K, each summed by a block of its own
+  int64_t rank_tiles;
+  int64_t q;                     // squared norms [chunks, channels] of X as it is
+  int64_t s;                     // [channels]
+  int64_t r;      // R of each chunk [chunks, channels, rank] if kSummed; else |R_c|^2 and |N_c|^2
+                  // of each rank tile [2, rank tiles, channels]
+  int64_t parts;  // double [3, blocks], of `scale`'s blocks
   int64_t first_project, first_scale, first_apply;
 };
-constexpr int kParameterFields = 22;
-static_assert(sizeof(Parameter) == 8 * kParameterFields, "a table row is int64 [22]");
+
+// What `scale` and `limit` leave for `apply`: one per matrix, at the workspace's beginning.
+struct Record {
+  int64_t t;        // the step, from 1
+  float f;          // W <- keep W - f s_c X_c
+  float keep_high;  // 1 - lr wd, see `Keep` in common.cuh
+  float keep_low;
+  uint32_t skip;  // u^2 is not finite
+  int64_t unused;
+};
+constexpr int kRecordFloats = int(sizeof(Record) / sizeof(float));
+static_assert(sizeof(Record) == 32, "records and parts need 8-byte aligned places");
 
 // One dense parameter: `count` elements in the same memory order in all four tensors.
-struct DenseParameter {
+struct DenseRow {
   void* weight;
   const void* grad;
   float* exp_avg;
   float* exp_avg_sq;
-  float* step;
-  int64_t count, first_block, bad;  // bad: index of its flag among `flags`
+  int64_t* step;
+  int64_t count, first_block;
 };
-constexpr int kDenseFields = 8;
-static_assert(sizeof(DenseParameter) == 8 * kDenseFields, "a table row is int64 [8]");
 
 // What a parameter group asks for. Pointers may be null; they are read on the device.
 struct Hyper {
   const float* lr_tensor;   // overrides lr
   const float* grad_scale;  // of GradScaler: gradients are that many times too large
   const float* found_inf;   // non-zero: nothing is written
+  const float* clip;        // of max_grad_norm: known from `scale` on
   long long* counters;      // updates, limited, not finite
   double lr, beta1, beta2, weight_decay, scale;
-  float beta2_float, keep1, keep2, eps;  // keep: 1 - beta, subtracted in float64
+  float beta1_float, beta2_float, keep1, keep2, eps;  // keep: 1 - beta, subtracted in float64
   int64_t update_proj_gap;
-  int correct_bias, maximize, tensor_scale, scale_front, disable_nl, rademacher;
+  int distribution;  // of philox.cuh
+  int correct_bias, maximize, tensor_scale, scale_front, disable_nl;
   int stochastic_rounding;  // of bf16 weights
 };
 
-// A launch over a group: parameter b of the table belongs to block i if map[i] == b.
+// A launch over a family: row map[i] of the table belongs to block i.
 struct Launch {
-  const void* table;  // Parameter or DenseParameter
+  const void* table;  // Matrix or DenseRow
   const int32_t* map;
   float* workspace;
-  int32_t* flags;
+  int32_t* bad;  // per dense parameter: an element was not finite
   int64_t blocks;
   int weight_dtype, grad_dtype;
-  int rank;  // the group's: picks the kernel; a parameter's own may be smaller
+  RankClass rank;
   void* stream;
   Hyper hyper;
 };
 
-// How `project` cuts a parameter into blocks; Python lays out workspace and maps by it.
-struct Tiling {
-  int64_t channel_tile, rank_tile, channel_tiles, rank_tiles, chunks, chunk_length;
-  int fused;  // moments in `project`
-};
-Tiling tiling(int64_t channels, int64_t k, int64_t rank, int64_t group_rank, int grad_dtype,
-              bool by_row);
-
-constexpr int kScaleChannels = 256;         // channels of a block of `scale`
-constexpr int64_t kApplyVectors = 8 * 256;  // vectors of 8 elements of a block of `apply`, `adamw`
-
 // Each returns a cudaError_t, 0 for success; a launch over no blocks does nothing.
-int project(const Launch& launch);
-int scale(const Launch& launch);
-int limit(const Launch& launch);
-int apply(const Launch& launch);
-int adamw(const Launch& launch);
-int advance(const Launch& launch);
-const char* error_name(int error);
+int launch_project(const Launch& launch);
+int launch_scale(const Launch& launch);
+int launch_limit(const Launch& launch);  // blocks: the matrices
+int launch_apply(const Launch& launch);
+int launch_adamw(const Launch& launch);
+int launch_advance(const Launch& launch);  // blocks: the parameters
 
+// Loads the kernels of a family onto the current device, which a first launch would do otherwise:
+// too late within the capture of a graph. `launch` need hold dtypes and rank only.
+int load_low_rank(const Launch& launch);
+int load_dense(const Launch& launch);
+
+const char* error_name(int error);
 // The calling thread's device: hooks run on threads whose device is another one.
 int current_device(int* device);
 int use_device(int device);

@@ -1,56 +1,27 @@
-// apply: W <- W - decay W - f s_c X_c, streamed in memory order: 16-byte accesses, all rounding at
-// the store. A bf16 weight and gradient move 6 bytes an element. adamw: the same stream for dense
-// parameters, with their float32 moments (22 bytes for bf16).
+// apply: W <- (1 - lr wd) W - f s_c X_c, streamed in memory order: 16-byte accesses, all rounding
+// at the store. A bf16 weight and gradient move 6 bytes per element.
 #pragma once
 
 #include "common.cuh"
-#include "philox.cuh"
+#include "weights.cuh"
 
 namespace apollo {
-
-// Rounds eight neighbours in memory to bf16, upward with the probability of what is cut off: weight
-// (i, l) takes half l mod 2 of word (l mod 8) div 2 of the call (l div 8, i, step, 2). What is not
-// finite, or nearly, is rounded to nearest.
-struct StochasticRounding {
-  uint32_t key0, key1, step;
-  bool row_major;
-
-  APOLLO_DEVICE uint32_t half(const Words& w, int64_t l) const {
-    const uint32_t low = l & 2 ? w.w[1] : w.w[0], high = l & 2 ? w.w[3] : w.w[2];
-    return (l & 4 ? high : low) >> (l & 1 ? 16 : 0) & 0xFFFFu;
-  }
-
-  APOLLO_DEVICE void round(float (&x)[8], int64_t outer, int64_t inner) const {
-    Words w{};
-    if (row_major) {
-      w = philox4x32({{uint32_t(inner / 8), uint32_t(outer), step, kRounding}}, key0, key1);
-    }
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      if (!row_major) {  // eight rows of the matrix: a call for each
-        const Words one = {{uint32_t(outer / 8), uint32_t(inner + e), step, kRounding}};
-        w = philox4x32(one, key0, key1);
-      }
-      const uint32_t bits = __float_as_uint(x[e]);
-      if ((bits & 0x7FFFFFFFu) < 0x7F7F0000u) {
-        const uint32_t up = bits + half(w, row_major ? e : outer);
-        x[e] = __uint_as_float(up & 0xFFFF0000u);  // exact in bf16
-      }
-    }
-  }
-};
 
 template <class W, class G>
 __global__ void __launch_bounds__(256, 2) apply_update(Launch launch) {
   const Hyper& h = launch.hyper;
   if (skipped(h)) return;
-  const Parameter& p = static_cast<const Parameter*>(launch.table)[launch.map[blockIdx.x]];
-  const float* control =
-      launch.workspace + p.parts + 3 * ((p.channels + kScaleChannels - 1) / kScaleChannels);
-  if (control[1] != 0.0f) return;
-  const float f = control[0], decay = -float(learning_rate(h) * h.weight_decay);
-  const float* s = launch.workspace + p.channel;
-  const int64_t outer = by_row(p) ? p.channels : p.k, inner = by_row(p) ? p.k : p.channels;
+  const int32_t matrix = launch.map[blockIdx.x];
+  // By value: behind the volatile loads and stores a reference would be read again per element.
+  const Matrix p = static_cast<const Matrix*>(launch.table)[matrix];
+  const Record record = record_of(launch, matrix);
+  if (record.skip) return;
+  const float f = record.f;
+  const Keep keep = {record.keep_high, record.keep_low};
+  const float* s = launch.workspace + p.s;
+  const bool rows_are_channels = by_row(p);
+  const int64_t outer = rows_are_channels ? p.channels : p.k;
+  const int64_t inner = rows_are_channels ? p.k : p.channels;
   const int64_t row_vectors = (inner + 7) / 8;
   const int64_t first = (int64_t(blockIdx.x) - p.first_apply) * kApplyVectors + threadIdx.x;
   const int64_t rows_on = 256 / row_vectors, vectors_on = 256 % row_vectors;
@@ -58,13 +29,13 @@ __global__ void __launch_bounds__(256, 2) apply_update(Launch launch) {
   const G* grad = static_cast<const G*>(p.grad);
   const bool wide = aligned16(weight, p.weight_ld) && aligned16(grad, p.grad_ld);
 
-  const StochasticRounding rounding = {uint32_t(p.key), uint32_t(uint64_t(p.key) >> 32),
-                                       uint32_t(*p.step), (p.order & kRowMajor) != 0};
+  const StochasticRounding rounding = {uint32_t(p.key), uint32_t(p.key >> 32), uint32_t(record.t),
+                                       (p.flags & kRowMajor) != 0};
 
   constexpr int kAhead = 4;  // loads under way before the first is used
   int64_t row = first / row_vectors, column = first % row_vectors;
   for (int64_t i = 0; i < kApplyVectors / 256; i += kAhead) {
-    Pack8<W> w[kAhead];
+    WeightPack<W> w[kAhead];
     Pack8<G> g[kAhead];
     int64_t rows[kAhead], at[kAhead];
 #pragma unroll
@@ -88,85 +59,17 @@ __global__ void __launch_bounds__(256, 2) apply_update(Launch launch) {
       float x[8], y[8];
       w[a].get(y);
       g[a].get(x);
-      const float row_s = h.tensor_scale || !by_row(p) ? 1.0f : s[rows[a]];
+      const float row_s = h.tensor_scale || !rows_are_channels ? 1.0f : s[rows[a]];
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        const bool own = !h.tensor_scale && !by_row(p) && at[a] + e < inner;
+        const bool own = !h.tensor_scale && !rows_are_channels && at[a] + e < inner;
         const float coefficient = f * (own ? s[at[a] + e] : row_s);
-        const float kept = decay == 0.0f ? y[e] : fmaf(y[e], decay, y[e]);  // 0 * Inf is NaN
-        y[e] = fmaf(-coefficient, x[e], kept);
+        y[e] = fmaf(-coefficient, x[e], keep.times(y[e]));
       }
-      if constexpr (kIsBfloat16<W>) {
-        if (h.stochastic_rounding) rounding.round(y, rows[a], at[a]);
-      }
-      w[a].set(y);
-      w[a].store(weight + rows[a] * p.weight_ld + at[a], inner - at[a], wide);
+      w[a].store(weight + rows[a] * p.weight_ld + at[a], y, inner - at[a], wide,
+                 h.stochastic_rounding != 0, rounding, rows[a], at[a]);
     }
   }
-}
-
-template <class W, class G>
-__global__ void __launch_bounds__(256) adamw_update(Launch launch) {
-  const Hyper& h = launch.hyper;
-  if (skipped(h)) return;
-  const DenseParameter p = static_cast<const DenseParameter*>(launch.table)[launch.map[blockIdx.x]];
-  const double t = double(*p.step) + 1.0, lr = learning_rate(h);
-  const double c1 = h.correct_bias ? (h.beta1 > 0.0 ? -expm1(t * log(h.beta1)) : 1.0) : 1.0;
-  const double c2 = h.correct_bias ? (h.beta2 > 0.0 ? -expm1(t * log(h.beta2)) : 1.0) : 1.0;
-  const float rate = float(lr / c1), root = float(1.0 / sqrt(c2));
-  const float decay = -float(lr * h.weight_decay), factor = sign_and_scale(h);
-  W* weight = static_cast<W*>(p.weight);
-  const G* grad = static_cast<const G*>(p.grad);
-  const bool wide = aligned16(weight, 0) && aligned16(grad, 0) && aligned16(p.exp_avg, 0) &&
-                    aligned16(p.exp_avg_sq, 0);
-  bool bad = false;
-  int64_t at = ((int64_t(blockIdx.x) - p.first_block) * kApplyVectors + threadIdx.x) * 8;
-  for (int64_t i = 0; i < kApplyVectors / 256 && at < p.count; ++i, at += 8 * 256) {
-    Pack8<W> w;
-    Pack8<G> g;
-    Pack8<float> m, v;
-    const int64_t left = p.count - at;
-    w.load(weight + at, left, wide);
-    g.load(grad + at, left, wide);
-    m.load(p.exp_avg + at, left, wide);
-    v.load(p.exp_avg_sq + at, left, wide);
-    float x[8], y[8], mm[8], vv[8];
-    w.get(y);
-    g.get(x);
-    m.get(mm);
-    v.get(vv);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const float r = x[e] * factor;
-      if (!finite(r * r)) {
-        bad = true;
-        continue;
-      }
-      mm[e] = fmaf(h.keep1, r - mm[e], mm[e]);
-      vv[e] = fmaf(h.keep2 * r, r, h.beta2_float * vv[e]);
-      const float kept = decay == 0.0f ? y[e] : fmaf(y[e], decay, y[e]);
-      y[e] = fmaf(-rate, mm[e] / fmaf(sqrtf(vv[e]), root, h.eps), kept);
-    }
-    w.set(y);
-    m.set(mm);
-    v.set(vv);
-    w.store(weight + at, left, wide);
-    m.store(p.exp_avg + at, left, wide);
-    v.store(p.exp_avg_sq + at, left, wide);
-  }
-  if (bad) atomicExch(launch.flags + p.bad, 1);  // any order gives the same
-}
-
-// After adamw: one thread per parameter counts its step and clears its flag.
-__global__ void __launch_bounds__(256) advance_steps(Launch launch) {
-  if (skipped(launch.hyper)) return;
-  const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
-  if (i >= launch.blocks) return;
-  const DenseParameter p = static_cast<const DenseParameter*>(launch.table)[i];
-  *p.step += 1.0f;
-  auto* counters = reinterpret_cast<unsigned long long*>(launch.hyper.counters);
-  atomicAdd(counters + (launch.flags[p.bad] ? 2 : 0), 1ull);
-  launch.flags[p.bad] = 0;
 }
 
 }  // namespace apollo

@@ -6,9 +6,10 @@
 #include <string>
 #include <vector>
 
-#include "host_bf16.h"
+#include "cpu_bf16.h"
 #include "kernel_bindings.h"
 #include "philox.cuh"
+#include "tensor_facts.h"
 
 namespace py = pybind11;
 
@@ -45,21 +46,19 @@ void draw(uintptr_t out, uint64_t key, uint32_t epoch, int64_t rank, int64_t dim
   apollo::draw(reinterpret_cast<uint16_t*>(out), key, epoch, rank, dim, start, kind);
 }
 
-void host_project(uintptr_t x, int64_t channels, int64_t k, int64_t ld, bool rows, uintptr_t z,
-                  int64_t rank, int64_t padded, float scale, uintptr_t r, uintptr_t q,
-                  int threads) {
-  apollo::host_project({reinterpret_cast<const uint16_t*>(x), channels, k, ld, rows,
-                        reinterpret_cast<const uint16_t*>(z), rank, padded, scale,
-                        reinterpret_cast<float*>(r), reinterpret_cast<float*>(q)},
-                       threads);
+void cpu_project(uintptr_t x, int64_t channels, int64_t k, int64_t ld, bool rows, uintptr_t z,
+                 int64_t rank, int64_t padded, float scale, uintptr_t r, uintptr_t q, int threads) {
+  apollo::cpu_project({reinterpret_cast<const uint16_t*>(x), channels, k, ld, rows,
+                       reinterpret_cast<const uint16_t*>(z), rank, padded, scale,
+                       reinterpret_cast<float*>(r), reinterpret_cast<float*>(q)},
+                      threads);
 }
 
-void host_apply(uintptr_t w, uintptr_t x, int64_t outer, int64_t inner, int64_t w_ld, int64_t x_ld,
-                uintptr_t coefficient, bool by_row, float decay, int threads) {
-  apollo::host_apply(
-      {reinterpret_cast<uint16_t*>(w), reinterpret_cast<const uint16_t*>(x), outer, inner, w_ld,
-       x_ld, reinterpret_cast<const float*>(coefficient), by_row, decay},
-      threads);
+void cpu_apply(uintptr_t w, uintptr_t x, int64_t outer, int64_t inner, int64_t w_ld, int64_t x_ld,
+               uintptr_t coefficient, bool by_row, float decay, int threads) {
+  apollo::cpu_apply({reinterpret_cast<uint16_t*>(w), reinterpret_cast<const uint16_t*>(x), outer,
+                     inner, w_ld, x_ld, reinterpret_cast<const float*>(coefficient), by_row, decay},
+                    threads);
 }
 
 }  // namespace
@@ -74,12 +73,13 @@ PYBIND11_MODULE(_C, module) {
              py::call_guard<py::gil_scoped_release>(),
              "Writes z [rank, dim] (bf16 bits, row-major) for k from start to the address out; "
              "distribution 0 is gaussian, 1 rademacher.");
-  module.def("host_bf16_supported", &apollo::host_bf16_supported,
-             "Whether this processor can run host_project and host_apply.");
-  module.def("host_project", &host_project, py::call_guard<py::gil_scoped_release>(),
-             "R and q of a bf16 matrix; the arguments are HostProject's (host_bf16.h).");
-  module.def("host_apply", &host_apply, py::call_guard<py::gil_scoped_release>(),
-             "The update of a bf16 matrix; the arguments are HostApply's (host_bf16.h).");
+  module.def("cpu_bf16_supported", &apollo::cpu_bf16_supported,
+             "Whether this processor can run cpu_project and cpu_apply.");
+  module.def("cpu_project", &cpu_project, py::call_guard<py::gil_scoped_release>(),
+             "R and q of a bf16 matrix; the arguments are CpuProject's (cpu_bf16.h).");
+  module.def("cpu_apply", &cpu_apply, py::call_guard<py::gil_scoped_release>(),
+             "The update of a bf16 matrix; the arguments are CpuApply's (cpu_bf16.h).");
+  apollo::bind_tensor_facts(module);
 #if APOLLO_HAS_KERNELS
   apollo::bind_kernels(module);
 #endif

@@ -1,10 +1,12 @@
-// Packs of 8 elements, conversions, sums over a block, and the words that all kernels share.
+// Packs of 8 elements, conversions, sums over a block, and the formulas that kernels share.
 #pragma once
 
 #include "apollo.h"
 #include "device.h"
 
 namespace apollo {
+
+constexpr int kStreamThreads = 256;  // of a block of `apply` and `adamw`
 
 struct bfloat16 {
   uint16_t bits;
@@ -14,9 +16,11 @@ struct float16 {
 };
 
 template <class T>
-constexpr bool kIsBfloat16 = false;
+constexpr Dtype kDtypeOf = kFloat32;
 template <>
-constexpr bool kIsBfloat16<bfloat16> = true;
+constexpr Dtype kDtypeOf<bfloat16> = kBfloat16;
+template <>
+constexpr Dtype kDtypeOf<float16> = kFloat16;
 
 APOLLO_DEVICE float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 APOLLO_DEVICE float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
@@ -76,18 +80,32 @@ APOLLO_DEVICE bool aligned16(const T* base, int64_t ld) {
   return ((reinterpret_cast<uintptr_t>(base) | uintptr_t(ld * int64_t(sizeof(T)))) & 15) == 0;
 }
 
-// The sum over a block of 256 threads, the same bits in every thread and every run.
-APOLLO_DEVICE float block_sum(float x, float* shared8) {
+// The sum over a block of 256 threads, the same bits in every thread and every run. In float64,
+// since squares of tensors beyond float32's range have finite quotients.
+APOLLO_DEVICE double block_sum(double x, double* shared8) {
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
   if (threadIdx.x % 32 == 0) shared8[threadIdx.x / 32] = x;
-  __syncthreads();
-  float sum = 0.0f;
+  __syncthreads();  // the warps' sums are there
+  double sum = 0.0;
   for (int i = 0; i < 8; ++i) sum += shared8[i];
-  __syncthreads();
+  __syncthreads();  // and were read before the next sum overwrites them
   return sum;
 }
 
-APOLLO_DEVICE bool by_row(const Parameter& p) { return (p.order & kByRow) != 0; }
+APOLLO_DEVICE bool by_row(const Matrix& p) { return (p.flags & kByRow) != 0; }
+APOLLO_DEVICE bool summed(const Matrix& p) { return (p.flags & kSummed) != 0; }
+
+APOLLO_DEVICE Record& record_of(const Launch& launch, int64_t matrix) {
+  return reinterpret_cast<Record*>(launch.workspace)[matrix];
+}
+
+// Where a block of `project` puts a chunk's q [channels] and, if summed, its R [channels, rank].
+APOLLO_DEVICE float* q_of(const Matrix& p, const Launch& launch, int64_t chunk) {
+  return launch.workspace + p.q + chunk * p.channels;
+}
+APOLLO_DEVICE float* r_of(const Matrix& p, const Launch& launch, int64_t chunk) {
+  return launch.workspace + p.r + chunk * p.channels * p.rank;
+}
 
 APOLLO_DEVICE bool finite(float x) { return (__float_as_uint(x) & 0x7FFFFFFFu) < 0x7F800000u; }
 
@@ -95,22 +113,59 @@ APOLLO_DEVICE bool skipped(const Hyper& h) {
   return h.found_inf != nullptr && *h.found_inf != 0.0f;
 }
 
+// What gradients are multiplied by: in `project`, and from `scale` on, where clip is known too.
 APOLLO_DEVICE float sign_and_scale(const Hyper& h) {
   const float sign = h.maximize ? -1.0f : 1.0f;
   return h.grad_scale == nullptr ? sign : sign / *h.grad_scale;
 }
+APOLLO_DEVICE float clip_factor(const Hyper& h) { return h.clip == nullptr ? 1.0f : *h.clip; }
 
 APOLLO_DEVICE double learning_rate(const Hyper& h) {
   return h.lr_tensor == nullptr ? h.lr : double(*h.lr_tensor);
 }
 
-// Adam's moments of one entry; it keeps them if its square is not finite. Returns N.
-APOLLO_DEVICE float update_moments(float r, float& m, float& v, const Hyper& h) {
-  if (finite(r * r)) {
-    m = fmaf(h.keep1, r - m, m);
-    v = fmaf(h.keep2 * r, r, h.beta2_float * v);
+// 1 - beta^t; expm1, since powf in float32 is off by 1e-5.
+APOLLO_DEVICE double one_minus_power(double beta, double t) {
+  return beta > 0.0 ? -expm1(t * log(beta)) : 1.0;
+}
+
+// lr times Adam's bias correction at step t.
+APOLLO_DEVICE double step_size(const Hyper& h, double t) {
+  const double lr = learning_rate(h);
+  if (!h.correct_bias) return lr;
+  return lr * (sqrt(one_minus_power(h.beta2, t)) / one_minus_power(h.beta1, t));
+}
+
+// keep = 1 - lr wd as two floats that multiply a weight. A float32 keep would lose a decay of 1e-7.
+// The high part lies below keep, so that both have one sign and an infinite weight stays as it is:
+// Inf high + Inf low. At keep = 1 that gives back every weight, 2^-24 being low; no branch is
+// taken.
+struct Keep {
+  float high, low;
+
+  APOLLO_DEVICE static Keep of(const Hyper& h) {
+    const double keep = 1.0 - learning_rate(h) * h.weight_decay;
+    float high = float(keep);
+    if (!(keep > 0.0)) return {high, 0.0f};
+    if (double(high) >= keep) high = __uint_as_float(__float_as_uint(high) - 1);
+    return {high, float(keep - double(high))};
   }
-  return m / (sqrtf(v) + h.eps);
+  APOLLO_DEVICE float times(float w) const { return fmaf(w, high, w * low); }
+};
+
+// Adam's moments of one entry; it keeps them if its square is not finite.
+APOLLO_DEVICE bool update_moments(float r, float& m, float& v, const Hyper& h) {
+  const float square = r * r;
+  if (!finite(square)) return false;
+  m = fmaf(h.beta1_float, m, h.keep1 * r);  // never m + (1 - b1) (r - m): m may be far larger
+  v = fmaf(h.beta2_float, v, h.keep2 * square);
+  return true;
+}
+
+// N = M / (sqrt(V) + eps), and 0 where nothing has come yet and eps is 0.
+APOLLO_DEVICE float normalized(float m, float v, const Hyper& h) {
+  const float denominator = sqrtf(v) + h.eps;
+  return denominator == 0.0f ? 0.0f : m / denominator;
 }
 
 }  // namespace apollo

@@ -1,12 +1,11 @@
-// Kernels for Python: addresses, sizes and the stream come in as integers; apollo_kernels/cuda.py
-// has checked dtypes, devices, shapes and strides before.
+// Plans for Python, by keyword: addresses, sizes and the stream come in as integers, the rest under
+// the names of apollo.h. apollo_kernels/cuda.py has checked dtypes, devices and strides before.
 #include "kernel_bindings.h"
 
-#include <array>
 #include <stdexcept>
 #include <string>
 
-#include "apollo.h"
+#include "plan.h"
 
 namespace py = pybind11;
 
@@ -40,78 +39,112 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-Hyper make_hyper(uintptr_t lr_tensor, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t counters,
-                 double lr, double beta1, double beta2, double eps, double weight_decay,
-                 double scale, int64_t update_proj_gap, bool correct_bias, bool maximize,
-                 bool tensor_scale, bool scale_front, bool disable_nl, bool rademacher,
-                 bool stochastic_rounding) {
+Hyper make_hyper(uintptr_t counters, double lr, double beta1, double beta2, double eps,
+                 double weight_decay, bool correct_bias, bool maximize, double scale,
+                 int64_t update_proj_gap, int distribution, bool tensor_scale, bool scale_front,
+                 bool disable_nl, bool stochastic_rounding, uintptr_t lr_tensor,
+                 uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip) {
   Hyper h{};
   h.lr_tensor = pointer<const float>(lr_tensor);
   h.grad_scale = pointer<const float>(grad_scale);
   h.found_inf = pointer<const float>(found_inf);
+  h.clip = pointer<const float>(clip);
   h.counters = pointer<long long>(counters);
   h.lr = lr;
   h.beta1 = beta1;
   h.beta2 = beta2;
   h.weight_decay = weight_decay;
   h.scale = scale;
+  h.beta1_float = float(beta1);
   h.beta2_float = float(beta2);
   h.keep1 = float(1.0 - beta1);
   h.keep2 = float(1.0 - beta2);
   h.eps = float(eps);
   h.update_proj_gap = update_proj_gap;
+  h.distribution = distribution;
   h.correct_bias = correct_bias;
   h.maximize = maximize;
   h.tensor_scale = tensor_scale;
   h.scale_front = scale_front;
   h.disable_nl = disable_nl;
-  h.rademacher = rademacher;
   h.stochastic_rounding = stochastic_rounding;
   return h;
 }
 
-Launch make_launch(uintptr_t table, int weight_dtype, int grad_dtype, const Hyper& hyper,
-                   uintptr_t stream) {
-  Launch launch{};
-  launch.table = pointer<const void>(table);
-  launch.weight_dtype = weight_dtype;
-  launch.grad_dtype = grad_dtype;
-  launch.hyper = hyper;
-  launch.stream = pointer<void>(stream);
-  return launch;
+// A plan and the device that it was placed on.
+template <class Plan>
+struct Placed : Plan {
+  using Plan::Plan;
+  int device = 0;
+
+  void put(uintptr_t table, uintptr_t maps, uintptr_t workspace, int on_device) {
+    device = on_device;
+    this->place(
+        {pointer<const void>(table), pointer<const int32_t>(maps), pointer<void>(workspace)});
+    DeviceGuard guard(device);
+    check(this->load(), "loading the kernels");
+  }
+};
+using PlacedLowRank = Placed<LowRankPlan>;
+using PlacedDense = Placed<DensePlan>;
+
+void add_matrix(PlacedLowRank& plan, uintptr_t weight, uintptr_t grad, uintptr_t exp_avg,
+                uintptr_t exp_avg_sq, uintptr_t update_norm, uintptr_t step, uint64_t key,
+                int64_t channels, int64_t k, int64_t rank, int64_t weight_ld, int64_t grad_ld,
+                bool by_row, bool row_major, bool leads) {
+  Matrix m{};
+  m.weight = pointer<void>(weight);
+  m.grad = pointer<const void>(grad);
+  m.exp_avg = pointer<float>(exp_avg);
+  m.exp_avg_sq = pointer<float>(exp_avg_sq);
+  m.update_norm = pointer<float>(update_norm);
+  m.step = pointer<int64_t>(step);
+  m.key = key;
+  m.channels = channels;
+  m.k = k;
+  m.rank = rank;
+  m.weight_ld = weight_ld;
+  m.grad_ld = grad_ld;
+  m.flags = kByRow * by_row | kRowMajor * row_major | kLeads * leads;
+  plan.add(m);
 }
 
-// The four launches of a group; maps and blocks are of project, scale and apply. `only` picks some
-// of them by bits, in this order, for benchmarks.
-void step_low_rank(uintptr_t table, std::array<uintptr_t, 3> maps, std::array<int64_t, 3> blocks,
-                   int64_t count, uintptr_t workspace, int weight_dtype, int grad_dtype, int rank,
-                   const Hyper& hyper, int device, uintptr_t stream, unsigned only) {
-  DeviceGuard guard(device);
-  Launch launch = make_launch(table, weight_dtype, grad_dtype, hyper, stream);
-  launch.workspace = pointer<float>(workspace);
-  launch.rank = rank;
-  const auto with = [&launch](uintptr_t map, int64_t size) -> const Launch& {
-    launch.map = pointer<const int32_t>(map);
-    launch.blocks = size;
-    return launch;
+void add_dense(PlacedDense& plan, uintptr_t weight, uintptr_t grad, uintptr_t exp_avg,
+               uintptr_t exp_avg_sq, uintptr_t step, int64_t count) {
+  DenseRow row{};
+  row.weight = pointer<void>(weight);
+  row.grad = pointer<const void>(grad);
+  row.exp_avg = pointer<float>(exp_avg);
+  row.exp_avg_sq = pointer<float>(exp_avg_sq);
+  row.step = pointer<int64_t>(step);
+  row.count = count;
+  plan.add(row);
+}
+
+// A verb of a plan as Python's method (hyper, stream).
+template <class Plan, class Base>
+auto verb(int (Base::*call)(const Hyper&, void*) const, const char* name) {
+  return [call, name](const Plan& plan, const Hyper& hyper, uintptr_t stream) {
+    DeviceGuard guard(plan.device);
+    check((plan.*call)(hyper, pointer<void>(stream)), name);
   };
-  if (only & 1) check(project(with(maps[0], blocks[0])), "project");
-  if (only & 2) check(scale(with(maps[1], blocks[1])), "scale");
-  if (only & 4) check(limit(with(0, count)), "limit");
-  if (only & 8) check(apply(with(maps[2], blocks[2])), "apply");
 }
 
-void step_dense(uintptr_t table, uintptr_t map, int64_t blocks, int64_t count, uintptr_t flags,
-                int weight_dtype, int grad_dtype, const Hyper& hyper, int device,
-                uintptr_t stream) {
-  DeviceGuard guard(device);
-  Launch launch = make_launch(table, weight_dtype, grad_dtype, hyper, stream);
-  launch.map = pointer<const int32_t>(map);
-  launch.flags = pointer<int32_t>(flags);
-  launch.blocks = blocks;
-  check(adamw(launch), "adamw");
-  launch.blocks = count;
-  check(advance(launch), "advance");
+// What both plans have.
+template <class Plan, class Class>
+void define_common(Class& plan) {
+  plan.def_property_readonly("size", &Plan::size, "Parameters.")
+      .def_property_readonly("table_words", &Plan::table_words, "int64 of the table.")
+      .def_property_readonly("map_size", &Plan::map_size, "int32 of all maps.")
+      .def_property_readonly("workspace_floats", &Plan::workspace_floats,
+                             "float32 of the workspace, which has to be zero at first.")
+      .def("set_gradients", &Plan::set_gradients, py::arg("addresses"),
+           "Gradients that have moved; the table has to be written again.")
+      .def("write_table", [](const Plan& p, uintptr_t to) { p.write_table(pointer<void>(to)); })
+      .def("write_maps", [](const Plan& p, uintptr_t to) { p.write_maps(pointer<int32_t>(to)); })
+      .def("place", &Plan::put, py::kw_only(), py::arg("table"), py::arg("maps"),
+           py::arg("workspace"), py::arg("device"),
+           "Where table, maps and workspace lie on the device; loads the kernels there.");
 }
 
 // Why the driver or the card cannot run the kernels; empty if they can. Loads one of them.
@@ -125,32 +158,57 @@ std::string probe_device(int device) {
   return "";
 }
 
-py::tuple tiling_tuple(int64_t channels, int64_t k, int64_t rank, int64_t group_rank,
-                       int grad_dtype, bool by_row) {
-  const Tiling t = tiling(channels, k, rank, group_rank, grad_dtype, by_row);
-  return py::make_tuple(t.channel_tiles, t.rank_tiles, t.chunks, t.chunk_length, bool(t.fused));
+py::tuple tiling_tuple(int64_t channels, int64_t k, int64_t rank, int grad_dtype, bool by_row) {
+  const Tiling t = tiling(channels, k, rank, grad_dtype, by_row);
+  return py::make_tuple(t.channel_tiles, t.rank_tiles, t.chunks, t.chunk_length);
 }
 
 }  // namespace
 
 void bind_kernels(py::module_& module) {
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
   py::class_<Hyper>(module, "Hyper", py::module_local(),
                     "What a parameter group asks for (csrc/apollo.h).")
-      .def(py::init(&make_hyper));
-  module.def("tiling", &tiling_tuple,
-             "(channel tiles, rank tiles, chunks of K, chunk length, fused) of `project`.");
+      .def(py::init(&make_hyper), py::kw_only(), py::arg("counters"), py::arg("lr"),
+           py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
+           py::arg("correct_bias"), py::arg("maximize"), py::arg("scale"),
+           py::arg("update_proj_gap"), py::arg("distribution"), py::arg("tensor_scale"),
+           py::arg("scale_front"), py::arg("disable_nl"), py::arg("stochastic_rounding"),
+           py::arg("lr_tensor") = 0, py::arg("grad_scale") = 0, py::arg("found_inf") = 0,
+           py::arg("clip") = 0);
+
+  py::class_<PlacedLowRank> low_rank(module, "LowRankPlan", py::module_local(),
+                                     "Low-rank matrices of one family (csrc/plan.h).");
+  low_rank
+      .def(py::init<int, int, bool>(), py::kw_only(), py::arg("weight_dtype"),
+           py::arg("grad_dtype"), py::arg("separate"))
+      .def("add", &add_matrix, py::kw_only(), py::arg("weight"), py::arg("grad"),
+           py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("update_norm"), py::arg("step"),
+           py::arg("key"), py::arg("channels"), py::arg("k"), py::arg("rank"), py::arg("weight_ld"),
+           py::arg("grad_ld"), py::arg("by_row"), py::arg("row_major"), py::arg("leads"))
+      .def_property_readonly(
+          "q", [](const PlacedLowRank& p) { return py::make_tuple(p.q_begin(), p.q_end()); },
+          "Begin and end of all squared channel norms in the workspace.")
+      .def("project", verb<PlacedLowRank>(&LowRankPlan::project, "project"), unlocked)
+      .def("scale", verb<PlacedLowRank>(&LowRankPlan::scale, "scale"), unlocked)
+      .def("apply", verb<PlacedLowRank>(&LowRankPlan::apply, "apply"), unlocked);
+  define_common<PlacedLowRank>(low_rank);
+
+  py::class_<PlacedDense> dense(module, "DensePlan", py::module_local(),
+                                "Dense parameters of one family (csrc/plan.h).");
+  dense.def(py::init<int, int>(), py::kw_only(), py::arg("weight_dtype"), py::arg("grad_dtype"))
+      .def("add", &add_dense, py::kw_only(), py::arg("weight"), py::arg("grad"), py::arg("exp_avg"),
+           py::arg("exp_avg_sq"), py::arg("step"), py::arg("count"))
+      .def("adamw", verb<PlacedDense>(&DensePlan::adamw, "adamw"), unlocked);
+  define_common<PlacedDense>(dense);
+
+  module.def(
+      "rank_class", [](int64_t rank) { return int(rank_class(rank)); },
+      "Matrices of one plan are of one class.");
+  module.def("tiling", &tiling_tuple, py::kw_only(), py::arg("channels"), py::arg("k"),
+             py::arg("rank"), py::arg("grad_dtype"), py::arg("by_row"),
+             "(channel tiles, rank tiles, chunks of K, chunk length) of `project`.");
   module.def("probe", &probe_device, "Why a device cannot run the kernels; empty if it can.");
-  module.def("step_low_rank", &step_low_rank, py::arg("table"), py::arg("maps"), py::arg("blocks"),
-             py::arg("count"), py::arg("workspace"), py::arg("weight_dtype"), py::arg("grad_dtype"),
-             py::arg("rank"), py::arg("hyper"), py::arg("device"), py::arg("stream"),
-             py::arg("only") = 15u, py::call_guard<py::gil_scoped_release>(),
-             "project, scale, limit and apply of one group.");
-  module.def("step_dense", &step_dense, py::call_guard<py::gil_scoped_release>(),
-             "adamw and advance of one group.");
-  module.attr("PARAMETER_FIELDS") = kParameterFields;
-  module.attr("DENSE_FIELDS") = kDenseFields;
-  module.attr("SCALE_CHANNELS") = kScaleChannels;
-  module.attr("APPLY_VECTORS") = kApplyVectors;
 }
 
 }  // namespace apollo

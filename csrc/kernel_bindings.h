@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 namespace apollo {
-// Adds Hyper, tiling, step_low_rank and step_dense to a module: of _C, and of the tests' emulated
-// one.
+// Adds Hyper and the two plans to a module: of _C, and of the tests' emulated one.
 void bind_kernels(pybind11::module_& module);
 }  // namespace apollo

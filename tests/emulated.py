@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "tests" / "cuda_on_cpu"
-SOURCES = [ROOT / "csrc/step.cu", ROOT / "csrc/kernel_bindings.cpp", FOLDER / "module.cpp"]
-SOURCES.append(FOLDER / "emulated_device.cpp")
+SOURCES = [ROOT / "csrc" / name for name in ("launch.cu", "plan.cpp", "kernel_bindings.cpp")]
+SOURCES += [FOLDER / name for name in ("module.cpp", "emulated_device.cpp")]
 
 
 def why_not():

@@ -1,8 +1,8 @@
 """R = z X^T / sqrt(r) and q_c = |X_c|^2 of every low-rank gradient X [C, K] (Algorithm 1, step 1).
 
 z is drawn in registers and never stored. A program owns BC channels and BR rank rows, so that an
-entry of z, 14 issue slots, serves BC channels. Where K is not split, Adam's moments of R follow at
-once, and R itself never reaches memory.
+entry of z, 14 issue slots, serves BC channels. Where K is not split and nothing has to come in
+between, Adam's moments of R follow at once, and R itself never reaches memory.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apollo_kernels import reference
-from apollo_kernels.triton_kernels import table as at
+from apollo_kernels.batch import Hyper, Signals
+from apollo_kernels.triton_kernels import table as tables
+from apollo_kernels.triton_kernels.adamw import adam, gradient_factor
 from apollo_kernels.triton_kernels.element import INTERPRET, element, to_bf16, widen
 from apollo_kernels.triton_kernels.philox import FAST, draw
-from apollo_kernels.triton_kernels.scale import Scaler, adam, moments
+from apollo_kernels.triton_kernels.scale import moments
 
 
 @triton.jit
@@ -40,30 +41,39 @@ def _dot(z, x, acc):
         return tl.dot(z.to(x.dtype), x, acc)
 
 
-# Reads G once: 2 bytes a bf16 weight, 4 a float32 one. Unsplit, the moments are read and written:
-# 16 r / K more. G is read again for each further tile of rank rows; its neighbour finds it in L2.
+# Reads G once: 2 bytes per bf16 weight, 4 per float32. It is read again for each further tile
+# of rank rows; its neighbour finds it in L2. Without STORE the moments are read and written, 16 r/K
+# bytes more; with it R is written, 4 r/K per chunk.
 @triton.jit(do_not_specialize=["gap"])
 def _project(
-    table, items, space, grad_scale, found_inf, direction, w1, b2, w2, eps, gap,
+    table, items, space, clock, grad_scale, found_inf, direction, b1, w1, b2, w2, eps, gap,
     T: tl.constexpr, K_UNIT: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, SIGNS: tl.constexpr, FAST: tl.constexpr,
+    STORE: tl.constexpr, SIGNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    if at.skipped(found_inf):
-        return
-    row, _, tile = at.work(table, items, at.LOW_RANK)
-    channels = at.number(row, at.C, ALIGNED and not K_UNIT).to(tl.int32)
-    size = at.number(row, at.K, ALIGNED and K_UNIT).to(tl.int32)
-    r_tiles, chunks = tl.load(row + at.R_TILES).to(tl.int32), tl.load(row + at.CHUNKS).to(tl.int32)
+    if not STORE:  # noqa: SIM102  (else it writes the workspace alone, and square_norm needs q)
+        if tables.is_skipped(found_inf):
+            return
+    row, number, tile = tables.find_work(table, items, tables.LOW_RANK_WIDTH)
+    channels = tables.load_number(row, tables.LOW_RANK.channels, ALIGNED and not K_UNIT).to(
+        tl.int32
+    )
+    size = tables.load_number(row, tables.LOW_RANK.k, ALIGNED and K_UNIT).to(tl.int32)
+    r_tiles = tl.load(row + tables.LOW_RANK.r_tiles).to(tl.int32)
+    chunks = tl.load(row + tables.LOW_RANK.chunks).to(tl.int32)
     r_tile, chunk, c_tile = tile % r_tiles, tile // r_tiles % chunks, tile // r_tiles // chunks
-    begin = (chunk * at.number(row, at.CHUNK, True)).to(tl.int32)
-    end = tl.minimum(size, begin + tl.load(row + at.CHUNK).to(tl.int32))
-    key, epoch = tl.load(row + at.KEY), tl.load(at.pointer(row, at.STEP, tl.float32, False))
-    epoch = epoch.to(tl.int32) // gap
+    length = tables.load_number(row, tables.LOW_RANK.chunk, True)
+    begin = (chunk * length).to(tl.int32)
+    end = tl.minimum(size, begin + length.to(tl.int32))
+    key = tl.load(row + tables.LOW_RANK.key)
+    step = tl.load(tables.load_pointer(row, tables.LOW_RANK.step, tl.int64, False))
+    if tile == 0:
+        tl.store(clock + number, step + 1)
+    epoch = step // gap
 
     c, k = c_tile * BC + tl.arange(0, BC), tl.arange(0, BK)
-    ld = at.number(row, at.G_LD, ALIGNED)
-    x_at = at.pointer(row, at.G, T, ALIGNED)
+    ld = tables.load_number(row, tables.LOW_RANK.grad_ld, ALIGNED)
+    x_at = tables.load_pointer(row, tables.LOW_RANK.grad, T, ALIGNED)
     if K_UNIT:
         x_at += c[None, :] * ld + (begin + k)[:, None]
     else:
@@ -85,26 +95,29 @@ def _project(
         acc = tl.sum(acc, 0)[None, :]
     j = r_tile * BR + tl.arange(0, BR)
     if r_tile == 0:
-        q_at = space + tl.load(row + at.SUMS) + (1 + chunk) * channels.to(tl.int64) + c
+        q_at = space + tl.load(row + tables.LOW_RANK.q) + chunk * channels.to(tl.int64) + c
         tl.store(q_at, tl.sum(q, 0), mask=c < channels)
-    if SPLIT:
-        rank = at.number(row, at.RANK, R_ALIGNED)
-        to = space + tl.load(row + at.PARTIAL) + chunk * channels * rank
+    if STORE:
+        rank = tables.load_number(row, tables.LOW_RANK.rank, R_ALIGNED)
+        to = space + tables.load_number(row, tables.LOW_RANK.partial, True)
+        to += chunk * channels * rank
         inside = (c < channels)[None, :] & (j < rank)[:, None]
         tl.store(to + c[None, :] * rank + j[:, None], acc, mask=inside)
-    elif BR < 128:
-        moments(row, space, acc, c, j, r_tile, grad_scale, direction, w1, b2, w2, eps, R_ALIGNED)
-    else:  # in halves: R, M and V of a whole tile would spill
-        halves = tl.permute(tl.reshape(acc, (BR, 2, BC // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        c = c_tile * BC + tl.arange(0, BC // 2)
-        moments(row, space, left, c, j, r_tile, grad_scale, direction, w1, b2, w2, eps, R_ALIGNED)
-        c += BC // 2
-        moments(row, space, right, c, j, r_tile, grad_scale, direction, w1, b2, w2, eps, R_ALIGNED)
+    else:
+        factor = gradient_factor(direction, grad_scale, None)
+        if BR < 128:
+            moments(row, space, acc, c, j, r_tile, factor, b1, w1, b2, w2, eps, R_ALIGNED)
+        else:  # in halves: R, M and V of a whole tile would spill
+            halves = tl.permute(tl.reshape(acc, (BR, 2, BC // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            c = c_tile * BC + tl.arange(0, BC // 2)
+            moments(row, space, left, c, j, r_tile, factor, b1, w1, b2, w2, eps, R_ALIGNED)
+            c += BC // 2
+            moments(row, space, right, c, j, r_tile, factor, b1, w1, b2, w2, eps, R_ALIGNED)
 
 
 class Tiling(NamedTuple):
-    """Which kernel a parameter takes: launches are grouped by this."""
+    """Which kernel a matrix takes: launches are grouped by this."""
 
     T: tl.dtype
     K_UNIT: bool
@@ -117,14 +130,14 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-def choose(layout: at.Layout, asynchronous: bool) -> Tiling:
-    """The tile of a parameter; ``asynchronous``: whether dots read shared memory (wgmma, tcgen05).
+def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
+    """The tile of a matrix; ``asynchronous``: whether dots read shared memory (wgmma, tcgen05).
 
     128 channels share an entry of z: at rank 128 its 14 slots then fit into the time in which an
     H200 reads 128 bf16 weights (15 slots each), and other cards have more slots per byte. 128 x 128
     float32 sums take 64 registers of 256 threads. Along K, whole 128-byte lines are best; mma.sync
     holds both operands in registers beside the sums, and half a line is what fits without spills.
-    Rank 1 streams G through registers, 32 bytes a thread, in segments of 256 bytes or more.
+    Rank 1 streams G through registers, 32 bytes per thread, in segments of 256 bytes or more.
     """
     rank, g, size = layout.rank, layout.g, layout.g.dtype.itemsize
     if rank == 1:
@@ -137,10 +150,10 @@ def choose(layout: at.Layout, asynchronous: bool) -> Tiling:
     return Tiling(element(g.dtype), g.k_unit, g.aligned, layout.r_aligned, *tile)
 
 
-def split(layout: at.Layout, tiling: Tiling) -> tuple[int, int]:
+def split(layout: tables.Layout, tiling: Tiling) -> tuple[int, int]:
     """Contracted indices per chunk, and chunks: few tiles with a long K are cut along it.
 
-    The parameter alone decides, so its bits do not depend on what else is in the launch. At most 32
+    The matrix alone decides, so its bits do not depend on what else is in the launch. At most 32
     tiles of partial sums, 2 MB, are written; a chunk is a multiple of 512, the blocks of z.
     """
     k = max(layout.k, 1)
@@ -151,13 +164,13 @@ def split(layout: at.Layout, tiling: Tiling) -> tuple[int, int]:
 
 
 def project(
-    tiling: Tiling, SPLIT: bool, table: Tensor, items: Tensor, space: Tensor, scaler: Scaler,
-    hyper: reference.Hyper,
+    tiling: Tiling, store: bool, table: Tensor, items: Tensor, space: Tensor, clock: Tensor,
+    signals: Signals, hyper: Hyper,
 ) -> None:  # fmt: skip
-    """Projects every item's tile; with SPLIT the moments are left to scale.combine."""
+    """Projects every item's tile and writes each row's t; ``store`` leaves moments to combine."""
     *kernel, num_warps, num_stages = tiling
     _project[(len(items),)](
-        table, items, space, *scaler, *adam(hyper), hyper.update_proj_gap,
-        *kernel, SPLIT=SPLIT, SIGNS=hyper.distribution == "rademacher", FAST=FAST,
-        num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+        table, items, space, clock, signals.grad_scale, signals.found_inf, *adam(hyper),
+        hyper.update_proj_gap, *kernel, STORE=store, SIGNS=hyper.distribution == "rademacher",
+        FAST=FAST, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -1,250 +1,242 @@
-"""The Triton back end's two entries: a whole batch of parameters per step, in a few launches.
+"""The Triton back end: a batch of parameters takes its step in a few launches (batch.py says how).
 
-project (one launch per kind of gradient) -> combine (where K is split) -> limit -> apply (one per
-kind of weight). The host waits for nothing: step, epoch, limiter and counters are the device's.
-Signatures and meaning: reference.py.
+project (one launch per kind of gradient) -> combine (where project wrote R) -> limit -> apply (one
+per kind of weight); begin -> adamw for dense parameters. The host waits for nothing: step, epoch,
+limiter and counters are the device's. One batch takes every dtype, rank and orientation.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Sequence
-from functools import lru_cache, partial
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from apollo_kernels import reference
-from apollo_kernels.philox import ProjectionCache
-from apollo_kernels.reference import Dense, Hyper, LowRank
-from apollo_kernels.repeat import Launch
-from apollo_kernels.triton_kernels import apply, project, scale
+from apollo_kernels.batch import Dense, Hyper, LowRank, Signals
+from apollo_kernels.triton_kernels import adamw, apply, project, scale
 from apollo_kernels.triton_kernels import table as tables
 from apollo_kernels.triton_kernels.element import element
 
+BY_ADDRESS = True  # plan.py lends no gradients
+SAME_ORDER = False  # a weight and its gradient may lie in different memory orders
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_RECORD = 4  # floats per row at the begin of a workspace, in both kinds of batches
 
 
-class _Plan(NamedTuple):
-    """What a batch's layouts decide: kernels, tiles, and places in the workspace."""
-
-    static: list[tuple[int, ...]]  # the columns of each row that are no addresses
-    project: list[tuple[project.Tiling, bool, Tensor]]
-    combine: list[tuple[tuple[bool, int], Tensor]]
-    apply: list[tuple[apply.Tiling, Tensor]]
-    floats: int
+def takes(item: LowRank | Dense) -> bool:
+    """Whether the kernels take it; float64 and sides beyond int32 they do not."""
+    sides = max(item.weight.shape, default=0) < 2**31
+    return item.weight.dtype in _DTYPES and item.grad.dtype in _DTYPES and sides
 
 
-def _grouped(entries: Sequence[tuple[Any, int]], device: torch.device) -> list[tuple[Any, Tensor]]:
-    """(kernel, tiles) of each row -> the work items of each kernel; rows without tiles drop out."""
+def family(item: LowRank | Dense) -> Hashable:
+    """Everything shares a batch: the batch itself groups its launches."""
+    return ()
+
+
+def build(items: Sequence[LowRank], *, separate: bool) -> LowRankBatch:
+    """The low-rank ``items``, all on one device. ``separate``: something comes between the
+    projection and the moments, such as the factor of max_grad_norm."""
+    return LowRankBatch(items, separate)
+
+
+def build_dense(items: Sequence[Dense]) -> DenseBatch:
+    """The dense ``items``, all on one device."""
+    return DenseBatch(items)
+
+
+class _Group(NamedTuple):
+    """The tiles that one kernel serves."""
+
+    kernel: Any
+    items: tables.Upload
+
+
+def _grouped(tiles: Sequence[tuple[Any, int]], device: torch.device) -> list[_Group]:
+    """(kernel, how many tiles) of each row -> the kernels; rows without tiles drop out."""
     groups = defaultdict(list)
-    for row, (kernel, tiles) in enumerate(entries):
-        if tiles:
-            groups[kernel].append((row, tiles))
-    return [(kernel, tables.items(tiles, device)) for kernel, tiles in groups.items()]
+    for row, (kernel, count) in enumerate(tiles):
+        if count:
+            groups[kernel].append((row, count))
+    return [_Group(kernel, tables.work_items(rows, device)) for kernel, rows in groups.items()]
 
 
-def _asynchronous_dots(device: torch.device) -> bool:
-    """Hopper's wgmma and data-centre Blackwell's tcgen05."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device)[0] in (9, 10)
-
-
-@lru_cache(maxsize=64)
-def _plan(device: torch.device, layouts: tuple[tables.Layout, ...]) -> _Plan:
-    static, projects, combines, applies = [], [], [], []
-    floats = 4 * len(layouts)  # the records
-    asynchronous = _asynchronous_dots(device)
-    for layout in layouts:
-        channels, k, rank, _, _, g, w = layout
-        tiling = project.choose(layout, asynchronous)
-        chunk, chunks = project.split(layout, tiling)
-        r_tiles = triton.cdiv(rank, tiling.BR)
-        tiles = triton.cdiv(channels, tiling.BC) * r_tiles
-        sums, partial = floats, floats + (1 + chunks + 2 * r_tiles) * channels
-        floats = partial + (chunks * channels * rank if chunks > 1 else 0)
-        projects.append(((tiling, chunks > 1), tiles * chunks))
-        sums_tiles = triton.cdiv(channels, scale.COMBINE) * r_tiles if chunks > 1 else 0
-        combines.append(((tiling.R_ALIGNED, tiling.BR), sums_tiles))
-        update = apply.choose(layout)
-        applies.append((update, triton.cdiv(channels, update.BC) * triton.cdiv(k, update.BK)))
-        static.append((channels, k, rank, g.ld, w.ld, chunk, chunks, r_tiles, sums, partial))
-    return _Plan(
-        static,
-        [(*kernel, tiles) for kernel, tiles in _grouped(projects, device)],
-        _grouped(combines, device),
-        _grouped(applies, device),
-        floats,
-    )
-
-
-class _Copies:
-    """Contiguous stand-ins for tensors that the kernels cannot read as they lie."""
-
-    def __init__(self) -> None:
-        self._held: list[tuple[Tensor | None, Tensor]] = []  # copies live until they are launched
-
-    def of(self, t: Tensor, written: bool) -> Tensor:
-        copy = t.contiguous()
-        self._held.append((t if written else None, copy))
-        return copy
-
-    def write_back(self) -> bool:
-        """Whether there were any copies; what the kernels wrote is where it belongs then."""
-        for t, copy in self._held:
-            if t is not None:
-                t.copy_(copy)
-        return bool(self._held)
-
-
-def _guard(device: torch.device) -> Any:
+def _on(device: torch.device) -> Any:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _ours(item: LowRank | Dense) -> bool:
-    """Whether the kernels take it; PyTorch takes the rest: float64, and sides beyond int32."""
-    sizes = max(item.weight.shape, default=0) < 2**31
-    return item.weight.dtype in _DTYPES and item.grad.dtype in _DTYPES and sizes
+def _asynchronous_dots(device: torch.device) -> bool:
+    """Whether the dots of ``device`` are Hopper's wgmma or data-centre Blackwell's tcgen05."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def _launch_low_rank(
-    plan: _Plan,
-    table: Tensor,
-    space: Tensor,
-    hyper: Hyper,
-    counters: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    """The launches of a batch, for as long as none of its tensors moves."""
-    scaler = (grad_scale, found_inf)
-    tables.keep_if_capturing(plan, table, space)
-    with _guard(table.device):
-        for tiling, chunked, items in plan.project:
-            project.project(tiling, chunked, table, items, space, scaler, hyper)
-        for tile, items in plan.combine:
-            scale.combine(*tile, table, items, space, scaler, hyper)
-        scale.limit(table, space, counters, scaler, hyper)
-        for update, items in plan.apply:
-            apply.apply(update, table, items, space, hyper)
+class _Cut(NamedTuple):
+    """How ``project`` and ``apply`` cut a matrix into tiles."""
+
+    tiling: project.Tiling
+    chunk: int
+    chunks: int
+    r_tiles: int
+    stored: bool  # R goes through the workspace
+    update: apply.Tiling
+
+    @classmethod
+    def of(cls, layout: tables.Layout, asynchronous: bool, separate: bool) -> _Cut:
+        tiling = project.choose(layout, asynchronous)
+        chunk, chunks = project.split(layout, tiling)
+        r_tiles = max(1, triton.cdiv(layout.rank, tiling.BR))
+        return cls(tiling, chunk, chunks, r_tiles, separate or chunks > 1, apply.choose(layout))
 
 
-def step_low_rank(
-    batch: Sequence[LowRank],
-    hyper: Hyper,
-    counters: Tensor,
-    cache: ProjectionCache,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> Launch | None:
-    """As reference.step_low_rank, without a wait for the device.
+class _Places:
+    """Hands out places of a workspace, one after the other."""
 
-    A weight or gradient of which neither side is contiguous is copied, and written back.
+    def __init__(self, floats: int):
+        self.floats = floats
 
-    Returns
-        what repeats the step on the same tensors; None where something goes around the kernels.
+    def take(self, floats: int, multiple: int = 1) -> int:
+        place = -(-self.floats // multiple) * multiple
+        self.floats = place + floats
+        return place
+
+
+class LowRankBatch:
+    """Low-rank matrices that take their step together: batch.Batch on Triton's kernels.
+
+    After a launch that a CUDA graph captured, set_gradients must not be called any more: the graph
+    reads the table that it would give up.
     """
-    amp, copies = (grad_scale, found_inf), _Copies()
-    if rest := [item for item in batch if not _ours(item)]:
-        reference.step_low_rank(rest, hyper, counters, cache, *amp)
-    ours = [item for item in batch if _ours(item)]
-    if not ours:
-        return None
-    device, layouts, addresses = ours[0].weight.device, [], []
-    for item in ours:
-        w, g = item.weight, item.grad
-        if not item.rows:
-            w, g = w.t(), g.t()
-        if (g_lies := tables.matrix(g)) is None:
-            g = copies.of(g, written=False)
-            g_lies = tables.matrix(g)
-        if (w_lies := tables.matrix(w)) is None:
-            w = copies.of(w, written=True)
-            w_lies = tables.matrix(w)
-        m, v = (
-            t if t.is_contiguous() else copies.of(t, written=True)
-            for t in (item.exp_avg, item.exp_avg_sq)
-        )
-        vectors = m.shape[1] % 16 == 0 and m.data_ptr() % 16 == 0 and v.data_ptr() % 16 == 0
-        layouts.append(tables.Layout(*w.shape, m.shape[1], item.rows, vectors, g_lies, w_lies))
-        held = (g, w, m, v, item.update_norm, item.step)
-        addresses.append((*(t.data_ptr() for t in held), item.key))
-    plan = _plan(device, tuple(layouts))
-    rows = tuple((*a, *s) for a, s in zip(addresses, plan.static, strict=True))
-    space = torch.empty(plan.floats, dtype=torch.float32, device=device)
-    launch = partial(_launch_low_rank, plan, tables.table(device, rows), space)
-    launch(hyper, counters, *amp)
-    return None if copies.write_back() or rest else launch
+
+    def __init__(self, items: Sequence[LowRank], separate: bool):
+        device = items[0].weight.device
+        layouts = [tables.layout(item) for item in items]
+        asynchronous = _asynchronous_dots(device)
+        cuts = [_Cut.of(layout, asynchronous, separate) for layout in layouts]
+        both = list(zip(layouts, cuts, strict=True))
+        places = _Places(_RECORD * len(items))
+        # The squared norms of all matrices stand together, so that one sum adds them.
+        q_begin = places.floats
+        q = [places.take(cut.chunks * layout.channels) for layout, cut in both]
+        q_end = places.floats
+        rows = []
+        for item, q_place, (layout, cut) in zip(items, q, both, strict=True):
+            channels, sums = layout.channels, cut.r_tiles * layout.channels
+            stored = cut.chunks * channels * layout.rank if cut.stored else 0
+            rows.append(tables.LowRankRow(
+                grad=item.grad.data_ptr(), weight=item.weight.data_ptr(),
+                exp_avg=item.exp_avg.data_ptr(), exp_avg_sq=item.exp_avg_sq.data_ptr(),
+                update_norm=item.update_norm.data_ptr(), step=item.step.data_ptr(),
+                leads=int(item.leads), key=item.key, channels=channels, k=layout.k,
+                rank=layout.rank, grad_ld=layout.g.ld, weight_ld=layout.w.ld, chunk=cut.chunk,
+                chunks=cut.chunks, r_tiles=cut.r_tiles, q=q_place, scales=places.take(channels),
+                r_squares=places.take(sums), n_squares=places.take(sums),
+                partial=places.take(stored, multiple=16),
+            ))  # fmt: skip
+        self._separate, self._device = separate, device
+        self._table = tables.Table(rows, [layout.g.vectors for layout in layouts], device)
+        self._space = torch.zeros(places.floats, dtype=torch.float32, device=device)
+        self._q = self._space[q_begin:q_end]
+        self._clock = torch.zeros(len(items), dtype=torch.int64, device=device)  # t of each row
+        self._projects = _grouped([self._project_tiles(*pair) for pair in both], device)
+        self._combines = _grouped([self._combine_tiles(*pair) for pair in both], device)
+        self._applies = _grouped([self._apply_tiles(*pair) for pair in both], device)
+
+    @staticmethod
+    def _project_tiles(layout: tables.Layout, cut: _Cut) -> tuple[Any, int]:
+        """At least one tile, which writes the row's t, also of a matrix without elements."""
+        tiles = max(1, triton.cdiv(layout.channels, cut.tiling.BC)) * cut.r_tiles * cut.chunks
+        return (cut.tiling, cut.stored), tiles
+
+    @staticmethod
+    def _combine_tiles(layout: tables.Layout, cut: _Cut) -> tuple[Any, int]:
+        tiles = triton.cdiv(layout.channels, scale.COMBINE) * cut.r_tiles if cut.stored else 0
+        return (cut.tiling.R_ALIGNED, cut.tiling.BR), tiles
+
+    @staticmethod
+    def _apply_tiles(layout: tables.Layout, cut: _Cut) -> tuple[Any, int]:
+        tiles = triton.cdiv(layout.channels, cut.update.BC) * triton.cdiv(layout.k, cut.update.BK)
+        return cut.update, tiles
+
+    def project(self, hyper: Hyper, signals: Signals) -> None:
+        """R and q; the moments too where R is not stored. R and q are true under found_inf too,
+        where the batch is separate."""
+        with _on(self._device):
+            for (tiling, stored), items in self._projects:
+                project.project(
+                    tiling, stored, self._table.tensor, items.tensor, self._space, self._clock,
+                    signals, hyper,
+                )  # fmt: skip
+
+    def square_norm(self) -> Tensor:
+        """float64 []: the sum of all q, as the gradients are."""
+        return self._q.sum(dtype=torch.float64)
+
+    def scale(self, hyper: Hyper, signals: Signals) -> None:
+        """The moments of stored R, s_c, the limiter and the step counters."""
+        assert self._separate or signals.clip is None, "moments may have been made without clip"
+        table = self._table.tensor
+        with _on(self._device):
+            for kernel, items in self._combines:
+                scale.combine(*kernel, table, items.tensor, self._space, signals, hyper)
+            scale.limit(table, self._space, self._clock, signals, hyper)
+
+    def apply(self, hyper: Hyper, signals: Signals) -> None:
+        """The weights, by what ``scale`` found; the signals are in that already."""
+        table = self._table.tensor
+        with _on(self._device):
+            for tiling, items in self._applies:
+                apply.apply(tiling, table, items.tensor, self._space, self._clock, hyper)
+
+    def set_gradients(self, addresses: Sequence[int]) -> bool:
+        """The gradients have moved and nothing else has changed: a new table, the same tiles.
+
+        Returns
+            whether it was done. False, with nothing changed, where a gradient's address allows
+            16-byte accesses and the old one did not, or the reverse: then build anew.
+        """
+        return self._table.set_gradients(addresses)
 
 
-@lru_cache(maxsize=64)
-def _dense_plan(
-    device: torch.device, layouts: tuple[tuple[int, apply.DenseTiling], ...]
-) -> list[tuple[apply.DenseTiling, Tensor]]:
-    tiles = [(tiling, triton.cdiv(size, tiling.BLOCK)) for size, tiling in layouts]
-    return _grouped(tiles, device)
+class DenseBatch:
+    """Dense parameters that take their step together: batch.DenseBatch on Triton's kernels."""
 
+    def __init__(self, items: Sequence[Dense]):
+        device = items[0].weight.device
+        rows, tiles, vectors = [], [], []
+        for item in items:
+            row = tables.DenseRow(
+                *(t.data_ptr() for t in (item.grad, item.weight, item.exp_avg, item.exp_avg_sq)),
+                step=item.step.data_ptr(), size=item.weight.numel(),
+            )  # fmt: skip
+            rows.append(row)
+            others = (row.weight, row.exp_avg, row.exp_avg_sq, row.size)
+            vectors.append(all(number % 16 == 0 for number in others))
+            aligned = vectors[-1] and row.grad % 16 == 0
+            tiling = adamw.Tiling(element(item.weight.dtype), element(item.grad.dtype), aligned)
+            tiles.append((tiling, triton.cdiv(row.size, tiling.BLOCK)))
+        self._device = device
+        self._table = tables.Table(rows, vectors, device)
+        self._space = torch.zeros(_RECORD * len(items), dtype=torch.float32, device=device)
+        self._bad = torch.zeros(len(items), dtype=torch.int32, device=device)
+        self._adamw = _grouped(tiles, device)
 
-def _flat(tensors: Sequence[Tensor], copies: _Copies) -> list[Tensor]:
-    """W, G, M, V as they are where all lie alike and without gaps, else as contiguous copies."""
-    w, g, *_ = tensors
-    dense = torch.empty_like(w, device="meta").stride() == w.stride()
-    if dense and all(t.stride() == w.stride() for t in tensors):
-        return list(tensors)
-    return [t if t.is_contiguous() else copies.of(t, written=t is not g) for t in tensors]
+    def adamw(self, hyper: Hyper, signals: Signals) -> None:
+        """Moments, weights and step counters."""
+        table = self._table.tensor
+        with _on(self._device):
+            adamw.begin(table, self._space, self._bad, signals, hyper)
+            for tiling, items in self._adamw:
+                adamw.adamw(
+                    tiling, table, items.tensor, self._space, self._bad, signals, hyper
+                )  # fmt: skip
 
-
-def _launch_dense(
-    plan: list[tuple[apply.DenseTiling, Tensor]],
-    table: Tensor,
-    space: Tensor,
-    bad: Tensor,
-    hyper: Hyper,
-    counters: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    """As _launch_low_rank."""
-    tables.keep_if_capturing(plan, table, space, bad)
-    with _guard(table.device):
-        apply.begin(table, space, bad, counters, found_inf, hyper)
-        for tiling, items in plan:
-            apply.adamw(tiling, table, items, space, bad, counters, grad_scale, hyper)
-
-
-def step_dense(
-    batch: Sequence[Dense],
-    hyper: Hyper,
-    counters: Tensor,
-    cache: ProjectionCache,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> Launch | None:
-    """As reference.step_dense, without a wait for the device; returns as step_low_rank does.
-
-    W, G, M and V that do not lie alike in memory, or have gaps, are copied, and written back.
-    """
-    amp, copies = (grad_scale, found_inf), _Copies()
-    if rest := [item for item in batch if not _ours(item)]:
-        reference.step_dense(rest, hyper, counters, cache, *amp)
-    ours = [item for item in batch if _ours(item)]
-    if not ours:
-        return None
-    device, layouts, rows = ours[0].weight.device, [], []
-    for item in ours:
-        held = _flat((item.weight, item.grad, item.exp_avg, item.exp_avg_sq), copies)
-        w, g, m, v = held
-        aligned = all(t.data_ptr() % 16 == 0 for t in held) and w.numel() % 16 == 0
-        tiling = apply.DenseTiling(element(w.dtype), element(g.dtype), aligned)
-        layouts.append((w.numel(), tiling))
-        rows.append((*(t.data_ptr() for t in (g, w, m, v, item.step)), w.numel()))
-    plan, table = _dense_plan(device, tuple(layouts)), tables.table(device, tuple(rows))
-    space = torch.empty(4 * len(ours), dtype=torch.float32, device=device)
-    bad = torch.empty(len(ours), dtype=torch.int32, device=device)
-    launch = partial(_launch_dense, plan, table, space, bad)
-    launch(hyper, counters, *amp)
-    return None if copies.write_back() or rest else launch
+    def set_gradients(self, addresses: Sequence[int]) -> bool:
+        """As LowRankBatch.set_gradients."""
+        return self._table.set_gradients(addresses)

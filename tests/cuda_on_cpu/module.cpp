@@ -1,4 +1,4 @@
-// The kernels' Python module of the tests: csrc/step.cu over the emulated device.
+// The kernels' Python module of the tests: csrc/launch.cu over the emulated device.
 #include "../../csrc/kernel_bindings.h"
 
 PYBIND11_MODULE(apollo_emulated, module) { apollo::bind_kernels(module); }

@@ -1,4 +1,4 @@
-#include "host_bf16.h"
+#include "cpu_bf16.h"
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 
@@ -62,7 +62,7 @@ APOLLO_AVX512 inline __mmask32 mask32(int64_t n) {
 
 // RANK dot products and the squared norm of one contiguous channel: streams x, for thin products.
 template <int RANK>
-APOLLO_AVX512 void dot_row(const HostProject& a, int64_t c) {
+APOLLO_AVX512 void dot_row(const CpuProject& a, int64_t c) {
   const uint16_t* x = a.x + c * a.ld;
   __m512 sums[RANK], square = _mm512_setzero_ps();
   for (auto& sum : sums) sum = _mm512_setzero_ps();
@@ -81,7 +81,7 @@ APOLLO_AVX512 void dot_row(const HostProject& a, int64_t c) {
 
 // A tile of M contiguous channels and 16 N rank rows, held in registers.
 template <int M, int N>
-APOLLO_AVX512 void row_tile(const HostProject& a, int64_t c, int64_t j) {
+APOLLO_AVX512 void row_tile(const CpuProject& a, int64_t c, int64_t j) {
   __m512 sums[M][N];
   for (auto& row : sums) {
     for (auto& sum : row) sum = _mm512_setzero_ps();
@@ -109,13 +109,13 @@ APOLLO_AVX512 void row_tile(const HostProject& a, int64_t c, int64_t j) {
 }
 
 template <int M>
-APOLLO_AVX512 void row_tiles(const HostProject& a, int64_t c) {
+APOLLO_AVX512 void row_tiles(const CpuProject& a, int64_t c) {
   int64_t j = 0;
   for (; j + 64 <= a.padded; j += 64) row_tile<M, 4>(a, c, j);
   for (; j < a.padded; j += 16) row_tile<M, 1>(a, c, j);
 }
 
-APOLLO_AVX512 void row_square(const HostProject& a, int64_t c) {
+APOLLO_AVX512 void row_square(const CpuProject& a, int64_t c) {
   const uint16_t* x = a.x + c * a.ld;
   __m512 square = _mm512_setzero_ps();
   for (int64_t k = 0; k < a.k; k += 32) {
@@ -125,10 +125,10 @@ APOLLO_AVX512 void row_square(const HostProject& a, int64_t c) {
   a.q[c] = _mm512_reduce_add_ps(square);
 }
 
-APOLLO_AVX512 void project_rows(const HostProject& a, int64_t begin, int64_t end) {
+APOLLO_AVX512 void project_rows(const CpuProject& a, int64_t begin, int64_t end) {
   if (a.rank <= kDotRank) {
-    void (*const dots[])(const HostProject&, int64_t) = {dot_row<1>, dot_row<2>, dot_row<3>,
-                                                         dot_row<4>};
+    void (*const dots[])(const CpuProject&, int64_t) = {dot_row<1>, dot_row<2>, dot_row<3>,
+                                                        dot_row<4>};
     for (int64_t c = begin; c < end; ++c) dots[a.rank - 1](a, c);
     return;
   }
@@ -140,7 +140,7 @@ APOLLO_AVX512 void project_rows(const HostProject& a, int64_t begin, int64_t end
 
 // 32 neighbouring columns (the channels), pairs of k interleaved: [(k + 1) / 2][2] vectors of 16
 // pairs. Packed once, since every rank row reads them again and rows of x are pages apart.
-APOLLO_AVX512 void pack_columns(const HostProject& a, int64_t c, const __m512i order[2],
+APOLLO_AVX512 void pack_columns(const CpuProject& a, int64_t c, const __m512i order[2],
                                 __m512i* panel) {
   const __mmask32 mask = mask32(a.channels - c);
   __m512 square[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -161,7 +161,7 @@ APOLLO_AVX512 void pack_columns(const HostProject& a, int64_t c, const __m512i o
 
 // A tile of one panel and J rank rows, held in registers.
 template <int J>
-APOLLO_AVX512 void column_tile(const HostProject& a, int64_t c, int64_t j, const __m512i* panel) {
+APOLLO_AVX512 void column_tile(const CpuProject& a, int64_t c, int64_t j, const __m512i* panel) {
   __m512 sums[J][2];
   for (auto& pair : sums) pair[0] = pair[1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < a.k; k += 2) {
@@ -183,7 +183,7 @@ APOLLO_AVX512 void column_tile(const HostProject& a, int64_t c, int64_t j, const
   }
 }
 
-APOLLO_AVX512 void project_columns(const HostProject& a, int64_t begin, int64_t end) {
+APOLLO_AVX512 void project_columns(const CpuProject& a, int64_t begin, int64_t end) {
   uint16_t interleave[2][32];  // two rows of x: even k below, odd k above
   for (int i = 0; i < 32; ++i) {
     for (int half = 0; half < 2; ++half) {
@@ -222,7 +222,7 @@ inline uint16_t narrow(float value) {
 
 // One row of W <- W - decay W - coefficient X: 6 bytes a weight, all rounding at the store.
 template <bool BY_ROW>
-APOLLO_AVX512 void apply_row(const HostApply& a, int64_t i) {
+APOLLO_AVX512 void apply_row(const CpuApply& a, int64_t i) {
   uint16_t* __restrict__ w = a.w + i * a.w_ld;
   const uint16_t* __restrict__ x = a.x + i * a.x_ld;
   const float* __restrict__ coefficient = a.coefficient + (BY_ROW ? i : 0);
@@ -236,19 +236,19 @@ APOLLO_AVX512 void apply_row(const HostApply& a, int64_t i) {
 
 }  // namespace
 
-bool host_bf16_supported() {
+bool cpu_bf16_supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512bf16");
 }
 
-void host_project(const HostProject& a, int threads) {
+void cpu_project(const CpuProject& a, int threads) {
   if (a.channels * a.k * (a.rank + 8) < (1 << 20)) threads = 1;  // a thread costs microseconds
   parallel(a.channels, a.rows ? 6 : 32, threads, [&a](int64_t begin, int64_t end) {
     a.rows ? project_rows(a, begin, end) : project_columns(a, begin, end);
   });
 }
 
-void host_apply(const HostApply& a, int threads) {
+void cpu_apply(const CpuApply& a, int threads) {
   if (a.outer * a.inner < (1 << 17)) threads = 1;
   parallel(a.outer, 1, threads, [&a](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) a.by_row ? apply_row<true>(a, i) : apply_row<false>(a, i);
@@ -260,9 +260,9 @@ void host_apply(const HostApply& a, int threads) {
 #else  // another processor, or a compiler too old for the intrinsics: PyTorch runs instead
 
 namespace apollo {
-bool host_bf16_supported() { return false; }
-void host_project(const HostProject&, int) {}
-void host_apply(const HostApply&, int) {}
+bool cpu_bf16_supported() { return false; }
+void cpu_project(const CpuProject&, int) {}
+void cpu_apply(const CpuApply&, int) {}
 }  // namespace apollo
 
 #endif

@@ -1,7 +1,15 @@
-"""Which back end runs, and the two calls that every back end answers.
+"""Which back end runs on a device, and why another one does not.
 
-A back end is a module with ``step_low_rank`` and ``step_dense`` (signatures: reference.py). They
-are tried in the order of BACKENDS, fastest first; a new one joins in ``_unavailable`` and ``load``.
+A back end is a module with
+
+    takes(item)                 whether its kernels take an item; reference.py steps the others
+    family(item)                items of one family may share a Batch (their dtypes, say)
+    build(items, separate=...)  a Batch, and build_dense(items) a DenseBatch (batch.py)
+    BY_ADDRESS                  its batches walk addresses; else plan.py lends them the gradients
+    SAME_ORDER                  a gradient must lie in memory in the order of its weight
+
+They are tried in the order of BACKENDS, fastest first; a new one joins in ``_unavailable`` and
+``load``.
 """
 
 from __future__ import annotations

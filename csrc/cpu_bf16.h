@@ -7,7 +7,7 @@
 namespace apollo {
 
 // A matrix X [channels, k] of bf16, channels as rows (ld apart) or as columns of k rows (ld apart).
-struct HostProject {
+struct CpuProject {
   const uint16_t* x;
   int64_t channels, k, ld;
   bool rows;
@@ -20,7 +20,7 @@ struct HostProject {
 
 constexpr int64_t kDotRank = 4;
 
-struct HostApply {
+struct CpuApply {
   uint16_t* w;  // [outer, inner], rows w_ld apart
   const uint16_t* x;
   int64_t outer, inner, w_ld, x_ld;
@@ -29,8 +29,8 @@ struct HostApply {
   float decay;
 };
 
-bool host_bf16_supported();
-void host_project(const HostProject& args, int threads);
-void host_apply(const HostApply& args, int threads);
+bool cpu_bf16_supported();
+void cpu_project(const CpuProject& args, int threads);
+void cpu_apply(const CpuApply& args, int threads);
 
 }  // namespace apollo

@@ -1,0 +1,111 @@
+"""What makes the PyTorch back end fast on a CPU: compiled passes over bf16, and kept projections.
+
+PyTorch has no bf16 matmul with a float32 result on a CPU, and widens before it computes. Where the
+processor has AVX512-BF16 and the native module was built, ``project`` and ``apply`` of bf16
+matrices run there instead; reference.py specifies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from apollo_kernels import philox
+from apollo_kernels.native import _C
+
+DOT_RANK = 4  # up to this rank a contiguous channel meets z as plain rows (csrc/cpu_bf16.h)
+
+
+def supported(*tensors: Tensor) -> bool:
+    """Whether all are bf16 CPU matrices with one contiguous side, on a processor that can."""
+    native = _C is not None and _C.cpu_bf16_supported()
+    return native and all(
+        t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.numel() and 1 in t.stride()
+        for t in tensors
+    )
+
+
+def layout(x: Tensor, rank: int) -> str:
+    """How ``project`` wants z for this X [C, K]: see ``arrange``."""
+    return "rows" if rank <= DOT_RANK and x.stride(1) == 1 else "pairs"
+
+
+def arrange(z: Tensor, wanted: str) -> Tensor:
+    """z [r, K] bf16 as it is ("rows"), or as pairs of k, rank padded to 16: [ceil(K/2), r', 2]."""
+    if wanted == "rows":
+        return z
+    rank, k = z.shape
+    padded = torch.nn.functional.pad(z, (0, k % 2, 0, -rank % 16))
+    return padded.view(padded.shape[0], -1, 2).transpose(0, 1).contiguous()
+
+
+def project(x: Tensor, z: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """As reference.project, from bf16 X [C, K] and z arranged for it: R [C, r], q [C] float32."""
+    channels, k = x.shape
+    by_row = x.stride(1) == 1
+    r = torch.empty((channels, rank), dtype=torch.float32, device="cpu")
+    q = torch.empty((channels,), dtype=torch.float32, device="cpu")
+    _C.cpu_project(
+        x.data_ptr(), channels, k, x.stride(0) if by_row else x.stride(1), by_row,
+        z.data_ptr(), rank, z.shape[1], rank**-0.5, r.data_ptr(), q.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return r, q
+
+
+def apply(w: Tensor, x: Tensor, coefficient: Tensor, decay: float) -> None:
+    """As reference.apply, in place on bf16 W [C, K] with bf16 X in the same memory order."""
+    by_row = w.stride(1) == 1
+    if not by_row:
+        w, x = w.t(), x.t()
+    coefficient = coefficient.expand(w.shape[0 if by_row else 1]).contiguous()
+    _C.cpu_apply(
+        w.data_ptr(), x.data_ptr(), *w.shape, w.stride(0), x.stride(0),
+        coefficient.data_ptr(), by_row, decay, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+class ProjectionCache:
+    """The current P of each matrix, since on a CPU drawing P costs more than reading it.
+
+    It holds at most ``limit`` bytes in the whole process: a float32 P takes 4 * rank * K. Beyond
+    the limit P is drawn anew at each step, so a large model costs time, not memory. An entry lives
+    as long as its owner, a matrix's place in a plan; state, checkpoints and pickles never see it.
+    """
+
+    def __init__(self, limit: int = 256 * 2**20):
+        self.limit = limit
+        self._entries: WeakKeyDictionary[object, tuple[tuple, Tensor]] = WeakKeyDictionary()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.numel() * p.element_size() for _, p in self._entries.values())
+
+    def get(
+        self,
+        owner: object,
+        key: int,
+        epoch: int,
+        rank: int,
+        dim: int,
+        distribution: str,
+        device: torch.device,
+        form: str,
+        prepare: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """``prepare(draw(...))`` from the cache where it is there; ``form`` names what it makes."""
+        wanted = (key, epoch, rank, dim, distribution, device, form)
+        have = self._entries.get(owner)
+        if have is not None and have[0] == wanted:
+            return have[1]
+        self._entries.pop(owner, None)
+        p = prepare(philox.draw(key, epoch, rank, dim, distribution, device=device))
+        if self.nbytes + p.numel() * p.element_size() <= self.limit:
+            self._entries[owner] = (wanted, p)
+        return p
+
+
+projections = ProjectionCache()

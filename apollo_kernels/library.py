@@ -1,0 +1,119 @@
+"""A group's step as a torch.library operator: how torch.compile sees it, without a graph break.
+
+    apollo_kernels::step
+
+Lists run over the parameters of a group that have a gradient, the low-rank ones first: there are as
+many keys and update_norms as those. ``numbers``, ``switches`` and ``names`` are Hyper's and the
+group's. Eager steps do not come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from apollo_kernels import backends, plan
+from apollo_kernels.batch import Hyper, Signals
+
+_library = torch.library.Library("apollo_kernels", "DEF")
+_library.define(
+    "step(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] steps, Tensor(e!)[] update_norms, int[] keys, Tensor(z!) counters, Tensor? lr, "
+    "Tensor? grad_scale, Tensor? found_inf, Tensor? clip, float[] numbers, int[] switches, "
+    "str[] names) -> ()"
+)
+
+
+class Store:
+    """The plans of one optimizer's compiled steps. An operator takes no objects, so it finds them
+    by a number, and they end with the optimizer."""
+
+    _numbers = count()
+    _alive: WeakValueDictionary[str, Store] = WeakValueDictionary()
+
+    def __init__(self) -> None:
+        self.name = str(next(self._numbers))
+        self.plans: dict[tuple[str, torch.device], plan.GroupPlan] = {}
+        self._alive[self.name] = self
+
+    @classmethod
+    def find(cls, name: str) -> Store:
+        return cls._alive.get(name) or Store()
+
+
+def packed(
+    hyper: Hyper, group: dict[str, Any], backend: str, store: str, slot: int
+) -> tuple[list[float], list[int], list[str]]:
+    """Hyper, and what decides a group's plan, as the operator takes them; lr goes beside them."""
+    lr = 0.0 if isinstance(hyper.lr, Tensor) else hyper.lr
+    numbers = [lr, *hyper.betas, hyper.eps, hyper.weight_decay, hyper.scale]
+    switches: list[Any] = [hyper.correct_bias, hyper.maximize, hyper.scale_front, hyper.disable_nl]
+    switches += [hyper.stochastic_rounding, hyper.update_proj_gap]
+    switches += [group["rank"] or 0, group["batch_dims"]]
+    names = [backend, hyper.scale_type, hyper.distribution, group["proj_type"], store, str(slot)]
+    return numbers, [int(s) for s in switches], names
+
+
+def _unpacked(
+    lr: Tensor | None, numbers: Sequence[float], switches: Sequence[int], names: Sequence[str]
+) -> tuple[Hyper, dict[str, Any]]:
+    rate, beta1, beta2, eps, weight_decay, scale = numbers
+    correct_bias, maximize, scale_front, disable_nl, stochastic = map(bool, switches[:5])
+    hyper = Hyper(
+        lr=rate if lr is None else lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay,
+        correct_bias=correct_bias, maximize=maximize, scale_type=names[1], scale=scale,
+        scale_front=scale_front, disable_nl=disable_nl, update_proj_gap=switches[5],
+        distribution=names[2], stochastic_rounding=stochastic,
+    )  # fmt: skip
+    group = {"rank": switches[6] or None, "batch_dims": switches[7], "proj_type": names[3]}
+    return hyper, group
+
+
+def _states(
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    update_norms: Sequence[Tensor],
+    keys: Sequence[int],
+) -> list[dict[str, Any]]:
+    states: list[dict[str, Any]] = [
+        {"step": t, "exp_avg": m, "exp_avg_sq": v}
+        for t, m, v in zip(steps, exp_avgs, exp_avg_sqs, strict=True)
+    ]
+    for state, norm, key in zip(states, update_norms, keys, strict=False):
+        state.update(update_norm=norm, seed=key)
+    return states
+
+
+def _step(
+    weights: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    steps: list[Tensor], update_norms: list[Tensor], keys: list[int], counters: Tensor,
+    lr: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None,
+    numbers: list[float], switches: list[int], names: list[str],
+) -> None:  # fmt: skip
+    hyper, group = _unpacked(lr, numbers, switches, names)
+    states = _states(exp_avgs, exp_avg_sqs, steps, update_norms, keys)
+    device = counters.device
+    backend = backends.load(backends.choose(names[0], device))
+    key = backend, clip is not None, *group.values()
+    store, place = Store.find(names[4]), (names[5], device)
+    made = store.plans.get(place)
+    if made is None or not made.holds(key, weights, grads, states):
+        made = store.plans[place] = plan.build(
+            weights, grads, states, group, key, {device: backend}, separate=clip is not None
+        )
+    signals = Signals(counters, grad_scale, found_inf, clip)
+    plan.run([(made, grads, hyper)], lambda _: signals)
+
+
+_library.impl("step", _step, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("apollo_kernels::step", lib=_library)
+def _fake_step(*_: Any) -> None:
+    return None

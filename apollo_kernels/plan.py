@@ -1,0 +1,215 @@
+"""The plan of a step: what its launches rest on, for as long as that is true.
+
+A back end walks addresses, so a plan *owns* the weights and the state that it was built for and is
+asked before each step whether they are still the same: by identity, address, shape, strides and
+dtype. Gradients it never keeps; one that has only moved costs a new table, and no new maps.
+
+    GroupPlan   one parameter group: its parameters, its state, and whether they are unchanged
+    run         the three verbs over all groups of an optimizer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from operator import attrgetter, is_
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_kernels import clipping
+from apollo_kernels.batch import Hyper, Signals
+from apollo_kernels.native import tensor_facts
+from apollo_kernels.state import layout_of
+from apollo_kernels.work import Builder, Work
+
+_address, _grad = torch.Tensor.data_ptr, attrgetter("grad")
+
+
+@dataclass
+class GroupPlan:
+    """The launches of one parameter group and what they rest on."""
+
+    params: list[Tensor]  # all of the group's
+    live: list[bool]  # which of them have a gradient
+    key: tuple[Any, ...]  # what else decides the launches
+    states: list[dict[str, Any]]  # of the live ones
+    works: list[Work]
+    gradient_facts: tuple[Any, Any]  # tensor_facts of the live gradients: addresses, and the rest
+
+    def __post_init__(self) -> None:
+        self.owned = [p for p, live in zip(self.params, self.live, strict=True) if live]
+        self.values = _values(self.states)
+        self.tensors = [v for v in self.values if isinstance(v, Tensor)]
+        self.owned_facts = tensor_facts([*self.owned, *self.tensors])
+
+    def gradients(
+        self, params: Sequence[Tensor], key: tuple[Any, ...], state: Mapping[Tensor, Any]
+    ) -> list[Tensor] | None:
+        """The gradients to step with; None if anything but their addresses is not as it was."""
+        if key != self.key or len(params) != len(self.params):
+            return None
+        if not all(map(is_, params, self.params)):
+            return None
+        gradients = list(map(_grad, params))
+        if [g is not None for g in gradients] != self.live:
+            return None
+        if not all(self.live):
+            gradients = [g for g in gradients if g is not None]
+        if not all(map(is_, map(state.get, self.owned), self.states)):
+            return None
+        values = _values(self.states)
+        if len(values) != len(self.values) or not all(map(is_, values, self.values)):
+            return None
+        return gradients if self._unchanged(self.owned, gradients, self.tensors) else None
+
+    def holds(
+        self,
+        key: tuple[Any, ...],
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Any]],
+    ) -> bool:
+        """The same for tensors that may be other objects over the same memory (an operator's)."""
+        values = _values(states)
+        if key != self.key or len(values) != len(self.values):
+            return False
+        pairs = zip(values, self.values, strict=True)
+        if not all(isinstance(v, Tensor) or v == w for v, w in pairs):
+            return False
+        return self._unchanged(weights, gradients, [v for v in values if isinstance(v, Tensor)])
+
+    def _unchanged(
+        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> bool:
+        try:
+            if tensor_facts([*weights, *tensors]) != self.owned_facts:
+                return False
+            addresses, rest = tensor_facts(gradients)
+        except RuntimeError:  # a sparse gradient has neither strides nor an address
+            return False
+        if rest != self.gradient_facts[1]:
+            return False
+        if addresses != self.gradient_facts[0]:
+            return self._follow(gradients, addresses)
+        return True
+
+    def _follow(self, gradients: Sequence[Tensor], addresses: Any) -> bool:
+        """Whether every Work can follow gradients that have only moved."""
+        if any(type(g) is not Tensor for g in gradients):
+            return False  # a subclass is looked at again, by the checks before a build
+        # Until all have followed, none may believe that nothing has moved.
+        self.gradient_facts = None, self.gradient_facts[1]
+        found = list(map(_address, gradients))
+        if not all(work.moved(found) for work in self.works):
+            return False
+        self.gradient_facts = addresses, self.gradient_facts[1]
+        return True
+
+
+def _values(states: Sequence[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, states)))
+
+
+def build(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    states: list[dict[str, Any]],
+    group: Mapping[str, Any],
+    key: tuple[Any, ...],
+    backends: Mapping[torch.device, ModuleType],
+    separate: bool,
+) -> GroupPlan:
+    """The plan of a group whose parameters, gradients and states have been checked.
+
+    Args
+        gradients: of ``params``, None where there is none.
+        states: of the parameters that have a gradient, in order.
+        key: what ``backends``, ``group`` and ``separate`` were made from; compared later.
+        backends: the back end's module of each device.
+        separate: whether something comes between ``project`` and ``scale`` (see Batch).
+    """
+    live = [g is not None for g in gradients]
+    owned = [p for p, g in zip(params, gradients, strict=True) if g is not None]
+    present = [g for g in gradients if g is not None]
+    works: list[Work] = []
+    for device in dict.fromkeys(p.device for p in owned):
+        builder = Builder(backends[device], device, separate)
+        for index, (p, grad, state) in enumerate(zip(owned, present, states, strict=True)):
+            if p.device == device:
+                builder.add(index, p, grad, state, layout_of(p, group))
+        works += builder.works()
+    return GroupPlan(list(params), live, key, states, works, tensor_facts(present))
+
+
+Part = tuple[GroupPlan, list[Tensor], Hyper]  # of one group, with its gradients
+
+
+def run(
+    parts: Sequence[Part],
+    signals: Callable[[torch.device], Signals],
+    max_grad_norm: float | None = None,
+) -> Tensor | None:
+    """The step of every group; all checks lie behind.
+
+    Returns
+        the norm of all gradients, float32 [], if ``max_grad_norm`` asks for it.
+    """
+    if max_grad_norm is None:
+        for plan, gradients, hyper in parts:
+            for work in plan.works:
+                _step(work, gradients, hyper, signals(work.device))
+        return None
+    return _clipped(parts, signals, max_grad_norm)
+
+
+def _step(work: Work, gradients: Sequence[Tensor], hyper: Hyper, signals: Signals) -> None:
+    work.begin(gradients)
+    try:
+        if work.low_rank:
+            work.batch.project(hyper, signals)
+        _finish(work, hyper, signals)
+    finally:
+        work.release()
+
+
+def _finish(work: Work, hyper: Hyper, signals: Signals) -> None:
+    """What follows once R and q are there; for a dense parameter all of it."""
+    if work.low_rank:
+        work.batch.scale(hyper, signals)
+        work.batch.apply(hyper, signals)
+    else:
+        work.batch.adamw(hyper, signals)
+    work.end()
+
+
+def _clipped(
+    parts: Sequence[Part], signals: Callable[[torch.device], Signals], max_grad_norm: float
+) -> Tensor:
+    """All projections first, since their q give the norm without another read of a gradient."""
+    works = [(work, gradients, hyper) for plan, gradients, hyper in parts for work in plan.works]
+    squares: dict[torch.device, list[Tensor]] = {}
+    dense: dict[torch.device, list[Tensor]] = {}
+    try:
+        for work, gradients, hyper in works:
+            work.begin(gradients)
+            if work.low_rank:
+                work.batch.project(hyper, signals(work.device))
+                squares.setdefault(work.device, []).append(work.batch.square_norm())
+            else:
+                read = [place.gradient(gradients) for place in work.places]
+                dense.setdefault(work.device, []).extend(read)
+        for device, read in dense.items():
+            squares.setdefault(device, []).append(clipping.square_norm(read))
+        norm = clipping.total_norm(squares, signals)
+        clip = clipping.clip_factor(norm, max_grad_norm)
+        for work, _, hyper in works:
+            own = replace(signals(work.device), clip=clip.to(work.device))
+            _finish(work, hyper, own)
+    finally:
+        for work, _, _ in works:
+            work.release()
+    return norm

@@ -1,0 +1,155 @@
+// The launches: from dtypes and rank to a kernel. Read by nvcc, and by g++ for the tests' build.
+#include "adamw.cuh"
+#include "apply.cuh"
+#include "project_dot.cuh"
+#include "project_mma.cuh"
+#include "scale.cuh"
+
+namespace apollo {
+namespace {
+
+#if defined(__CUDACC__)
+int finish() { return int(cudaGetLastError()); }
+// Brings a kernel onto the current device; beyond 48 KB of shared memory it has to ask.
+template <class Kernel>
+int load(Kernel kernel, int shared = 0) {
+  cudaFuncAttributes attributes;
+  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return int(error);
+  if (shared <= 48 * 1024) return 0;
+  return int(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+}
+using Stream = cudaStream_t;
+#else
+int finish() { return 0; }
+template <class Kernel>
+int load(Kernel, int = 0) {
+  return 0;
+}
+using Stream = void*;
+#endif
+
+using Kernel = void (*)(Launch);
+
+int run(Kernel kernel, int64_t blocks, int threads, int shared, const Launch& launch) {
+  if (blocks == 0) return 0;
+  [[maybe_unused]] const auto stream = static_cast<Stream>(launch.stream);
+  APOLLO_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(unsigned(threads)), shared,
+                stream, launch);
+  return finish();
+}
+
+// Calls use(x) with a value of the element type that `dtype` names.
+template <class Use>
+int with_dtype(int dtype, Use use) {
+  switch (dtype) {
+    case kFloat32:
+      return use(float{});
+    case kBfloat16:
+      return use(bfloat16{});
+    default:
+      return use(float16{});
+  }
+}
+template <class Use>
+int with_dtypes(const Launch& launch, Use use) {
+  return with_dtype(launch.weight_dtype, [&](auto w) {
+    return with_dtype(launch.grad_dtype, [&](auto g) { return use(w, g); });
+  });
+}
+template <class Use>
+int with_distribution(int distribution, Use use) {
+  return distribution == kRademacher ? use(Signs{}) : use(Gaussian{});
+}
+
+// Calls use(kernel, threads, shared) with the kernel of `project` for these dtypes and rank.
+template <class T, class DISTRIBUTION, class Use>
+int with_project(RankClass rank, Use use) {
+  switch (rank) {
+    case kRankOne:
+      return use(project_dots<T, 1, DISTRIBUTION>, kDotThreads, kDotShared<1>);
+    case kRankTo4:
+      return use(project_dots<T, 4, DISTRIBUTION>, kDotThreads, kDotShared<4>);
+    case kRankTo7:
+      return use(project_dots<T, 7, DISTRIBUTION>, kDotThreads, kDotShared<7>);
+    case kRankTo64:
+      return use(project_tiles<T, 64, DISTRIBUTION>, kTileThreads, TileLayout<T, 64>::kShared);
+    default:
+      return use(project_tiles<T, 128, DISTRIBUTION>, kTileThreads, TileLayout<T, 128>::kShared);
+  }
+}
+template <class Use>
+int with_project(const Launch& launch, int distribution, Use use) {
+  return with_dtype(launch.grad_dtype, [&](auto g) {
+    return with_distribution(distribution, [&](auto d) {
+      return with_project<decltype(g), decltype(d)>(launch.rank, use);
+    });
+  });
+}
+
+}  // namespace
+
+int launch_project(const Launch& launch) {
+  return with_project(launch, launch.hyper.distribution,
+                      [&](Kernel kernel, int threads, int shared) {
+                        return run(kernel, launch.blocks, threads, shared, launch);
+                      });
+}
+
+int launch_scale(const Launch& launch) {
+  return run(scale_channels, launch.blocks, kScaleChannels, 0, launch);
+}
+
+int launch_limit(const Launch& launch) {
+  return run(limit_update, launch.blocks, kScaleChannels, 0, launch);
+}
+
+int launch_apply(const Launch& launch) {
+  return with_dtypes(launch, [&](auto w, auto g) {
+    return run(apply_update<decltype(w), decltype(g)>, launch.blocks, kStreamThreads, 0, launch);
+  });
+}
+
+int launch_adamw(const Launch& launch) {
+  return with_dtypes(launch, [&](auto w, auto g) {
+    return run(adamw_update<decltype(w), decltype(g)>, launch.blocks, kStreamThreads, 0, launch);
+  });
+}
+
+int launch_advance(const Launch& launch) {
+  return run(advance_steps, (launch.blocks + kStreamThreads - 1) / kStreamThreads, kStreamThreads,
+             0, launch);
+}
+
+int load_low_rank(const Launch& launch) {
+  for (const int distribution : {kGaussian, kRademacher}) {
+    const auto loaded = [](Kernel kernel, int, int shared) { return load(kernel, shared); };
+    if (const int error = with_project(launch, distribution, loaded)) return error;
+  }
+  if (const int error = load(scale_channels)) return error;
+  if (const int error = load(limit_update)) return error;
+  return with_dtypes(launch,
+                     [](auto w, auto g) { return load(apply_update<decltype(w), decltype(g)>); });
+}
+
+int load_dense(const Launch& launch) {
+  if (const int error = load(advance_steps)) return error;
+  return with_dtypes(launch,
+                     [](auto w, auto g) { return load(adamw_update<decltype(w), decltype(g)>); });
+}
+
+#if defined(__CUDACC__)
+const char* error_name(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+int current_device(int* device) { return int(cudaGetDevice(device)); }
+int use_device(int device) { return int(cudaSetDevice(device)); }
+int probe() {
+  cudaFuncAttributes attributes;
+  return int(cudaFuncGetAttributes(&attributes, limit_update));
+}
+#else
+const char* error_name(int) { return "emulated"; }
+int current_device(int* device) { return *device = 0; }
+int use_device(int) { return 0; }
+int probe() { return 0; }
+#endif
+
+}  // namespace apollo

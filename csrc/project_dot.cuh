@@ -1,0 +1,164 @@
+// project for rank < 8: the same stream of X with multiply-adds in float32, memory bound. R always
+// goes to the workspace.
+#pragma once
+
+#include "common.cuh"
+#include "draw.cuh"
+
+namespace apollo {
+
+constexpr int kDotThreads = 256;
+constexpr int kDotSlab = 1024;  // K per stage
+
+template <class T, int R, bool BY_ROW>
+struct Dots {
+  static constexpr int kOwn = 8;  // channels of a lane: one after the other, or side by side
+  float sums[kOwn][R + 1] = {};   // R dot products and the squared norm
+
+  // A slab of Z as floats, z[j][k], meets the slab's k of this block's channels.
+  APOLLO_DEVICE void add(const Matrix& p, int64_t c0, int64_t k0, int64_t k_end, const float* z,
+                         bool wide) {
+    constexpr int kAhead = 4;  // loads under way before the first is used
+    const T* grad = static_cast<const T*>(p.grad);
+    const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+    const int last = k_end - k0 < kDotSlab ? int(k_end - k0) : kDotSlab;
+    if constexpr (BY_ROW) {
+      for (int at = 8 * lane; at < last; at += 256) {
+#pragma unroll
+        for (int first = 0; first < kOwn; first += kAhead) {
+          Pack8<T> packs[kAhead];
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) {
+            const int64_t c = c0 + 8 * warp + first + i;
+            packs[i].load(grad + c * p.grad_ld + k0 + at, c < p.channels ? last - at : 0, wide);
+          }
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) {
+            float x[8];
+            packs[i].get(x);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+              float (&own)[R + 1] = sums[first + i];
+              own[R] = fmaf(x[e], x[e], own[R]);
+#pragma unroll
+              for (int j = 0; j < R; ++j) own[j] = fmaf(x[e], z[j * kDotSlab + at + e], own[j]);
+            }
+          }
+        }
+      }
+    } else {
+      const int64_t c = c0 + 8 * lane, left = p.channels - c;
+      if (left <= 0) return;
+      for (int first = warp; first < last; first += 8 * kAhead) {
+        Pack8<T> packs[kAhead];
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) {
+          const int at = first + 8 * a;
+          packs[a].load(grad + (k0 + at) * p.grad_ld + c, at < last ? left : 0, wide);
+        }
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) {
+          float x[8];
+          packs[a].get(x);
+#pragma unroll
+          for (int i = 0; i < kOwn; ++i) {
+            sums[i][R] = fmaf(x[i], x[i], sums[i][R]);
+#pragma unroll
+            for (int j = 0; j < R; ++j) {
+              sums[i][j] = fmaf(x[i], z[j * kDotSlab + first + 8 * a], sums[i][j]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Adds up what lanes or warps hold, in fixed order; `scratch` holds 256 floats per warp.
+  APOLLO_DEVICE void finish(const Matrix& p, const Launch& launch, int64_t c0, int64_t chunk,
+                            float* scratch) {
+    const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+    const float factor = rsqrtf(float(p.rank)) * sign_and_scale(launch.hyper);
+    float *r_workspace = r_of(p, launch, chunk), *q = q_of(p, launch, chunk);
+#pragma unroll
+    for (int j = 0; j <= R; ++j) {
+      if (j < R && j >= p.rank) continue;
+      if constexpr (BY_ROW) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          float sum = sums[i][j];
+          for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, o);
+          const int64_t c = c0 + 8 * warp + i;
+          if (lane == 0 && c < p.channels) {
+            if (j == R) {
+              q[c] = sum;
+            } else {
+              r_workspace[c * p.rank + j] = factor * sum;
+            }
+          }
+        }
+      } else {
+        for (int i = 0; i < kOwn; ++i) scratch[256 * warp + 8 * lane + i] = sums[i][j];
+        __syncthreads();
+        float sum = 0.0f;
+        for (int w = 0; w < 8; ++w) sum += scratch[256 * w + threadIdx.x];
+        const int64_t c = c0 + threadIdx.x;
+        if (c < p.channels) {
+          if (j == R) {
+            q[c] = sum;
+          } else {
+            r_workspace[c * p.rank + j] = factor * sum;
+          }
+        }
+        __syncthreads();
+      }
+    }
+  }
+};
+
+template <class T, int R, class DISTRIBUTION, bool BY_ROW>
+APOLLO_DEVICE void project_dot(const Matrix& p, const Launch& launch, int64_t block,
+                               float* shared) {
+  constexpr int kChannels = BY_ROW ? kDotChannels : kDotColumns;
+  const int64_t tiles = (p.channels + kChannels - 1) / kChannels;
+  const int64_t c0 = block % tiles * kChannels, chunk = block / tiles;
+  const int64_t k_begin = chunk * p.chunk_length;
+  const int64_t k_end = k_begin + p.chunk_length < p.k ? k_begin + p.chunk_length : p.k;
+  const uint32_t epoch = epoch_of(p, launch);
+  const bool wide = aligned16(static_cast<const T*>(p.grad), p.grad_ld);
+  Dots<T, R, BY_ROW> dots;
+  for (int64_t k = k_begin; k < k_end; k += kDotSlab) {
+    for (int i = int(threadIdx.x); i < R * kDotSlab / 4; i += kDotThreads) {
+      const int j = i / (kDotSlab / 4), call = i % (kDotSlab / 4), at = call / 4 * 16;
+      if (j < p.rank) {  // beyond K too: x is zero there, and z has to be finite
+        const Stream stream = Stream::of(p, epoch, uint32_t(j), uint32_t(call % 4));
+        draw_call<DISTRIBUTION>(shared + j * kDotSlab + at, stream, uint32_t(k + at));
+      }
+    }
+    __syncthreads();  // the slab of z is there
+    dots.add(p, c0, k, k_end, shared, wide);
+    __syncthreads();  // and was read by all
+  }
+  dots.finish(p, launch, c0, chunk, shared);
+}
+
+template <class T, int R, class DISTRIBUTION>
+__global__ void __launch_bounds__(kDotThreads, R > 1            ? 1
+                                               : sizeof(T) == 4 ? 2
+                                                                : 3) project_dots(Launch launch) {
+  APOLLO_SHARED(shared);
+  if (skipped(launch.hyper)) return;
+  // By value: behind volatile loads a reference would be read again before each of them.
+  const Matrix p = static_cast<const Matrix*>(launch.table)[launch.map[blockIdx.x]];
+  const int64_t block = int64_t(blockIdx.x) - p.first_project;
+  float* z = reinterpret_cast<float*>(shared);
+  if (by_row(p)) {
+    project_dot<T, R, DISTRIBUTION, true>(p, launch, block, z);
+  } else {
+    project_dot<T, R, DISTRIBUTION, false>(p, launch, block, z);
+  }
+}
+
+template <int R>
+constexpr int kDotShared = (R * kDotSlab > 2048 ? R * kDotSlab : 2048) * int(sizeof(float));
+
+}  // namespace apollo

@@ -1,0 +1,627 @@
+"""cuda.py's batches, driven verb by verb on the emulated device, against a float64 restatement.
+
+Signs are drawn (rademacher) wherever numbers are compared: the device's fast normals may be bf16's
+other neighbour in one entry of 1000.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import emulated
+import pytest
+import torch
+
+from apollo_kernels import cuda, philox
+from apollo_kernels.batch import Dense, Hyper, LowRank, Signals
+
+REASON = emulated.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(scope="module")
+def module():
+    return emulated.load(emulated.build())
+
+
+@pytest.fixture(autouse=True)
+def _device(module):
+    torch.manual_seed(0)
+    with emulated.device(module):
+        yield
+
+
+def hyper(**changes):
+    options = dict(
+        lr=0.1, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, correct_bias=True, maximize=False,
+        distribution="rademacher", update_proj_gap=2,
+    )  # fmt: skip
+    return Hyper(**{**options, **changes})
+
+
+def signals(**changes):
+    values = {k: v if v is None else torch.tensor(v, dtype=F32) for k, v in changes.items()}
+    return Signals(torch.zeros(3, dtype=torch.int64), **values)
+
+
+def low_rank(shape, rank, rows=None, weight=F32, grad=F32, key=7, order="rows", step=None, **more):
+    """A matrix with random weight and gradient; the gradient may be given."""
+    rows = shape[0] >= shape[1] if rows is None else rows
+    channels, k = shape if rows else shape[::-1]
+    rank = min(rank, k)
+    gradient = more.pop("gradient", None)
+    if gradient is None:
+        gradient = torch.randn(shape).to(grad)
+    w = torch.randn(shape).to(weight)
+    if order == "columns":
+        w, gradient = w.t().contiguous().t(), gradient.t().contiguous().t()
+    if order == "sliced":
+        whole = [torch.full((shape[0] + 2, shape[1] + 9), math.nan).to(t.dtype) for t in (w, w)]
+        w = whole[0][1:-1, 3:-6].copy_(w)
+        whole[1] = whole[1].to(gradient.dtype)
+        gradient = whole[1][1:-1, 4:-5].copy_(gradient)
+    step = torch.zeros((), dtype=torch.int64) if step is None else step
+    moments = torch.zeros(channels, rank), torch.zeros(channels, rank)
+    return LowRank(w, gradient, *moments, torch.zeros(()), step, key, rows, **more)
+
+
+def clone(item):
+    """Copies of all tensors, in the same strides."""
+    tensors = {
+        f.name: getattr(item, f.name).clone(memory_format=torch.preserve_format)
+        for f in dataclasses.fields(item)
+        if isinstance(getattr(item, f.name), torch.Tensor) and f.name != "grad"
+    }
+    return dataclasses.replace(item, **tensors)
+
+
+def batches(items, separate):
+    families = {}
+    for item in items:
+        assert cuda.takes(item)
+        families.setdefault(cuda.family(item), []).append(item)
+    return [cuda.build(group, separate=separate) for group in families.values()]
+
+
+def step(items, h=None, s=None, separate=False):
+    """One step as plan.py takes it; ``s`` without clip until ``project`` is through."""
+    h, s = h or hyper(), s or signals()
+    made = batches(items, separate)
+    for batch in made:
+        batch.project(h, dataclasses.replace(s, clip=None))
+    for batch in made:
+        batch.scale(h, s)
+    for batch in made:
+        batch.apply(h, s)
+    return s.counters.tolist()
+
+
+class Restated:
+    """One low-rank matrix in float64, from the formulas of DESIGN.md."""
+
+    def __init__(self, item):
+        self.item = item
+        self.w, self.m, self.v = (t.double() for t in (item.weight, item.exp_avg, item.exp_avg_sq))
+        self.norm, self.t = float(item.update_norm), int(item.step)
+        self.slack, self.norm_slack = torch.zeros(()), 0.0
+
+    def step(self, h, s):
+        item, (b1, b2) = self.item, h.betas
+        g = item.grad.double()
+        x = g if item.rows else g.t()
+        factor = (-1 if h.maximize else 1) * (1 if s.clip is None else float(s.clip))
+        factor /= 1 if s.grad_scale is None else float(s.grad_scale)
+        rank = self.m.shape[1]
+        z = philox.draw(item.key, self.t // h.update_proj_gap, rank, x.shape[1], h.distribution)
+        self.t += 1
+        r, q = x @ z.double().t() / math.sqrt(max(rank, 1)) * factor, x.square().sum(1) * factor**2
+        ok = torch.isfinite((r * r).float())
+        self.m = torch.where(ok, b1 * self.m + (1 - b1) * r, self.m)
+        self.v = torch.where(ok, b2 * self.v + (1 - b2) * r * r, self.v)
+        below = self.v.sqrt() + h.eps
+        n = torch.where(below == 0, 0.0, self.m / below)
+        dim = None if h.scale_type == "tensor" else 1
+        norms = [t.square().sum() if dim is None else t.square().sum(1) for t in (n, r)]
+        scale = norms[0].sqrt() / (norms[1].sqrt() + 1e-8)
+        u2 = (scale**2 * q).sum()
+        if not torch.isfinite(u2.float()):
+            return
+        alpha = math.sqrt(h.scale)
+        u = math.sqrt(u2) * (alpha if h.scale_front else 1)
+        limit = 1.0
+        if not h.disable_nl:
+            if self.norm >= 1e-8:
+                limit = 1 / max(u / (self.norm + 1e-8) / 1.01, 1)
+            self.norm = u * limit
+        size = float(h.lr)
+        if h.correct_bias:
+            size *= math.sqrt(1 - b2**self.t) / (1 - b1**self.t)
+        # A float32 R errs by some 2^-21 of its largest entry, so s = |N| / |R| by that over |R|; and
+        # N by more where R is about eps. Hence 2^-17.
+        condition = 2**-17 * (r.abs().max() if r.numel() else 0) / norms[1].sqrt().clamp(min=1e-30)
+        self.norm_slack += 2 * alpha * float((scale**2 * q * condition**2).sum().sqrt())
+        change = size * alpha * limit * factor * (scale if dim is None else scale[:, None]) * x
+        keep = 1 - float(h.lr) * h.weight_decay
+        self.w = self.w * keep - (change if item.rows else change.t())
+        slack = change.abs() * (condition if dim is None else condition[:, None])
+        self.slack = self.slack + (slack if item.rows else slack.t())
+
+    def check(self):
+        """Moments err by 2^-20 of their largest entry, weights by their own roundings and s."""
+        item = self.item
+        assert int(item.step) == self.t
+        for found, exact in ((item.exp_avg, self.m), (item.exp_avg_sq, self.v)):
+            if exact.numel():
+                assert (found.double() - exact).abs().max() <= 2**-19 * exact.abs().max()
+        assert abs(float(item.update_norm) - self.norm) <= self.norm_slack + 2**-20 * self.norm
+        if self.w.numel():
+            eps = torch.finfo(item.weight.dtype).eps
+            error = (item.weight.double() - self.w).abs()
+            assert (error <= 4 * eps * self.w.abs() + 2**-22 + eps * 0.1 + self.slack).all()
+
+
+def compare(items, h=None, s=None, separate=False, steps=1):
+    h, s = h or hyper(), s or signals()
+    restated = [Restated(item) for item in items]
+    for _ in range(steps):
+        for spec in restated:
+            spec.step(h, s)
+        step(items, h, s, separate)
+    for spec in restated:
+        spec.check()
+    return s.counters.tolist()
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("rows", [True, False])
+def test_every_rank_class_and_orientation_takes_the_steps_of_the_restatement(separate, rows):
+    items = [
+        low_rank((70, 70) if rank > 40 else (70, 40), rank, rows, key=i, order=order)
+        for i, (rank, order) in enumerate(itertools.product([1, 3, 6, 8, 65], ["rows", "columns"]))
+    ]
+    items.append(low_rank((40, 2100) if rows else (2100, 40), 9, rows))  # K is cut
+    assert len({cuda.family(item) for item in items}) == 5
+    assert compare(items, separate=separate, steps=2)[::2] == [22, 0]
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_every_pair_of_dtypes_takes_the_steps_of_the_restatement(separate, scale_type):
+    items = [
+        low_rank((33, 24), rank, weight=w, grad=g, order="sliced" if rank == 2 else "rows")
+        for w, g in itertools.product([F32, BF16, F16], repeat=2)
+        for rank in (2, 8)
+    ]
+    compare(items, hyper(scale_type=scale_type), separate=separate)
+
+
+def test_every_switch_takes_the_steps_of_the_restatement():
+    h = hyper(
+        maximize=True, correct_bias=False, scale=4.0, scale_front=True, disable_nl=True,
+        scale_type="tensor", betas=(0.0, 0.9),
+    )  # fmt: skip
+    compare([low_rank((40, 24), rank) for rank in (1, 8)], h, signals(grad_scale=1024.0), steps=3)
+
+
+def test_the_limiter_holds_a_sudden_growth():
+    item = low_rank((40, 24), 8)
+    spec, h, s = Restated(item), hyper(), signals()
+    for size in (1.0, 3.0):
+        item.exp_avg_sq.mul_(0.01)  # so that the second update is far larger
+        spec.v = item.exp_avg_sq.double()
+        item.grad.mul_(size)
+        spec.step(h, s)
+        step([item], h, s)
+    spec.check()
+    assert s.counters.tolist() == [2, 1, 0]
+
+
+def test_separate_moments_are_the_fused_ones_bit_for_bit():
+    items = [low_rank((70, 40), rank, key=rank) for rank in (8, 65)]
+    others = [clone(item) for item in items]
+    for _ in range(2):
+        step(items, separate=False)
+        step(others, separate=True)
+    for a, b in zip(items, others, strict=True):
+        assert torch.equal(a.exp_avg, b.exp_avg)
+        assert torch.equal(a.exp_avg_sq, b.exp_avg_sq)
+        torch.testing.assert_close(a.weight, b.weight, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_clip_multiplies_r_and_q_and_the_step(rank):
+    items = [low_rank((70, 40), rank), low_rank((40, 90), rank)]
+    s = signals(clip=0.25, grad_scale=8.0)
+    compare(items, s=s, separate=True, steps=2)
+
+
+def test_a_clip_that_is_no_number_leaves_everything_but_the_step():
+    item, dense = low_rank((40, 24), 8), dense_item(50)
+    before, dense_before = clone(item), clone(dense)
+    s = signals(clip=math.nan)
+    step([item], hyper(), s, separate=True)
+    cuda.build_dense([dense]).adamw(hyper(), s)
+    for name in ("weight", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(getattr(item, name), getattr(before, name))
+        assert torch.equal(getattr(dense, name), getattr(dense_before, name))
+    assert torch.equal(item.update_norm, before.update_norm)
+    assert int(item.step) == int(dense.step) == 1
+    assert s.counters.tolist() == [0, 0, 2]
+
+
+def test_clip_is_refused_where_the_moments_are_updated_before_it_is_known():
+    with pytest.raises(ValueError, match="clip comes too late"):
+        step([low_rank((40, 24), 8)], s=signals(clip=0.5), separate=False)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_square_norm_is_that_of_the_gradients_as_they_are(rank):
+    items = [low_rank((70, 40), rank), low_rank((40, 2100), rank, rows=True), low_rank((3, 0), 1)]
+    total = 0.0
+    for batch in batches(items, True):
+        batch.project(hyper(maximize=True), signals(grad_scale=16.0))
+        norm = batch.square_norm()
+        assert norm.dtype == torch.float64
+        assert norm.shape == ()
+        total += float(norm)
+    exact = sum(float(item.grad.double().square().sum()) for item in items)
+    assert total == pytest.approx(exact, rel=2**-20)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_found_inf_skips_every_write(separate):
+    item, dense = low_rank((40, 24), 8), dense_item(50)
+    s = signals(found_inf=0.0)
+    step([item], hyper(), s, separate)
+    before, dense_before = clone(item), clone(dense)
+    s.found_inf.fill_(1.0)
+    step([item], hyper(), s, separate)
+    cuda.build_dense([dense]).adamw(hyper(), s)
+    for a, b in ((item, before), (dense, dense_before)):
+        for field in dataclasses.fields(a):
+            value = getattr(a, field.name)
+            assert not isinstance(value, torch.Tensor) or torch.equal(value, getattr(b, field.name))
+    assert s.counters.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_expert_matrices_share_a_step_that_one_of_them_advances(separate):
+    """In any place among them; all are drawn for the same epoch and rounded for the same step."""
+    for leader in range(3):
+        shared = torch.tensor(3)
+        items = [
+            low_rank((300, 24), 8, key=i, step=shared, leads=i == leader, weight=BF16)
+            for i in range(3)
+        ]
+        alone = [
+            dataclasses.replace(clone(item), step=torch.tensor(3), leads=True) for item in items
+        ]
+        h = hyper(stochastic_rounding=True)
+        counters = step(items, h, separate=separate)
+        for item in alone:
+            step([item], h, separate=separate)
+        assert int(shared) == 4
+        assert counters == [3, 0, 0]
+        for a, b in zip(items, alone, strict=True):
+            assert torch.equal(a.weight, b.weight)
+            assert torch.equal(a.exp_avg, b.exp_avg)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("stride", [0, 1, 2])
+@pytest.mark.parametrize("tall", [False, True])
+def test_a_vector_shaped_matrix_is_walked_by_the_stride_of_its_long_side(rank, stride, tall):
+    """NaN lies wherever the gradient is not; the stride of the side of size 1 means nothing."""
+    n = 33
+    for odd in (0, 1, 5):
+        memory = torch.full((max(stride, 1) * (n - 1) + 1,), math.nan)
+        strides = (stride, odd) if tall else (odd, stride)
+        shape = (n, 1) if tall else (1, n)
+        memory[:: max(stride, 1)] = torch.randn(n) if stride else 0.5
+        grad = memory.as_strided(shape, strides)
+        for rows in (True, False):
+            compare([low_rank(shape, rank, rows, gradient=grad)])
+
+
+def test_wide_loads_do_not_rest_on_a_stride_that_means_nothing(module):
+    """A row of bf16 at an odd stride is one aligned row; ASan would see a load beyond."""
+    base = torch.randn(1, 64).to(BF16)
+    weight = base.as_strided((1, 64), (3, 1))
+    same = [low_rank((1, 64), 8, False, BF16, BF16, gradient=base) for _ in "ab"]
+    same[1].weight.copy_(same[0].weight)
+    other = dataclasses.replace(same[1], weight=weight.copy_(same[1].weight))
+    step([same[0]])
+    step([other])
+    assert torch.equal(same[0].weight, other.weight)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_gradients_that_move_are_followed(separate):
+    items = [low_rank((40, 24), 8, key=i) for i in range(2)]
+    others = [clone(item) for item in items]
+    (batch,) = batches(items, separate)
+    moved = [item.grad.clone() for item in items]
+    for item in items:
+        item.grad.fill_(math.nan)
+    workspace, maps = batch.workspace.data_ptr(), batch.maps.data_ptr()
+    batch.set_gradients([grad.data_ptr() for grad in moved])
+    assert (workspace, maps) == (batch.workspace.data_ptr(), batch.maps.data_ptr())
+    h, s = hyper(), signals()
+    for verb in (batch.project, batch.scale, batch.apply):
+        verb(h, s)
+    others = [dataclasses.replace(o, grad=g) for o, g in zip(others, moved, strict=True)]
+    step(others, separate=separate)
+    for a, b in zip(items, others, strict=True):
+        assert torch.equal(a.weight, b.weight)
+    with pytest.raises(ValueError, match="got 1 addresses for 2 parameters"):
+        batch.set_gradients([0])
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_empty_matrices_count_their_steps(separate):
+    items = [low_rank(shape, 8) for shape in [(0, 4), (4, 0), (0, 0), (40, 24)]]
+    assert compare(items, separate=separate, steps=2)[::2] == [8, 0]
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("separate", [False, True])
+def test_without_eps_what_never_had_a_gradient_stays(rank, separate):
+    item = low_rank((40, 24), rank)
+    item.grad[3:7] = 0
+    before = item.weight.clone()
+    h = hyper(eps=0.0, weight_decay=0.0)
+    compare([item], h, separate=separate)
+    assert torch.equal(item.weight[3:7], before[3:7])
+    dense = dense_item(50)
+    dense.grad[:9] = 0
+    kept = dense.weight.clone()
+    cuda.build_dense([dense]).adamw(h, signals())
+    assert torch.equal(dense.weight[:9], kept[:9])
+    assert torch.isfinite(dense.weight).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_an_infinite_weight_stays_so(dtype, weight_decay):
+    h = hyper(weight_decay=weight_decay)
+    for order in ("rows", "columns"):
+        item, dense = low_rank((40, 24), 8, weight=dtype, order=order), dense_item(50, dtype)
+        item.weight[3, 5], item.weight[4, 6], dense.weight[7] = math.inf, -math.inf, math.inf
+        step([item], h)
+        cuda.build_dense([dense]).adamw(h, signals())
+        assert item.weight[3, 5] == math.inf
+        assert item.weight[4, 6] == -math.inf
+        assert dense.weight[7] == math.inf
+        assert int(torch.isfinite(item.weight).sum()) == 40 * 24 - 2
+        assert int(torch.isfinite(dense.weight).sum()) == 49
+
+
+def test_a_small_decay_is_not_lost_and_none_keeps_every_bit():
+    """Without a gradient; 1 - 1e-7 is no float32. Every exponent of a weight is tried."""
+    for decay, item in itertools.product((0.0, 1e-7), (low_rank((40, 24), 8), dense_item(960))):
+        item.grad.zero_()
+        weights = torch.randn(960) * 2.0 ** (torch.arange(960) % 250 - 125)
+        item.weight.copy_(weights.view_as(item.weight))
+        before = item.weight.clone()
+        h = hyper(lr=1.0, weight_decay=decay)
+        step([item], h) if isinstance(item, LowRank) else cuda.build_dense([item]).adamw(
+            h, signals()
+        )
+        exact = before.double() * (1 - decay)
+        if decay == 0.0:
+            assert torch.equal(item.weight, before)
+        else:
+            large = before.abs() > 1e-30  # below, the low product is denormal
+            error = (item.weight.double() - exact).abs() / before.double().abs()
+            assert (error[large] <= 2**-24).all()
+            assert (item.weight != before).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_first_moment_without_memory_forgets_what_was_huge(rank, separate):
+    h = hyper(betas=(0.0, 0.999))
+    item, dense = low_rank((40, 24), rank), dense_item(50)
+    item.exp_avg.fill_(1e18)
+    dense.exp_avg.fill_(1e18)
+    compare([item], h, separate=separate)
+    cuda.build_dense([dense]).adamw(h, signals())
+    assert torch.equal(dense.exp_avg, dense.grad)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("rank", [1, 8])
+def test_tensor_scaling_adds_squares_beyond_float32(separate, rank):
+    """Each |R_c|^2 and q_c fits float32, their sums do not."""
+    item = low_rank((300, 16), rank)
+    item.grad.clamp_(-1.0, 1.0).mul_(2e18)
+    assert item.grad.square().sum() == math.inf
+    counters = compare([item], hyper(scale_type="tensor", weight_decay=0.0), separate=separate)
+    assert counters == [1, 0, 0]
+
+
+def test_the_bits_of_a_matrix_do_not_depend_on_its_neighbours():
+    """Ranks that K holds below 8, or on one tile, beside others that it does not."""
+    shapes = [(40, 5), (40, 24), (90, 80), (64, 200)]
+    items = [low_rank(shape, 70, key=i) for i, shape in enumerate(shapes)]
+    assert [item.exp_avg.shape[1] for item in items] == [5, 24, 70, 64]
+    alone = [clone(item) for item in items]
+    step(items)
+    for item, other in zip(items, alone, strict=True):
+        step([other])
+        assert torch.equal(item.weight, other.weight)
+        assert torch.equal(item.exp_avg, other.exp_avg)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_bad_gradient_keeps_weight_and_norm_but_counts_the_step(bad, rank, separate):
+    item = low_rank((40, 24), rank)
+    step([item], separate=separate)
+    before = clone(item)
+    item.grad[3, 5] = bad
+    s = signals()
+    step([item], s=s, separate=separate)
+    assert torch.equal(item.weight, before.weight)
+    assert torch.equal(item.update_norm, before.update_norm)
+    assert torch.isfinite(item.exp_avg).all()
+    assert torch.isfinite(item.exp_avg_sq).all()
+    assert not torch.equal(item.exp_avg[4:], before.exp_avg[4:])
+    assert int(item.step) == 2
+    assert s.counters.tolist() == [0, 0, 1]
+
+
+def test_steps_beyond_two_to_the_24_are_counted():
+    for start in (2**24, 2**32 + 5):
+        item, dense = low_rank((40, 24), 8, step=torch.tensor(start)), dense_item(50)
+        dense.step.fill_(start)
+        compare([item], hyper(update_proj_gap=200))
+        cuda.build_dense([dense]).adamw(hyper(), signals())
+        assert int(item.step) == int(dense.step) == start + 1
+
+
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_weights_are_rounded_by_the_contracts_bits(order):
+    """Half of the contract's words added to float32 bits, the low half cut off."""
+    start = 2**32 + 8
+    item = low_rank((40, 24), 8, weight=BF16, order=order, step=torch.tensor(start))
+    plain = dataclasses.replace(clone(item), weight=item.weight.float(), step=torch.tensor(start))
+    step([plain])
+    step([item], hyper(stochastic_rounding=True))
+    i, col = torch.arange(40)[:, None], torch.arange(24)[None, :]
+    words = philox.words(item.key, col // 8, i, (start + 1) % 2**32, philox.ROUNDING)
+    word = torch.stack([w.expand(40, 24) for w in words]).gather(
+        0, (col % 8 // 2).expand(1, 40, 24)
+    )
+    half = (word[0] >> (16 * (col % 2))) & 0xFFFF
+    bits = (plain.weight.contiguous().view(torch.int32).long() & 0xFFFFFFFF) + half
+    rounded = (bits >> 16).to(torch.int32).to(torch.int16).view(BF16)
+    assert torch.equal(item.weight, rounded)
+
+
+def test_lr_may_be_a_tensor_that_changes():
+    item = low_rank((40, 24), 8)
+    lr = torch.tensor(0.5)
+    spec, s = Restated(item), signals()
+    (batch,) = batches([item], False)
+    for kind, rate in ((F32, 0.5), (F32, 0.25), (torch.float64, 0.125), (torch.float64, 1.0)):
+        lr = lr.fill_(rate) if lr.dtype == kind else torch.tensor(rate, dtype=kind)
+        h = hyper(lr=lr) if rate in (0.5, 0.125) else h  # the same object again
+        spec.step(h, s)
+        for verb in (batch.project, batch.scale, batch.apply):
+            verb(h, s)
+    spec.check()
+
+
+def test_the_plan_refuses_what_no_kernel_could_run(module):
+    plan = module.LowRankPlan(weight_dtype=0, grad_dtype=0, separate=False)
+    row = dict.fromkeys(
+        ("weight", "grad", "exp_avg", "exp_avg_sq", "update_norm", "step", "key", "weight_ld",
+         "grad_ld"), 0,
+    )  # fmt: skip
+    flags = dict(by_row=True, row_major=True, leads=True)
+    plan.add(channels=4, k=9, rank=8, **row, **flags)
+    for sizes in ((4, 5, 8), (4, 9, 1), (2**31, 9, 8), (-1, 9, 8)):
+        with pytest.raises(ValueError, match="rank"):
+            plan.add(**dict(zip(("channels", "k", "rank"), sizes, strict=True)), **row, **flags)
+    assert plan.size == 1
+    with pytest.raises(ValueError, match="lie apart"):
+        cuda.build([low_rank((8, 8), 2, gradient=torch.zeros(8, 8).t())])
+
+
+# Dense parameters
+
+
+def dense_item(count, weight=F32, grad=F32):
+    w, g = torch.randn(count).to(weight), torch.randn(count).to(grad)
+    return Dense(w, g, torch.zeros(count), torch.zeros(count), torch.zeros((), dtype=torch.int64))
+
+
+@pytest.mark.parametrize("clip", [None, 0.25])
+def test_dense_parameters_follow_the_low_rank_rule_without_a_projection(clip):
+    pairs = itertools.product([F32, BF16, F16], repeat=2)
+    items = [dense_item(count, w, g) for w, g in pairs for count in (0, 1, 1003)]
+    h = hyper(maximize=True, eps=1e-3, weight_decay=0.1)
+    s = signals(grad_scale=8.0, clip=clip)
+    exact = []
+    for item in items:
+        w, m, v = item.weight.double(), 0.0, 0.0
+        g = -item.grad.double() / 8 * (clip or 1.0)
+        for t in (1, 2):
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            size = 0.1 * math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+            w = w * (1 - 0.1 * 0.1) - size * m / (v.sqrt() + 1e-3)
+            w = w.to(item.weight.dtype).double() if t == 1 else w
+        exact.append((w, m, v))
+    families = {}
+    for item in items:
+        assert cuda.takes(item)
+        families.setdefault(cuda.family(item), []).append(item)
+    made = [cuda.build_dense(group) for group in families.values()]
+    for _ in range(2):
+        for batch in made:
+            batch.adamw(h, s)
+    for item, (w, m, v) in zip(items, exact, strict=True):
+        eps = torch.finfo(item.weight.dtype).eps
+        torch.testing.assert_close(item.exp_avg.double(), m, rtol=2**-20, atol=1e-12)
+        torch.testing.assert_close(item.exp_avg_sq.double(), v, rtol=2**-20, atol=1e-12)
+        torch.testing.assert_close(item.weight.double(), w, rtol=2 * eps, atol=2**-20 + eps)
+        assert int(item.step) == 2
+    assert s.counters.tolist() == [2 * len(items), 0, 0]
+
+
+def test_a_dense_element_whose_square_is_not_finite_keeps_weight_and_moments():
+    item, other = dense_item(50), dense_item(50)
+    item.grad[3], item.grad[4], item.grad[5] = math.nan, math.inf, 2e19
+    before = item.weight.clone()
+    s = signals()
+    batch = cuda.build_dense([item, other])
+    for _ in range(2):
+        batch.adamw(hyper(), s)
+    kept = (item.weight == before).nonzero().flatten().tolist()
+    assert kept == [3, 4, 5]
+    assert item.exp_avg[3:6].eq(0).all() and item.exp_avg_sq[3:6].eq(0).all()
+    assert s.counters.tolist() == [2, 0, 2]
+
+
+def test_dense_gradients_that_move_are_followed():
+    item = dense_item(50)
+    other, grad = clone(item), item.grad.clone()
+    batch = cuda.build_dense([item])
+    item.grad.fill_(math.nan)
+    batch.set_gradients([grad.data_ptr()])
+    batch.adamw(hyper(), signals())
+    cuda.build_dense([dataclasses.replace(other, grad=grad)]).adamw(hyper(), signals())
+    assert torch.equal(item.weight, other.weight)
+    assert torch.isfinite(item.weight).all()
+
+
+# The border itself
+
+
+def test_builds_do_not_rest_on_defaults_of_torch():
+    items = [low_rank((40, 24), 8), low_rank((40, 24), 1)]
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            made = batches(items, False)
+            for batch in made:
+                assert batch.table.device.type == batch.workspace.device.type == "cpu"
+                for verb in (batch.project, batch.scale, batch.apply):
+                    verb(hyper(), dataclasses.replace(SIGNALS))
+    finally:
+        torch.set_default_dtype(default)
+
+
+SIGNALS = signals()
+
+
+def test_what_the_kernels_do_not_know_is_not_taken():
+    assert not cuda.takes(low_rank((9, 12), 4, weight=torch.float64))
+    assert not cuda.takes(dense_item(9, grad=torch.float64))
+    huge = torch.empty(1, dtype=BF16).expand(2**31, 1)
+    assert not cuda.takes(dataclasses.replace(low_rank((9, 12), 4), weight=huge))
