@@ -101,20 +101,42 @@ def test_a_replaced_state_dictionary_is_the_one_that_is_stepped(backend):
     assert all(same(torch.as_tensor(old[name]), value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step", "update_norm"])
-@pytest.mark.parametrize("wrong", ["shape", "dtype"])
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        *((name, "shape") for name in ("exp_avg", "exp_avg_sq", "step", "update_norm")),
+        *((name, torch.bfloat16) for name in ("exp_avg", "exp_avg_sq", "update_norm")),
+        ("exp_avg", torch.float64),
+    ],
+    ids=str,
+)
 def test_a_state_tensor_that_does_not_fit_raises_and_nothing_moves(backend, name, wrong):
     params, optimizer = trained(backend)
     value = optimizer.state[params[1]][name]
     if wrong == "shape":
         replaced = torch.zeros((*value.shape, 2), dtype=value.dtype, device=value.device)
     else:
-        replaced = value.to(torch.bfloat16)
+        replaced = value.to(wrong)
     optimizer.state[params[1]][name] = replaced
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match=name):
         optimizer.step()
     assert changed(before, snapshot(optimizer)) == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.bfloat16], ids=str)
+def test_a_step_of_another_dtype_raises_or_counts_on(backend, dtype):
+    """Earlier versions kept it in float32; wherever it is taken, it is an int64 afterwards."""
+    params, optimizer = trained(backend)
+    optimizer.state[params[1]]["step"] = optimizer.state[params[1]]["step"].to(dtype)
+    before = snapshot(optimizer)
+    try:
+        optimizer.step()
+    except ValueError:
+        assert changed(before, snapshot(optimizer)) == set()
+    else:
+        steps = [optimizer.state[p]["step"] for p in params]
+        assert [(t.dtype, int(t)) for t in steps] == [(torch.int64, 4)] * len(params)
 
 
 # ---- groups ------------------------------------------------------------------------------------
@@ -347,7 +369,7 @@ def test_another_shape_at_the_same_address_raises_unless_the_state_fits(backend,
     if rank and shape in [(24, 4, 4), (16, 24)]:  # as a matrix it has the same moments
         step_as_a_new_optimizer(optimizer)
         return
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="does not fit|takes the dense one"):
         optimizer.step()
     assert changed(before[0], snapshot(optimizer)) == set()
     assert torch.equal(whole, before[1])
@@ -444,7 +466,8 @@ def test_a_warm_step_makes_no_tensor(backend):
 
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(str(function))
+            if not str(function).startswith("profiler."):  # torch's own, around every step
+                names.append(str(function))
             return function(*args, **(kwargs or {}))
 
     names = []
