@@ -43,7 +43,7 @@ def test_a_parameter_has_the_same_bits_in_any_company(backend, shape, neighbours
     ids=str,
 )
 def test_a_parameter_has_the_same_bits_beside_one_of_another_size(backend, shape, rank, neighbour):
-    """The contracted side of the first is cut; the neighbours of the others have many rank tiles."""
+    """The contracted side of the first is cut; the others' neighbours have many rank tiles."""
     if backend.interpreted and rank == 300:
         pytest.skip("ten seconds in Triton's interpreter, and test_triton_kernels.py has its like")
     options = {"rank": rank, "scale_type": "tensor", "proj_type": "right"}
