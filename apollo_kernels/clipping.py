@@ -15,21 +15,20 @@ from apollo_kernels.batch import Signals
 
 
 def square_norm(gradients: list[Tensor]) -> Tensor:
-    """float64 []: one read of every gradient, with float32 sums as clip_grad_norm_ has them."""
+    """float64 []: one read of every gradient. float32 sums would overflow at 1.8e19."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for g in gradients:
         by_dtype.setdefault(g.dtype, []).append(g)
     norms: list[Tensor] = []
-    for dtype, group in by_dtype.items():
-        wide = torch.promote_types(dtype, torch.float32)
-        norms += (n.double() for n in torch._foreach_norm(group, 2, dtype=wide))
+    for group in by_dtype.values():
+        norms += torch._foreach_norm(group, 2, dtype=torch.float64)
     return torch.stack(norms).square().sum()
 
 
 def total_norm(
     squares: Mapping[torch.device, list[Tensor]], signals: Callable[[torch.device], Signals]
 ) -> Tensor:
-    """float32 []: the norm of all gradients, without GradScaler's factor."""
+    """float64 []: the norm of all gradients, without GradScaler's factor."""
     first = next(iter(squares), torch.device("cpu"))
     total = torch.zeros((), dtype=torch.float64, device=first)
     for several in squares.values():
@@ -40,7 +39,7 @@ def total_norm(
         norm = norm / own.grad_scale
     if own.found_inf is not None:  # nothing was projected then
         norm = torch.where(own.found_inf != 0, torch.inf, norm)
-    return norm.float()
+    return norm
 
 
 def clip_factor(norm: Tensor, max_grad_norm: float) -> Tensor:

@@ -11,6 +11,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from apollo_kernels import options
 from apollo_kernels.optimizer import APOLLO
 from apollo_kernels.state import check_step, layout_of
 
@@ -72,6 +73,7 @@ def _convert(optimizer: APOLLO, state_dict: dict[str, Any]) -> dict[str, Any]:
     groups = []
     for index, (mine, theirs) in enumerate(zip(our_groups, theirs_groups, strict=True)):
         group = {**mine, **{k: v for k, v in theirs.items() if k in keys}, "params": mine["params"]}
+        options.check_group(group, f" (group {index} of the apollo_torch state)")
         groups.append(group)
         params = optimizer.param_groups[index]["params"]
         for place, (p, i) in enumerate(zip(params, theirs["params"], strict=True)):
@@ -88,9 +90,7 @@ def _convert_parameter(
     moments = {key: _moment(key, saved.get(key), name) for key in ("exp_avg", "exp_avg_sq")}
     if bool((moments["exp_avg_sq"] < 0).any()):
         raise ValueError(f"exp_avg_sq of {name} holds negative numbers")
-    steps = check_step(saved.get("step"), name)
-    step = int(saved["step"]) if steps is None else steps
-    state: dict[str, Any] = {**moments, "step": torch.tensor(step, dtype=torch.int64, device="cpu")}
+    state: dict[str, Any] = {**moments, "step": check_step(saved.get("step"), name)}
     if "projector" not in saved:
         return state
     if "svd" in type(saved["projector"]).__module__ or group.get("proj") == "svd":
@@ -104,7 +104,10 @@ def _convert_parameter(
     norm = saved.get("scaled_grad")
     if norm is None:
         norm = torch.zeros((), dtype=torch.float32, device="cpu")
-    state["update_norm"] = _moment("scaled_grad", norm, name).reshape(())
+    norm = _moment("scaled_grad", norm, name)
+    if norm.numel() != 1:
+        raise ValueError(f"scaled_grad of {name} must be one number, got shape {tuple(norm.shape)}")
+    state["update_norm"] = norm.reshape(())
     state["seed"] = optimizer.key_of(p)
     return state
 

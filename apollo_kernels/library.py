@@ -107,8 +107,7 @@ def _step(
         made = store.plans[place] = plan.build(
             weights, grads, states, group, key, {device: backend}, separate=clip is not None
         )
-    signals = Signals(counters, grad_scale, found_inf, clip)
-    plan.run([(made, grads, hyper)], lambda _: signals)
+    plan.run_one(made, grads, hyper, Signals(counters, grad_scale, found_inf, clip))
 
 
 _library.impl("step", _step, "CompositeExplicitAutograd")

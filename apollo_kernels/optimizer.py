@@ -25,12 +25,14 @@ from torch import Tensor
 from apollo_kernels import backends, clipping, library, options, plan, state
 from apollo_kernels.batch import Hyper, Signals
 from apollo_kernels.memory import MemoryReport, measure
+from apollo_kernels.state import as_step
 
 _OWN_DEFAULTS = ("seed", "backend", "max_grad_norm")  # of the optimizer, not of its groups
 
 # What of a group decides its plan, and what of it decides its Hyper; lr is looked at by itself.
 _structure = itemgetter("rank", "proj_type", "batch_dims", "scale_type", "capturable")
-_settings = itemgetter(*(k for k in options.HYPER_KEYS if k != "lr"), "proj", "differentiable")
+_CHECKED = {*options.HYPER_KEYS, "proj", "rank", "proj_type", "batch_dims", "differentiable"}
+_settings = itemgetter(*sorted(_CHECKED - {"lr"}))
 
 
 class _Runtime:
@@ -149,6 +151,7 @@ class APOLLO(torch.optim.Optimizer):
             warnings.warn("group key 'projection_type' is read as 'proj_type'", stacklevel=2)
             group.setdefault("proj_type", group.pop("projection_type"))
             group.pop("projection_type", None)
+        _refuse_duplicates_in(group)
         known = set(self.defaults) - set(_OWN_DEFAULTS)
         if unknown := set(group) - known - options.FOREIGN_KEYS:
             raise ValueError(
@@ -163,7 +166,6 @@ class APOLLO(torch.optim.Optimizer):
         added = self.param_groups[-1]
         for key in _OWN_DEFAULTS:
             added.pop(key, None)
-        _drop_duplicates(added)
         for p in added["params"]:
             if p.is_complex():
                 self.param_groups.pop()
@@ -187,10 +189,11 @@ class APOLLO(torch.optim.Optimizer):
             warnings.warn(text, stacklevel=_levels_to_the_caller())
 
     def _name_of(self, index: int, place: int) -> str:
-        """How an error calls the parameter at ``place`` of group ``index``."""
+        """How an error calls the parameter at ``place`` of group ``index``: by name, or else by its
+        position over all groups."""
         names = self.param_groups[index].get("param_names")
-        named = f"{names[place]!r} " if names else ""
-        return f"parameter {named}({place} of group {index})"
+        position = place + sum(len(group["params"]) for group in self.param_groups[:index])
+        return f"parameter {repr(names[place]) if names else position} ({place} of group {index})"
 
     # ---- the step --------------------------------------------------------------------------------
 
@@ -229,12 +232,12 @@ class APOLLO(torch.optim.Optimizer):
         """The group's Hyper, checked: its values may have been changed by hand since last time."""
         values, lr, known = _settings(group), group["lr"], self._runtime.hypers
         if index < len(known) and known[index][0] == values:
-            options.check_lr(lr, f" in parameter group {index}")
+            options.check_lr(lr, f" (parameter group {index})")
             hyper = known[index][1]
             if hyper.lr is lr:
                 return hyper
         else:
-            options.check_group(group, f" in parameter group {index}")
+            options.check_group(group, f" (parameter group {index})")
         hyper = options.hyper_of(group)
         known[index:] = [(values, hyper), *known[index + 1 :]]
         return hyper
@@ -326,10 +329,10 @@ class APOLLO(torch.optim.Optimizer):
                 read = [p.grad for p in params if p.grad is not None]
                 squares.setdefault(device, []).append(clipping.square_norm(read))
             norm = clipping.total_norm(squares, self._signals)
-            self._runtime.grad_norm = norm
+            self._runtime.grad_norm = norm.float()
             clip = clipping.clip_factor(norm, self.max_grad_norm)
             signals = {
-                d: dataclasses.replace(s, clip=clip.to(d, torch.float32))
+                d: dataclasses.replace(s, clip=clip.to(d))
                 for d, s in signals.items()
             }
         for index, group, device, params in calls:
@@ -338,7 +341,7 @@ class APOLLO(torch.optim.Optimizer):
     def _call_operator(
         self, index: int, group: dict[str, Any], params: list[Tensor], signals: Signals
     ) -> None:
-        options.check_group(group, f" in parameter group {index}")
+        options.check_group(group, f" (parameter group {index})")
         hyper = options.hyper_of(group)
         params = sorted(params, key=lambda p: state.layout_of(p, group) is None)
         states = [self.state[p] for p in params]
@@ -366,7 +369,7 @@ class APOLLO(torch.optim.Optimizer):
     # ---- state -----------------------------------------------------------------------------------
 
     def _make_states(self, group: dict[str, Any]) -> None:
-        """State for parameters with a gradient that have none; for the others a step in int64."""
+        """State for the parameters that have a gradient and no state yet."""
         positions: dict[Tensor, int] | None = None
         taken: set[int] = set()
         for p in group["params"]:
@@ -374,7 +377,6 @@ class APOLLO(torch.optim.Optimizer):
                 continue
             own = self.state[p]
             if own:
-                own["step"] = state.as_step(own["step"], p.device)
                 continue
             if positions is None:
                 everything = [q for g in self.param_groups for q in g["params"]]
@@ -429,7 +431,7 @@ class APOLLO(torch.optim.Optimizer):
             return []  # torch's own check says so
         for index, saved_group in enumerate(groups):
             group = {**self.defaults, **saved_group}
-            options.check_group(group, f" in parameter group {index} of the loaded state")
+            options.check_group(group, f" (group {index} of the loaded state)")
             params = self.param_groups[index]["params"]
             for place, (p, i) in enumerate(zip(params, saved_group["params"], strict=True)):
                 saved, name = state_dict["state"].get(i), self._name_of(index, place)
@@ -454,6 +456,9 @@ class APOLLO(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 if key not in _OWN_DEFAULTS:
                     group.setdefault(key, value)
+        for p, own in self.state.items():
+            if "step" in own:
+                own["step"] = as_step(own["step"], p.device)
 
     # ---- reports ---------------------------------------------------------------------------------
 
@@ -502,14 +507,19 @@ class APOLLOAdamW(APOLLO):
         super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 
-def _drop_duplicates(group: dict[str, Any]) -> None:
-    """A parameter that a group lists twice (torch has warned of it) is stepped once."""
-    first: dict[int, int] = {}
-    for place, p in enumerate(group["params"]):
-        first.setdefault(id(p), place)
-    for key in ("params", "param_names"):
-        if key in group:
-            group[key] = [group[key][place] for place in first.values()]
+def _refuse_duplicates_in(group: dict[str, Any]) -> None:
+    """torch only warns; the launches of one step would then write one weight at the same time."""
+    params = group.get("params")
+    if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):
+        group["params"] = params = list(params)  # it may be an iterator
+        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+        places = {id(p): place for place, p in reversed(list(enumerate(tensors)))}
+        for place, p in enumerate(tensors):
+            if places[id(p)] != place:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} stands twice in a parameter group, at "
+                    f"{places[id(p)]} and at {place}"
+                )
 
 
 def _levels_to_the_caller() -> int:

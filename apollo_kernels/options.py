@@ -25,11 +25,14 @@ INTEGERS = ("rank", "update_proj_gap", "batch_dims")
 
 
 def check_group(group: Mapping[str, Any], where: str = "") -> None:
-    """Raises ValueError for the first value of a complete group that cannot be meant."""
+    """Raises ValueError for the first value of a complete group that cannot be meant.
+
+    ``where`` ends the message, and says which group it is.
+    """
 
     def check(key: str, ok: bool, expected: str) -> None:
         if not ok:
-            raise ValueError(f"{key}{where} must be {expected}, got {group[key]!r}")
+            raise ValueError(f"{key} must be {expected}, got {group[key]!r}{where}")
 
     check_lr(group["lr"], where)
     betas = group["betas"]
@@ -53,7 +56,7 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_lr(lr: Any, where: str = "") -> None:
@@ -65,7 +68,7 @@ def check_lr(lr: Any, where: str = "") -> None:
     else:
         ok, expected = _number(lr) and lr >= 0, "a number >= 0"
     if not ok:
-        raise ValueError(f"lr{where} must be {expected}, got {lr!r}")
+        raise ValueError(f"lr must be {expected}, got {lr!r}{where}")
 
 
 def check_max_grad_norm(value: Any) -> None:

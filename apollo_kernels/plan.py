@@ -158,12 +158,25 @@ def run(
     Returns
         the norm of all gradients, float32 [], if ``max_grad_norm`` asks for it.
     """
-    if max_grad_norm is None:
-        for plan, gradients, hyper in parts:
-            for work in plan.works:
-                _step(work, gradients, hyper, signals(work.device))
-        return None
-    return _clipped(parts, signals, max_grad_norm)
+    if max_grad_norm is not None:
+        return _clipped(parts, signals, max_grad_norm)
+    for plan, gradients, hyper in parts:
+        for work in plan.works:
+            _step(work, gradients, hyper, signals(work.device))
+    return None
+
+
+def run_one(plan: GroupPlan, gradients: list[Tensor], hyper: Hyper, signals: Signals) -> None:
+    """The step of one group on one device; ``signals`` may bring a float64 clip."""
+    for work in plan.works:
+        _step(work, gradients, hyper, _for_kernels(work, signals))
+
+
+def _for_kernels(work: Work, signals: Signals) -> Signals:
+    """Kernels read clip as float32."""
+    if signals.clip is None or not work.by_address:
+        return signals
+    return replace(signals, clip=signals.clip.float())
 
 
 def _step(work: Work, gradients: Sequence[Tensor], hyper: Hyper, signals: Signals) -> None:
@@ -208,8 +221,8 @@ def _clipped(
         clip = clipping.clip_factor(norm, max_grad_norm)
         for work, _, hyper in works:
             own = replace(signals(work.device), clip=clip.to(work.device))
-            _finish(work, hyper, own)
+            _finish(work, hyper, _for_kernels(work, own))
     finally:
         for work, _, _ in works:
             work.release()
-    return norm
+    return norm.float()

@@ -179,7 +179,9 @@ class Builder:
                 parameter_key(key, i) if layout.batch else key, layout.rows, leads=i == 0,
             )  # fmt: skip
 
-        if layout.matrices == 0:
+        if layout.matrices == 0:  # no matrix could count the step
+            nothing = torch.zeros_like(p, dtype=state["exp_avg"].dtype)
+            self._add_dense(index, p, grad, {**state, "exp_avg": nothing, "exp_avg_sq": nothing})
             return
         taker = self._taker(item(0))
         if weights.data_ptr() != p.data_ptr() or (taker.BY_ADDRESS and not any(_walks(weights[0]))):
