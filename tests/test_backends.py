@@ -52,7 +52,7 @@ def test_a_run_that_moves_between_back_ends_errs_no_more_than_one_that_stays(key
                 p.grad = randn(p.shape, backend, dtype, seed=1000 * step + i).double()
             optimizer.step()
     saved, step = None, 0
-    for place in [*(x for place in places for x in ("torch", place)), "torch"]:
+    for place in [*(x for other in places for x in ("torch", other)), "torch"]:
         with running(place) as backend:
             moving = moved(moving, place)
             optimizer = make(moving, keys)

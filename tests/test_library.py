@@ -16,7 +16,7 @@ OPTIONS = {
 
 
 def make(backend, **options):
-    params = parameters(SHAPES, backend)
+    params = parameters(SHAPES[1:3] if backend.interpreted else SHAPES, backend)
     experts = randn((2, 8, 6), backend, seed=9)
     params.append(torch.nn.Parameter(experts))
     groups = [{"params": params[:-1]}, {"params": params[-1:], "batch_dims": 1}]
@@ -24,7 +24,7 @@ def make(backend, **options):
     return params, APOLLO(groups, **named)
 
 
-def run(backend, compiled_from, steps=4, **options):
+def run(backend, compiled_from, steps=3, **options):
     """Some steps, from number ``compiled_from`` on under torch.compile."""
     torch._dynamo.reset()
     params, optimizer = make(backend, **options)
@@ -75,7 +75,7 @@ def test_the_first_step_may_be_a_compiled_one(backend):
     _, eager = run(backend, None)
     assert changed(snapshot(eager), snapshot(compiled)) == set()
     assert compiled.stats() == eager.stats()
-    assert compiled.stats()["updates"] == 4 * 6  # four parameters, and one of two matrices
+    assert compiled.stats()["updates"] == 3 * (len(compiled.state) + 1)  # one is two matrices
 
 
 def test_another_key_and_rank_at_the_same_addresses_are_seen_by_a_compiled_step(backend):
@@ -127,4 +127,6 @@ def test_the_operators_keep_torch_s_rules(backend, monkeypatch):
     monkeypatch.undo()
     assert calls
     for function, (args, kwargs) in calls.items():
+        # as the optimizer sees them, under no_grad: weights that want no gradient
+        args = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)
         torch.library.opcheck(function, args, kwargs)
