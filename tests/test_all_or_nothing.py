@@ -125,7 +125,7 @@ def test_a_group_value_set_by_hand_is_checked_where_it_is_read(backend, key, val
     optimizer.step()
     optimizer.param_groups[1][key] = value
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=f"{key} must be"):
+    with pytest.raises(ValueError, match=rf"^{key}\b.* must be"):
         optimizer.step()
     assert changed(before, snapshot(optimizer)) == set()
 
@@ -135,7 +135,7 @@ def test_an_error_names_a_parameter_without_a_name_by_its_place(backend):
     optimizer = APOLLO([{"params": params[:1]}, {"params": params[1:]}], rank=4)
     train(params, optimizer, backend, range(1))
     optimizer.state[params[2]]["exp_avg"] = torch.zeros(3, device=backend.device)
-    refuses(optimizer, optimizer.step, match=r"parameter 2\b.*shape \(5,\)")
+    refuses(optimizer, optimizer.step, match=r"parameter \(1 of group 1\).*shape \(5,\)")
 
 
 # ---- a load ------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_a_state_dict_with_a_group_that_no_constructor_takes_is_refused(backend,
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][1][key] = value
     saved["state"][0]["exp_avg"] += 1
-    refuses(optimizer, lambda: optimizer.load_state_dict(saved), match=f"{key} must be")
+    refuses(optimizer, lambda: optimizer.load_state_dict(saved), match=rf"^{key}\b.* must be")
 
 
 def test_steps_of_other_forms_are_taken(backend):
@@ -250,14 +250,24 @@ def test_grad_scale_and_found_inf_may_have_any_dtype(backend, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
-def test_a_parameter_that_is_listed_twice_in_a_group_is_refused(backend):
-    p, q = parameters(SHAPES[:2], backend)
-    with pytest.raises(ValueError, match="twice|more than once|duplicate"):
-        APOLLO([p, q, p], rank=4)
-    optimizer = APOLLO([q], rank=4)
-    with pytest.raises(ValueError, match="twice|more than once|duplicate"):
-        optimizer.add_param_group({"params": [p, p]})
-    assert all_of(optimizer) == [q]
+def test_a_parameter_that_is_listed_twice_is_stepped_once(backend):
+    """torch itself only warns of it, and then steps it twice."""
+    once, twice = parameter((12, 8), backend), parameter((12, 8), backend)
+    a, b = APOLLO([once], rank=4, lr=0.1), APOLLO([twice, twice], rank=4, lr=0.1)
+    train([once], a, backend, range(2))
+    train([twice], b, backend, range(2))
+    assert torch.equal(once, twice)
+    assert int(b.state[twice]["step"]) == 2
+    assert b.stats() == a.stats()
+
+
+def test_a_parameter_that_is_listed_again_by_hand_is_refused(backend):
+    params, optimizer = trained(backend)
+    optimizer.param_groups[1]["params"].append(params[0])
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="up.*twice|twice.*up"):
+        optimizer.step()
+    assert changed(before, snapshot(optimizer)) == set()
 
 
 def test_no_two_parameters_share_a_key_when_groups_come_and_go(backend):
@@ -301,9 +311,9 @@ NAN = torch.full((12, 4), float("nan"))
 @pytest.mark.parametrize(
     "change, match",
     [
-        ({"proj": "svd"}, "proj must be .*svd"),
-        ({"update_proj_gap": 0}, "update_proj_gap must be"),
-        ({"scale_type": "row"}, "scale_type must be"),
+        ({"proj": "svd"}, "proj.* must be .*svd"),
+        ({"update_proj_gap": 0}, "update_proj_gap.* must be"),
+        ({"scale_type": "row"}, "scale_type.* must be"),
         ({"step": -1}, "step"),
         ({"step": float("nan")}, "step"),
         ({"exp_avg": NAN}, "exp_avg"),
@@ -339,9 +349,10 @@ def test_a_published_file_of_something_else_says_so(backend, content, tmp_path):
 
 
 def test_a_published_state_may_come_as_an_open_file(backend):
+    """Of plain tensors here, which need no trust; test_converter.py has one that does."""
     optimizer = receiving(backend)
     saved, file = published(), io.BytesIO()
-    saved["state"].pop(0)  # what is left has no Python object, so that any unpickler reads it
+    saved["state"].pop(0)
     torch.save(saved, file)
     file.seek(0)
     load_apollo_torch(optimizer, file)

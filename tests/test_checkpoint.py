@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import parameters, randn
+from helpers import changed, parameters, randn, snapshot
 
 from apollo_kernels import APOLLO
 
@@ -79,7 +79,7 @@ def test_loaded_state_keeps_its_dtypes_and_values(backend, dtype):
 
 
 def test_state_is_empty_before_the_first_step_and_holds_only_tensors_and_ints(backend):
-    params = model(backend, torch.float32)
+    params = model(backend)
     optimizer = make(params)
     assert not optimizer.state
     train(params, optimizer, backend, range(1))
@@ -110,7 +110,7 @@ def test_deepcopy_and_pickle_continue_bit_for_bit(backend, clone):
 
 
 def test_two_optimizers_never_share_loaded_tensors(backend):
-    params, twins = model(backend, torch.float32), model(backend, torch.float32)
+    params, twins = model(backend), model(backend)
     optimizer, other = make(params), make(twins)
     train(params, optimizer, backend, range(2))
     other.load_state_dict(optimizer.state_dict())
@@ -141,33 +141,25 @@ def test_users_hooks_see_and_may_replace_the_state(backend):
     assert seen == [(0.125, torch.float32)]
 
 
-@pytest.mark.parametrize("damage", ["shape", "missing", "kind", "projector"])
-def test_a_state_that_does_not_fit_changes_nothing(backend, damage):
-    params = model(backend, torch.float32)
+@pytest.mark.parametrize("damage", ["kind", "projector"])
+def test_a_state_of_another_kind_changes_nothing(backend, damage):
+    """Of a dense parameter, or of the published package; test_all_or_nothing.py has the rest."""
+    params = model(backend)
     optimizer = make(params)
-    train(params, optimizer, backend, range(3))
+    train(params, optimizer, backend, range(1))
     saved = copy.deepcopy(optimizer.state_dict())
-    state = saved["state"][1]
-    if damage == "shape":
-        state["exp_avg"] = torch.zeros(3, 3)
-    elif damage == "missing":
-        del state["exp_avg_sq"]
-    elif damage == "kind":
-        del state["update_norm"]
+    if damage == "kind":
+        del saved["state"][1]["update_norm"]
     else:
-        state["projector"] = object()
-    before = copy.deepcopy(optimizer.state_dict())
-    expected = {"projector": "load_apollo_torch", "missing": "lacks.*exp_avg_sq"}
-    with pytest.raises(ValueError, match=expected.get(damage, "does not fit")):
+        saved["state"][1]["projector"] = object()
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="load_apollo_torch" if damage == "projector" else None):
         optimizer.load_state_dict(saved)
-    after = optimizer.state_dict()
-    for i, state in before["state"].items():
-        for key, value in state.items():
-            assert torch.equal(torch.as_tensor(after["state"][i][key]), torch.as_tensor(value))
+    assert changed(before, snapshot(optimizer)) == set()
 
 
 def test_a_changed_rank_is_named(backend):
-    params = model(backend, torch.float32)
+    params = model(backend)
     optimizer = make(params)
     train(params, optimizer, backend, range(1))
     optimizer.param_groups[0]["rank"] = 5
@@ -206,12 +198,12 @@ def test_torch_distributed_checkpoint_s_state_dict_functions_round_trip():
 
 
 def test_an_older_group_without_some_keys_still_loads(backend):
-    params = model(backend, torch.float32)
+    params = model(backend)
     optimizer = make(params)
     train(params, optimizer, backend, range(1))
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
         del group["disable_nl"]
-    other = make(model(backend, torch.float32))
+    other = make(model(backend))
     other.load_state_dict(saved)
     assert other.param_groups[0]["disable_nl"] is False

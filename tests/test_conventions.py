@@ -367,22 +367,6 @@ def test_a_sliced_parameter_leaves_its_neighbours_alone(backend):
     assert (whole[mask] != 0).all() and not whole[~mask].any()
 
 
-def test_several_dtypes_in_one_optimizer(parameter):
-    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-    together = [parameter(dtype=d) for d in dtypes]
-    steps(APOLLO(together, rank=4), together)
-    for position, dtype in enumerate(dtypes):
-        alone = [parameter(dtype=d) for d in dtypes]
-        optimizer = APOLLO(alone, rank=4)
-        for i in range(3):
-            fill(alone, i)
-            for j, p in enumerate(alone):
-                if j != position:
-                    p.grad = None
-            optimizer.step()
-        assert torch.equal(alone[position], together[position]), dtype
-
-
 def test_a_float32_gradient_of_a_bf16_weight_is_used_in_full(backend, parameter):
     p, q = parameter(dtype=torch.bfloat16), parameter(dtype=torch.bfloat16)
     q.data = q.data.float()
@@ -468,13 +452,6 @@ def test_a_parameter_in_two_groups_is_refused():
     p = bare()
     with pytest.raises(ValueError, match="more than one parameter group"):
         APOLLO([{"params": [p]}, {"params": [p], "rank": 4}])
-
-
-def test_sparse_gradients_are_refused(parameter):
-    p = parameter()
-    p.grad = torch.ones_like(p).to_sparse()
-    with pytest.raises(RuntimeError, match="sparse"):
-        APOLLO([p], rank=4).step()
 
 
 def test_foreach_and_fused_are_accepted_but_not_both(parameter):

@@ -71,7 +71,7 @@ def test_a_matrix_whose_projection_is_a_rotation_takes_the_same_step_size(backen
         for step in range(4):
             p.grad = 1 + randn((1, 1), backend, seed=step).abs()
             optimizer.step()
-        weights.append(float(p))
+        weights.append(p.item())
     # s X = |N| / (|R| + 1e-8) X, which is N but for 1e-8
     assert weights[0] == pytest.approx(weights[1], abs=1e-6)
 

@@ -125,7 +125,10 @@ def test_without_it_three_dimensions_are_one_matrix(backend):
     p = parameter((3, 12, 9), backend)
     optimizer = APOLLO([p], rank=4)
     train([p], optimizer, backend, range(1))
-    assert optimizer.state[p]["exp_avg"].shape == (108, 3)  # of a matrix [3, 108]
+    assert optimizer.state[p]["exp_avg"].shape == (
+        108,
+        3,
+    )  # of [3, 108], whose columns are channels
     assert optimizer.param_groups[0]["batch_dims"] == 0
 
 
