@@ -192,9 +192,11 @@ class APOLLO(torch.optim.Optimizer):
     def _name_of(self, index: int, place: int) -> str:
         """How an error calls the parameter at ``place`` of group ``index``: by name, or else by its
         position over all groups."""
-        names = self.param_groups[index].get("param_names")
+        names = self.param_groups[index].get("param_names") or []
+        if place < len(names):  # a parameter that was appended by hand has none
+            return f"parameter {names[place]!r} ({place} of group {index})"
         position = place + sum(len(group["params"]) for group in self.param_groups[:index])
-        return f"parameter {repr(names[place]) if names else position} ({place} of group {index})"
+        return f"parameter {position} ({place} of group {index})"
 
     # ---- the step --------------------------------------------------------------------------------
 

@@ -135,7 +135,7 @@ def test_an_error_names_a_parameter_without_a_name_by_its_place(backend):
     optimizer = APOLLO([{"params": params[:1]}, {"params": params[1:]}], rank=4)
     train(params, optimizer, backend, range(1))
     optimizer.state[params[2]]["exp_avg"] = torch.zeros(3, device=backend.device)
-    refuses(optimizer, optimizer.step, match=r"parameter \(1 of group 1\).*shape \(5,\)")
+    refuses(optimizer, optimizer.step, match=r"parameter 2 \(1 of group 1\).*shape \(5,\)")
 
 
 # ---- a load ------------------------------------------------------------------------------------
@@ -249,16 +249,17 @@ def test_grad_scale_and_found_inf_may_have_any_dtype(backend, dtype):
 # ---- parameters and keys -------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
-def test_a_parameter_that_is_listed_twice_is_stepped_once(backend):
+def test_a_parameter_that_is_listed_twice_in_a_group_is_refused(backend):
     """torch itself only warns of it, and then steps it twice."""
-    once, twice = parameter((12, 8), backend), parameter((12, 8), backend)
-    a, b = APOLLO([once], rank=4, lr=0.1), APOLLO([twice, twice], rank=4, lr=0.1)
-    train([once], a, backend, range(2))
-    train([twice], b, backend, range(2))
-    assert torch.equal(once, twice)
-    assert int(b.state[twice]["step"]) == 2
-    assert b.stats() == a.stats()
+    p, q = parameters(SHAPES[:2], backend)
+    with pytest.raises(ValueError, match="twice"):
+        APOLLO([p, q, p], rank=4)
+    with pytest.raises(ValueError, match="twice"):
+        APOLLO([("p", p), ("q", p)], rank=4)
+    optimizer = APOLLO([q], rank=4)
+    with pytest.raises(ValueError, match="twice"):
+        optimizer.add_param_group({"params": [p, p]})
+    assert all_of(optimizer) == [q]
 
 
 def test_a_parameter_that_is_listed_again_by_hand_is_refused(backend):

@@ -1,7 +1,9 @@
 """``max_grad_norm`` does what clip_grad_norm_ over all parameters and a plain step would do."""
 
+import emulated
 import pytest
 import torch
+from conftest import emulated_module, running
 from helpers import (
     all_of,
     changed,
@@ -11,6 +13,7 @@ from helpers import (
     parameters,
     randn,
     snapshot,
+    train,
 )
 
 from apollo_kernels import APOLLO
@@ -278,3 +281,23 @@ def test_a_limit_that_cannot_be_meant_is_refused(value):
 def test_a_limit_belongs_to_the_optimizer_and_not_to_a_group():
     with pytest.raises(ValueError, match="unknown key 'max_grad_norm'"):
         APOLLO([{"params": [torch.nn.Parameter(torch.zeros(2))], "max_grad_norm": 1.0}])
+
+
+@pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+@pytest.mark.parametrize("shape", [(256, 64), (64, 256)])
+@pytest.mark.parametrize("rank", [1, 8])
+def test_the_norm_costs_no_read_and_no_launch_more(shape, rank):
+    """The emulated device counts: a low-rank gradient is read by project and by apply, no more."""
+    counted = {}
+    with running("cuda") as backend:
+        module = emulated_module()
+        for limit in (None, 1.0):
+            p = parameter(shape, backend)
+            optimizer = APOLLO([p], rank=rank, scale_type="tensor", max_grad_norm=limit)
+            train([p], optimizer, backend, range(1))
+            fill([p], backend, 1)
+            module.watch(p.grad.data_ptr(), p.grad.numel() * p.grad.element_size())
+            before = module.launches()
+            optimizer.step()
+            counted[limit] = module.launches() - before, module.watched_bytes()
+    assert counted[None] == counted[1.0] == (4, 2 * 4 * 256 * 64)

@@ -318,6 +318,21 @@ UNCHECKED void collective(Operation operation, int source, const void* in, size_
   std::memcpy(out, f->out, out_size);
 }
 
+std::atomic<int64_t> launches_{0}, watched_bytes_{0};
+std::atomic<uintptr_t> watched_begin_{0}, watched_end_{0};
+
+void count_load(const void* from) {
+  const auto address = reinterpret_cast<uintptr_t>(from);
+  if (address >= watched_begin_ && address < watched_end_) watched_bytes_ += 16;
+}
+void watch(uintptr_t begin, size_t size) {
+  watched_begin_ = begin;
+  watched_end_ = begin + size;
+  watched_bytes_ = 0;
+}
+int64_t watched_bytes() { return watched_bytes_; }
+int64_t launches() { return launches_; }
+
 // EMULATED_WORKERS: OS threads that run blocks side by side.
 void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
   const unsigned size = block.x * block.y * block.z;
@@ -326,6 +341,7 @@ void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& b
       grid.y > 65535 || grid.z > 65535 || shared > 99 * 1024) {
     throw std::runtime_error("invalid launch: a device would refuse it");
   }
+  ++launches_;
   const int wanted_order = order();
   std::atomic<uint64_t> next{0};
   std::atomic<bool> failed{false};

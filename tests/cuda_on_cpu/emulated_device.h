@@ -60,6 +60,12 @@ T shuffle(T value, int source) {
   return result;
 }
 
+// What tests count: launches, and the bytes that 16-byte loads read from one stretch of memory.
+int64_t launches();
+void watch(uintptr_t begin, size_t size);
+int64_t watched_bytes();
+void count_load(const void* from);
+
 }  // namespace emulated
 
 #define threadIdx (emulated::self->thread)
@@ -93,7 +99,10 @@ inline float approx_sqrt(float x) { return std::sqrt(x); }
 inline float approx_sin(float x) { return std::sin(x); }
 inline float approx_cos(float x) { return std::cos(x); }
 
-inline uint4 load16(const void* from) { return *static_cast<const uint4*>(from); }
+inline uint4 load16(const void* from) {
+  emulated::count_load(from);
+  return *static_cast<const uint4*>(from);
+}
 inline void store16(void* to, const uint4& x) { *static_cast<uint4*>(to) = x; }
 
 inline uint32_t bf16_bits(float x) {
