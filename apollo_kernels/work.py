@@ -188,9 +188,10 @@ class Builder:
             copy = torch.empty(weights.shape, dtype=p.dtype, device=p.device)
             stand_ins.append(StandIn(copy, p))
             weights = copy
-        if taker.BY_ADDRESS and (other := self._other_gradient(taker, grad, grads, weights)):
-            stand_ins.append(StandIn(other[0], index))
-            grads = other[0]
+        other = self._other_gradient(taker, grad, grads, weights) if taker.BY_ADDRESS else None
+        if other is not None:
+            stand_ins.append(StandIn(other, index))
+            grads = other
         for j, name in enumerate(("exp_avg", "exp_avg_sq")):
             own = moments[j].data_ptr() == state[name].data_ptr() and moments[j].is_contiguous()
             if not own:
@@ -199,10 +200,9 @@ class Builder:
         if norms.data_ptr() != state["update_norm"].data_ptr():
             norms = torch.empty(norms.shape, dtype=norms.dtype, device=p.device)
             stand_ins.append(StandIn(norms, state["update_norm"]))
-        apart, copied = grads.stride(0) * grads.element_size(), None
+        apart = grads.stride(0) * grads.element_size()
         for i in range(layout.matrices):
-            if any(s.original == index for s in stand_ins if isinstance(s.original, int)):
-                copied = grads[i].data_ptr()
+            copied = None if other is None else other[i].data_ptr()
             place = Place(index, layout, i, i * apart, copied)
             # The matrices may be stepped one after the other: all are stored after the last one.
             first, last = i == 0, i == layout.matrices - 1
@@ -210,7 +210,7 @@ class Builder:
 
     def _other_gradient(
         self, taker: ModuleType, grad: Tensor, grads: Tensor, weights: Tensor
-    ) -> tuple[Tensor] | None:
+    ) -> Tensor | None:
         """A stand-in for a gradient that a kernel cannot walk, or not beside its weight."""
         rows, columns = _walks(weights[0])
         by_row, by_column = _walks(grads[0])
@@ -220,8 +220,8 @@ class Builder:
             return None
         b, m, n = grads.shape
         if rows:
-            return (torch.empty((b, m, n), dtype=grad.dtype, device=grad.device),)
-        return (torch.empty((b, n, m), dtype=grad.dtype, device=grad.device).transpose(1, 2),)
+            return torch.empty((b, m, n), dtype=grad.dtype, device=grad.device)
+        return torch.empty((b, n, m), dtype=grad.dtype, device=grad.device).transpose(1, 2)
 
     def _add_dense(self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
         tensors = {"weight": p.detach(), "grad": grad}
