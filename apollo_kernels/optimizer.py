@@ -40,7 +40,7 @@ class _Runtime:
 
     def __init__(self) -> None:
         self.plans: list[plan.GroupPlan | None] = []
-        self.states: tuple[list[Tensor], list[Any]] = [], []  # keys and values of the state, as seen
+        self.states: tuple[list[Tensor], list[Any]] = [], []  # the state as the last step saw it
         self.hypers: list[tuple[Any, Hyper]] = []
         self.counters: dict[torch.device, Tensor] = {}
         self.compiled = library.Store()
