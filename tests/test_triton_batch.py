@@ -477,7 +477,7 @@ def test_tensor_scaling_takes_gradients_of_2e18(separate):
 def test_squares_of_a_channel_beyond_float32_leave_the_weights():
     """Each R^2 is finite, and with tensor scaling so is s: q alone says it."""
     h = hyper(scale_type="tensor")
-    item = low_rank(torch.randn(3, 6), torch.full((3, 6), 1.1e19), True, 6)
+    item = low_rank(torch.randn(3, 24), torch.full((3, 24), 5e18), True, 24)
     before, s = item.weight.clone(), signals()
     take(step.build([item], separate=False), h, s)
     assert torch.equal(item.weight, before) and s.counters.tolist() == [0, 0, 1]
