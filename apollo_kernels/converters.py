@@ -11,6 +11,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from apollo_kernels import options
 from apollo_kernels.optimizer import APOLLO
 from apollo_kernels.state import check_step, layout_of
 
@@ -29,7 +30,7 @@ def load_apollo_torch(
 
     Args
         optimizer: with the same groups of parameters, in the same order.
-        source: a state_dict, or a file (its path, or open for reading) that torch.save wrote of one.
+        source: a state_dict, or a file that torch.save wrote of one: its path, or open to read.
         allow_unsafe_pickle: a file of apollo_torch holds Python objects, which only an unrestricted
             unpickler reads; such a file can run any code. Say True for a file that you trust.
     Raises
@@ -72,6 +73,7 @@ def _convert(optimizer: APOLLO, state_dict: dict[str, Any]) -> dict[str, Any]:
     groups = []
     for index, (mine, theirs) in enumerate(zip(our_groups, theirs_groups, strict=True)):
         group = {**mine, **{k: v for k, v in theirs.items() if k in keys}, "params": mine["params"]}
+        options.check_group(group, f" (group {index} of the apollo_torch state)")
         groups.append(group)
         params = optimizer.param_groups[index]["params"]
         for place, (p, i) in enumerate(zip(params, theirs["params"], strict=True)):
@@ -88,15 +90,13 @@ def _convert_parameter(
     moments = {key: _moment(key, saved.get(key), name) for key in ("exp_avg", "exp_avg_sq")}
     if bool((moments["exp_avg_sq"] < 0).any()):
         raise ValueError(f"exp_avg_sq of {name} holds negative numbers")
-    steps = check_step(saved.get("step"), name)
-    step = int(saved["step"]) if steps is None else steps
-    state: dict[str, Any] = {**moments, "step": torch.tensor(step, dtype=torch.int64, device="cpu")}
+    state: dict[str, Any] = {**moments, "step": check_step(saved.get("step"), name)}
     if "projector" not in saved:
         return state
     if "svd" in type(saved["projector"]).__module__ or group.get("proj") == "svd":
         raise ValueError(
-            f"the state of {name} rests on an SVD, which is not offered here: its moments belong to "
-            "directions that a random projection does not have"
+            f"the state of {name} rests on an SVD, which is not offered here: its moments belong "
+            "to directions that a random projection does not have"
         )
     layout = layout_of(p, group)
     if layout is not None and not layout.rows:
@@ -104,7 +104,10 @@ def _convert_parameter(
     norm = saved.get("scaled_grad")
     if norm is None:
         norm = torch.zeros((), dtype=torch.float32, device="cpu")
-    state["update_norm"] = _moment("scaled_grad", norm, name).reshape(())
+    norm = _moment("scaled_grad", norm, name)
+    if norm.numel() != 1:
+        raise ValueError(f"scaled_grad of {name} must be one number, got shape {tuple(norm.shape)}")
+    state["update_norm"] = norm.reshape(())
     state["seed"] = optimizer.key_of(p)
     return state
 

@@ -87,15 +87,13 @@ def _row_major(*matrices: Tensor) -> bool:
 
 
 class _Placed:
-    """A plan of C++ with its table, maps and workspace on the device of the items.
-
-    A batch that a captured graph reads must not get other gradients: its tables would be freed.
-    """
+    """A plan of C++ with its table, maps and workspace on the device of the items."""
 
     def __init__(self, plan: Any, device: torch.device) -> None:
         self.plan, self.device = plan, device
         self.index = device.index or 0
         self._made: tuple[Any, ...] = (None, None)
+        self._captured, self._streams = False, set[int]()
         self.workspace = torch.zeros(plan.workspace_floats, dtype=torch.float32, device=device)
         self.maps, self._host_maps = self._upload(plan.map_size, torch.int32, plan.write_maps)
         self._write_table()
@@ -110,28 +108,41 @@ class _Placed:
     def _write_table(self) -> None:
         plan = self.plan
         self.table, self._host_table = self._upload(plan.table_words, torch.int64, plan.write_table)
+        self._streams.clear()
         plan.place(
             table=self.table.data_ptr(), maps=self.maps.data_ptr(),
             workspace=self.workspace.data_ptr(), device=self.index,
         )  # fmt: skip
 
-    def set_gradients(self, addresses: Sequence[int]) -> None:
-        """A new table, which nobody waits for; maps and workspace stay."""
+    def set_gradients(self, addresses: Sequence[int]) -> bool:
+        """A new table, which nobody waits for; maps and workspace stay. False, and nothing done, if
+        a captured graph reads the old table: then another batch has to be built."""
+        if self._captured:
+            return False
         self.plan.set_gradients(addresses)
         self._write_table()
+        return True
 
     def _stream(self) -> int:
+        """The current stream, on which a launch is about to read what this batch owns."""
         if self.device.type != "cuda":
             return 0
-        return torch.cuda.current_stream(self.device).cuda_stream
+        self._captured |= torch.cuda.is_current_stream_capturing()
+        stream = torch.cuda.current_stream(self.device)
+        if stream.cuda_stream not in self._streams:  # freed memory waits for each that used it
+            self._streams.add(stream.cuda_stream)
+            for t in (self.table, self.maps, self.workspace):
+                t.record_stream(stream)
+        return stream.cuda_stream
 
     def _hyper(self, h: Hyper, signals: Signals) -> Any:
         """The kernels' Hyper; the verbs of one step share it."""
         made = self._made
         if made[0] is h and made[1] is signals:
             return made[2]
-        on_device = isinstance(h.lr, Tensor) and h.lr.device == self.device
-        lr: Any = h.lr.to(torch.float32) if on_device else float(h.lr)
+        lr: Any = h.lr
+        on_device = isinstance(lr, Tensor) and lr.device == self.device
+        lr = lr.to(torch.float32) if on_device else float(lr)
         native = kernels.Hyper(
             counters=signals.counters.data_ptr(),
             lr=0.0 if on_device else lr,

@@ -52,7 +52,7 @@ def packed(
     """Hyper, and what decides a group's plan, as the operator takes them; lr goes beside them."""
     lr = 0.0 if isinstance(hyper.lr, Tensor) else hyper.lr
     numbers = [lr, *hyper.betas, hyper.eps, hyper.weight_decay, hyper.scale]
-    switches = [hyper.correct_bias, hyper.maximize, hyper.scale_front, hyper.disable_nl]
+    switches: list[Any] = [hyper.correct_bias, hyper.maximize, hyper.scale_front, hyper.disable_nl]
     switches += [hyper.stochastic_rounding, hyper.update_proj_gap]
     switches += [group["rank"] or 0, group["batch_dims"]]
     names = [backend, hyper.scale_type, hyper.distribution, group["proj_type"], store, str(slot)]
@@ -100,15 +100,14 @@ def _step(
     states = _states(exp_avgs, exp_avg_sqs, steps, update_norms, keys)
     device = counters.device
     backend = backends.load(backends.choose(names[0], device))
-    options = backend, clip is not None, *group.values()
+    key = backend, clip is not None, *group.values()
     store, place = Store.find(names[4]), (names[5], device)
     made = store.plans.get(place)
-    if made is None or not made.holds(options, weights, grads, states):
+    if made is None or not made.holds(key, weights, grads, states):
         made = store.plans[place] = plan.build(
-            weights, grads, states, group, options, {device: backend}, separate=clip is not None
+            weights, grads, states, group, key, {device: backend}, separate=clip is not None
         )
-    signals = Signals(counters, grad_scale, found_inf, clip)
-    plan.run([(made, grads, hyper)], lambda _: signals)
+    plan.run_one(made, grads, hyper, Signals(counters, grad_scale, found_inf, clip))
 
 
 _library.impl("step", _step, "CompositeExplicitAutograd")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Sequence
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch  # first: the module shares PyTorch's OpenMP threads where they are
 from torch import Tensor
 
-_C: Any
-try:
-    import apollo_kernels._C as _C
-except ModuleNotFoundError:  # PyTorch computes the same, bit for bit where the contract says so
-    _C = None
+_C: Any = None  # where it is missing PyTorch computes the same
+with contextlib.suppress(ModuleNotFoundError):
+    _C = importlib.import_module("apollo_kernels._C")
 
 _shape, _dtype, _device = attrgetter("shape"), attrgetter("dtype"), attrgetter("device")
 _exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
@@ -35,3 +36,11 @@ def tensor_facts(tensors: Sequence[Tensor]) -> tuple[Any, Any]:
     columns = (_shape, torch.Tensor.stride, _dtype, _device)
     rest = tuple(list(map(column, tensors)) for column in columns)
     return list(map(torch.Tensor.data_ptr, tensors)), rest
+
+
+def same_values(dicts: list[dict[str, Any]], values: list[Any]) -> bool:
+    """Whether the values of the dicts, one after the other, are these very objects."""
+    if _C is not None:
+        return _C.same_values(dicts, values)
+    found = list(chain.from_iterable(map(dict.values, dicts)))
+    return len(found) == len(values) and all(map(is_, found, values))

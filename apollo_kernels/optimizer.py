@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral, Real
-from operator import itemgetter
+from numbers import Integral
+from operator import is_, itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,24 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_kernels import backends, library, plan, state
+from apollo_kernels import backends, clipping, library, options, plan, state
 from apollo_kernels.batch import Hyper, Signals
 from apollo_kernels.memory import MemoryReport, measure
+from apollo_kernels.state import as_step
 
-PROJECTIONS = {"random": "gaussian", "gaussian": "gaussian", "rademacher": "rademacher"}
-SCALE_TYPES = ("channel", "tensor")
-PROJ_TYPES = ("std", "reverse_std", "left", "right")
-
-# Keys that torch, its schedulers and trainers put into groups: no typing errors.
-_FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr"}
-_FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
-_HYPER_KEYS = tuple(f.name for f in dataclasses.fields(Hyper) if f.name != "distribution")
 _OWN_DEFAULTS = ("seed", "backend", "max_grad_norm")  # of the optimizer, not of its groups
-_INTEGERS = ("rank", "update_proj_gap", "batch_dims")
 
 # What of a group decides its plan, and what of it decides its Hyper; lr is looked at by itself.
 _structure = itemgetter("rank", "proj_type", "batch_dims", "scale_type", "capturable")
-_settings = itemgetter(*(k for k in _HYPER_KEYS if k != "lr"), "proj", "differentiable")
+_CHECKED = {*options.HYPER_KEYS, "proj", "rank", "proj_type", "batch_dims", "differentiable"}
+_settings = itemgetter(*sorted(_CHECKED - {"lr"}))
 
 
 class _Runtime:
@@ -48,6 +40,7 @@ class _Runtime:
 
     def __init__(self) -> None:
         self.plans: list[plan.GroupPlan | None] = []
+        self.states: tuple[list[Tensor], list[Any]] = [], []  # keys and values of the state, as seen
         self.hypers: list[tuple[Any, Hyper]] = []
         self.counters: dict[torch.device, Tensor] = {}
         self.compiled = library.Store()
@@ -93,6 +86,7 @@ class APOLLO(torch.optim.Optimizer):
         ValueError: names the argument, or the key of the group, and its value.
     """
 
+    _runtime: _Runtime
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
 
     def __init__(
@@ -126,7 +120,7 @@ class APOLLO(torch.optim.Optimizer):
         if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise ValueError(f"seed must be an integer, got {seed!r}")
         backends.check_name(backend, "backend")
-        _check_max_grad_norm(max_grad_norm)
+        options.check_max_grad_norm(max_grad_norm)
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         self._runtime = _Runtime()
         super().__init__(params, defaults)
@@ -138,7 +132,7 @@ class APOLLO(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        _check_max_grad_norm(value)
+        options.check_max_grad_norm(value)
         self.defaults["max_grad_norm"] = value
 
     @property
@@ -158,21 +152,21 @@ class APOLLO(torch.optim.Optimizer):
             warnings.warn("group key 'projection_type' is read as 'proj_type'", stacklevel=2)
             group.setdefault("proj_type", group.pop("projection_type"))
             group.pop("projection_type", None)
+        _refuse_duplicates_in(group)
         known = set(self.defaults) - set(_OWN_DEFAULTS)
-        if unknown := set(group) - known - _FOREIGN_KEYS:
+        if unknown := set(group) - known - options.FOREIGN_KEYS:
             raise ValueError(
                 f"unknown key {', '.join(map(repr, sorted(unknown)))} in parameter group "
                 f"{len(self.param_groups)}; known keys are {sorted(known)}"
             )
-        _check_group({**self.defaults, **group})
-        for key in _INTEGERS:  # a NumPy integer would not survive torch.load(weights_only=True)
+        options.check_group({**self.defaults, **group})
+        for key in options.INTEGERS:  # torch.load(weights_only=True) refuses NumPy's
             if group.get(key) is not None:
                 group[key] = int(group[key])
         super().add_param_group(group)
         added = self.param_groups[-1]
         for key in _OWN_DEFAULTS:
             added.pop(key, None)
-        _drop_duplicates(added)
         for p in added["params"]:
             if p.is_complex():
                 self.param_groups.pop()
@@ -196,10 +190,11 @@ class APOLLO(torch.optim.Optimizer):
             warnings.warn(text, stacklevel=_levels_to_the_caller())
 
     def _name_of(self, index: int, place: int) -> str:
-        """How an error calls the parameter at ``place`` of group ``index``."""
+        """How an error calls the parameter at ``place`` of group ``index``: by name, or else by its
+        position over all groups."""
         names = self.param_groups[index].get("param_names")
-        named = f"{names[place]!r} " if names else ""
-        return f"parameter {named}({place} of group {index})"
+        position = place + sum(len(group["params"]) for group in self.param_groups[:index])
+        return f"parameter {repr(names[place]) if names else position} ({place} of group {index})"
 
     # ---- the step --------------------------------------------------------------------------------
 
@@ -238,13 +233,13 @@ class APOLLO(torch.optim.Optimizer):
         """The group's Hyper, checked: its values may have been changed by hand since last time."""
         values, lr, known = _settings(group), group["lr"], self._runtime.hypers
         if index < len(known) and known[index][0] == values:
-            _check_lr(lr, f" in parameter group {index}")
+            options.check_lr(lr, f" (parameter group {index})")
             hyper = known[index][1]
             if hyper.lr is lr:
                 return hyper
         else:
-            _check_group(group, f" in parameter group {index}")
-        hyper = _make_hyper(group)
+            options.check_group(group, f" (parameter group {index})")
+        hyper = options.hyper_of(group)
         known[index:] = [(values, hyper), *known[index + 1 :]]
         return hyper
 
@@ -255,23 +250,33 @@ class APOLLO(torch.optim.Optimizer):
         """
         clipping = self.max_grad_norm is not None
         asked = self.defaults["backend"], os.environ.get(backends.ENVIRONMENT), clipping
-        options = [(*asked, *_structure(group)) for group in self.param_groups]
+        keys = [(*asked, *_structure(group)) for group in self.param_groups]
         plans = self._runtime.plans
-        plans[:] = plans[: len(options)] + [None] * (len(options) - len(plans))
+        plans[:] = plans[: len(keys)] + [None] * (len(keys) - len(plans))
+        known = self._state_is_known()
         gradients = [
-            None if p is None else p.gradients(group["params"], o, self.state)
-            for p, group, o in zip(plans, self.param_groups, options, strict=True)
+            None if p is None else p.gradients(group["params"], key, None if known else self.state)
+            for p, group, key in zip(plans, self.param_groups, keys, strict=True)
         ]
         stale = [index for index, found in enumerate(gradients) if found is None]
         if stale:
             self._refuse_duplicates()
             chosen = [self._check_parameters(index) for index in stale]
             for index, backends_of in zip(stale, chosen, strict=True):
-                group, own = self.param_groups[index], options[index]
+                group, key = self.param_groups[index], keys[index]
                 plans[index] = None  # the old one goes before the new one takes its memory
-                plans[index] = self._build(group, own, backends_of, clipping)
+                plans[index] = self._build(group, key, backends_of, clipping)
                 gradients[index] = [p.grad for p in group["params"] if p.grad is not None]
+        if stale or not known:
+            self._runtime.states = list(self.state), list(self.state.values())
         return gradients  # type: ignore[return-value]
+
+    def _state_is_known(self) -> bool:
+        """Whether every parameter has the very dict that the last step found or gave it."""
+        keys, values = self._runtime.states
+        if len(keys) != len(self.state):
+            return False
+        return all(map(is_, self.state, keys)) and all(map(is_, self.state.values(), values))
 
     def _refuse_duplicates(self) -> None:
         seen: dict[int, str] = {}
@@ -305,7 +310,7 @@ class APOLLO(torch.optim.Optimizer):
     def _build(
         self,
         group: dict[str, Any],
-        options: tuple[Any, ...],
+        key: tuple[Any, ...],
         chosen: Mapping[torch.device, ModuleType],
         clipping: bool,
     ) -> plan.GroupPlan:
@@ -313,7 +318,7 @@ class APOLLO(torch.optim.Optimizer):
         params = group["params"]
         states = [self.state[p] for p in params if p.grad is not None]
         gradients = [p.grad for p in params]
-        return plan.build(params, gradients, states, group, options, chosen, separate=clipping)
+        return plan.build(params, gradients, states, group, key, chosen, separate=clipping)
 
     def _compiled_step(self) -> None:
         signals: dict[torch.device, Signals] = {}
@@ -333,12 +338,12 @@ class APOLLO(torch.optim.Optimizer):
             squares: dict[torch.device, list[Tensor]] = {}
             for _, _, device, params in calls:
                 read = [p.grad for p in params if p.grad is not None]
-                squares.setdefault(device, []).append(plan.square_norm(read))
-            norm = plan.total_norm(squares, self._signals)
-            self._runtime.grad_norm = norm
-            clip = plan.clip_factor(norm, self.max_grad_norm)
+                squares.setdefault(device, []).append(clipping.square_norm(read))
+            norm = clipping.total_norm(squares, self._signals)
+            self._runtime.grad_norm = norm.float()
+            clip = clipping.clip_factor(norm, self.max_grad_norm)
             signals = {
-                d: dataclasses.replace(s, clip=clip.to(d, torch.float32))
+                d: dataclasses.replace(s, clip=clip.to(d))
                 for d, s in signals.items()
             }
         for index, group, device, params in calls:
@@ -347,8 +352,8 @@ class APOLLO(torch.optim.Optimizer):
     def _call_operator(
         self, index: int, group: dict[str, Any], params: list[Tensor], signals: Signals
     ) -> None:
-        _check_group(group, f" in parameter group {index}")
-        hyper = _make_hyper(group)
+        options.check_group(group, f" (parameter group {index})")
+        hyper = options.hyper_of(group)
         params = sorted(params, key=lambda p: state.layout_of(p, group) is None)
         states = [self.state[p] for p in params]
         low_rank = [s for s in states if "update_norm" in s]
@@ -375,7 +380,7 @@ class APOLLO(torch.optim.Optimizer):
     # ---- state -----------------------------------------------------------------------------------
 
     def _make_states(self, group: dict[str, Any]) -> None:
-        """State for every parameter with a gradient that has none; the contract's step for others."""
+        """State for the parameters that have a gradient and no state yet."""
         positions: dict[Tensor, int] | None = None
         taken: set[int] = set()
         for p in group["params"]:
@@ -383,7 +388,6 @@ class APOLLO(torch.optim.Optimizer):
                 continue
             own = self.state[p]
             if own:
-                own["step"] = state.as_step(own["step"], p.device)
                 continue
             if positions is None:
                 everything = [q for g in self.param_groups for q in g["params"]]
@@ -438,7 +442,7 @@ class APOLLO(torch.optim.Optimizer):
             return []  # torch's own check says so
         for index, saved_group in enumerate(groups):
             group = {**self.defaults, **saved_group}
-            _check_group(group, f" in parameter group {index} of the loaded state")
+            options.check_group(group, f" (group {index} of the loaded state)")
             params = self.param_groups[index]["params"]
             for place, (p, i) in enumerate(zip(params, saved_group["params"], strict=True)):
                 saved, name = state_dict["state"].get(i), self._name_of(index, place)
@@ -463,12 +467,19 @@ class APOLLO(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 if key not in _OWN_DEFAULTS:
                     group.setdefault(key, value)
+        for p, own in self.state.items():
+            if "step" in own:
+                own["step"] = as_step(own["step"], p.device)
 
     # ---- reports ---------------------------------------------------------------------------------
 
     def memory_report(self) -> MemoryReport:
         """Bytes of weights and optimizer state per group, next to AdamW's; print it for a table."""
-        return measure(self.param_groups, lambda p, g: self.state.get(p) or state.zeros(p, g, "meta"))
+
+        def state_of(p: Tensor, group: dict[str, Any]) -> Mapping[str, Any]:
+            return self.state.get(p) or state.zeros(p, group, "meta")
+
+        return measure(self.param_groups, state_of)
 
     def stats(self) -> dict[str, int]:
         """What has happened since construction, counted per matrix and step; waits for the GPU.
@@ -507,68 +518,19 @@ class APOLLOAdamW(APOLLO):
         super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 
-def _check_group(group: Mapping[str, Any], where: str = "") -> None:
-    """Raises ValueError for the first value of a complete group that cannot be meant."""
-
-    def check(key: str, ok: bool, expected: str) -> None:
-        if not ok:
-            raise ValueError(f"{key}{where} must be {expected}, got {group[key]!r}")
-
-    _check_lr(group["lr"], where)
-    betas = group["betas"]
-    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-    check("betas", pair and all(_number(b) and 0 <= b < 1 for b in betas), "two numbers in [0, 1)")
-    for key in ("eps", "weight_decay"):
-        check(key, _number(group[key]) and group[key] >= 0, "a number >= 0")
-    for key, least in (("rank", 1), ("update_proj_gap", 1), ("batch_dims", 0)):
-        value = group[key]
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
-        good = (whole and int(value) >= least) or (key == "rank" and value is None)
-        check(key, good, f"an integer >= {least}")
-    check("scale", _number(group["scale"]) and group["scale"] > 0, "a number > 0")
-    check("scale_type", group["scale_type"] in SCALE_TYPES, f"one of {SCALE_TYPES}")
-    check("proj_type", group["proj_type"] in PROJ_TYPES, f"one of {PROJ_TYPES}")
-    known = tuple(PROJECTIONS)
-    check("proj", group["proj"] in known, f"one of {known} (an SVD is not offered)")
-    check("differentiable", not group["differentiable"], "False: the step has no derivative")
-    both = bool(group["foreach"] and group["fused"])
-    check("fused", not both, "False or None together with foreach=True")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
-
-
-def _check_lr(lr: Any, where: str = "") -> None:
-    """A tensor on a GPU is not read: that would wait for the device."""
-    if isinstance(lr, Tensor):
-        ok, expected = lr.numel() == 1, "a number or a tensor of one element"
-        if ok and lr.device.type == "cpu" and not torch.compiler.is_compiling():
-            ok, expected = 0 <= lr.item() < math.inf, "a tensor of one number >= 0"
-    else:
-        ok, expected = _number(lr) and lr >= 0, "a number >= 0"
-    if not ok:
-        raise ValueError(f"lr{where} must be {expected}, got {lr!r}")
-
-
-def _check_max_grad_norm(value: Any) -> None:
-    if value is not None and not (_number(value) and value > 0):
-        raise ValueError(f"max_grad_norm must be None or a number > 0, got {value!r}")
-
-
-def _make_hyper(group: Mapping[str, Any]) -> Hyper:
-    values = {key: group[key] for key in _HYPER_KEYS}
-    return Hyper(**values, distribution=PROJECTIONS[group["proj"]])
-
-
-def _drop_duplicates(group: dict[str, Any]) -> None:
-    """A parameter that a group lists twice (torch has warned of it) is stepped once."""
-    first: dict[int, int] = {}
-    for place, p in enumerate(group["params"]):
-        first.setdefault(id(p), place)
-    for key in ("params", "param_names"):
-        if key in group:
-            group[key] = [group[key][place] for place in first.values()]
+def _refuse_duplicates_in(group: dict[str, Any]) -> None:
+    """torch only warns; the launches of one step would then write one weight at the same time."""
+    params = group.get("params")
+    if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):
+        group["params"] = params = list(params)  # it may be an iterator
+        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+        places = {id(p): place for place, p in reversed(list(enumerate(tensors)))}
+        for place, p in enumerate(tensors):
+            if places[id(p)] != place:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} stands twice in a parameter group, at "
+                    f"{places[id(p)]} and at {place}"
+                )
 
 
 def _levels_to_the_caller() -> int:

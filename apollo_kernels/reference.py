@@ -72,11 +72,13 @@ def scale(
         u2: [] squared norm of the scaled gradient diag(s) G, free of another pass over G.
     """
     norm = torch.linalg.vector_norm
-    dim = 1 if hyper.scale_type == "channel" else None
-    r_norm = norm(r, dim=dim)
+    r_norm = norm(r, dim=1)
     _moments(r, r_norm, exp_avg, exp_avg_sq, hyper.betas)
     n = _ratio(exp_avg, exp_avg_sq.sqrt().add_(hyper.eps), hyper.eps)
-    s = (norm(n, dim=dim) / (r_norm + TINY)).view(-1)
+    n_norm = norm(n, dim=1)
+    if hyper.scale_type == "tensor":  # squares of all channels together may pass float32's range
+        r_norm, n_norm = (norm(x, dtype=torch.float64).to(r.dtype) for x in (r_norm, n_norm))
+    s = (n_norm / (r_norm + TINY)).view(-1)
     return s, (s * s * q).sum()
 
 
@@ -168,7 +170,8 @@ def apply_stochastic(item: LowRank, x: Tensor, coefficient: Tensor, decay: float
         c = coefficient[first : first + size, None] if item.rows else coefficient
         wide = _decay(part.float(), decay)
         wide.addcmul_(gradient, c)
-        bits = rounding_bits(item.key, int(item.step), first, len(part), columns, part.device)
+        step = int(item.step) % 2**32
+        bits = rounding_bits(item.key, step, first, len(part), columns, part.device)
         part.copy_(round_stochastically(wide, bits))
 
 
@@ -183,8 +186,8 @@ def adamw(
 ) -> bool:
     """The low-rank rule without a projection, in place: decoupled AdamW as apollo_torch has it.
 
-    N = M / (sqrt(V) + eps), and the bias correction is part of the step size, so that eps weighs the
-    same at every step (torch.optim.AdamW divides it by sqrt(1 - b2^t)).
+    N = M / (sqrt(V) + eps), and the bias correction is part of the step size. So eps weighs the
+    same at every step (in torch.optim.AdamW it weighs sqrt(1 - b2^t) times as much).
 
     Args
         w, g, exp_avg, exp_avg_sq: the same shape. ``factor`` multiplies the gradient. An element
@@ -217,7 +220,7 @@ def takes(item: LowRank | Dense) -> bool:
 
 
 def family(item: LowRank | Dense) -> Hashable:
-    """Every matrix is a batch of its own: its gradient is still in the caches when it is applied."""
+    """Every matrix is a batch of its own: its gradient is still in the caches for ``apply``."""
     return id(item)
 
 
@@ -251,7 +254,11 @@ class LowRankBatch:
 
     def __init__(self, item: LowRank):
         self.item = replace(item, grad=_LENT)
+        self.skipped = False
         self.x: Tensor | None = None  # the gradient as [C, K]
+        self.r: Tensor | None = None
+        self.q: Tensor | None = None
+        self.coefficient: Tensor | None = None  # what each channel of X is multiplied with
 
     def lend(self, gradients: Sequence[Tensor] | None) -> None:
         self.x = self.r = self.q = self.coefficient = None
@@ -267,7 +274,7 @@ class LowRankBatch:
             return
         if item.leads:
             item.step.add_(1)
-        epoch = (int(item.step) - 1) // hyper.update_proj_gap
+        epoch = (int(item.step) - 1) // hyper.update_proj_gap % 2**32
         rank, dtype = item.exp_avg.shape[1], item.exp_avg.dtype
         drawn = (self, item.key, epoch, rank, x.shape[1], hyper.distribution, x.device)
         if cpu.supported(x):

@@ -98,10 +98,15 @@ def check(p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], name: s
     low_rank = "update_norm" in expected
     if not low_rank and "update_norm" in state:
         raise ValueError(
-            f"the state of {name} is that of a low-rank step, but its group has rank "
-            f"{group['rank']} and batch_dims {group['batch_dims']}, so that it takes the dense one"
+            f"the state of {name} does not fit: it is that of a low-rank step, while shape "
+            f"{tuple(p.shape)}, rank {group['rank']} and batch_dims {group['batch_dims']} ask for "
+            "the dense one"
         )
-    check_step(state["step"], name)
+    step = state["step"]
+    if not isinstance(step, Tensor) or step.dim() or step.dtype != torch.int64:
+        raise ValueError(f"step of {name} must be an int64 tensor without dimensions, got {step!r}")
+    if step.device != p.device:
+        raise ValueError(f"step of {name} must be on {p.device}, got {step.device}")
     for key, shape in expected.items():
         _check_tensor(key, state[key], shape, p, group, name)
     if low_rank:
@@ -133,17 +138,10 @@ def _check_tensor(
         )
 
 
-def check_step(step: Any, name: str) -> int | None:
-    """The number of steps taken; raises ValueError for what can be none.
-
-    An int64 tensor is taken as it is, since reading one may wait for a GPU: then the answer is
-    None.
-    """
-    if isinstance(step, Tensor):
-        if step.dim() == 0 and step.dtype == torch.int64:
-            return None
-        if step.numel() == 1:
-            step = step.item()
+def check_step(step: Any, name: str) -> int:
+    """The number of steps that a saved state has taken; raises ValueError for what can be none."""
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
     number = isinstance(step, (int, float)) and not isinstance(step, bool)
     if not number or not math.isfinite(step) or step < 0 or step != int(step):
         raise ValueError(f"step of {name} must be a whole number of steps >= 0, got {step!r}")
@@ -151,7 +149,7 @@ def check_step(step: Any, name: str) -> int | None:
 
 
 def as_step(step: Any, device: torch.device) -> Tensor:
-    """A checked step as the contract's int64 [] on ``device``; the same tensor where it is one."""
+    """The contract's int64 [] on ``device``; the same tensor where it is one."""
     if isinstance(step, Tensor) and step.dim() == 0:
         return step.to(device, torch.int64)
     return torch.tensor(int(step), dtype=torch.int64, device=device)
@@ -166,11 +164,7 @@ def converted(p: Tensor, saved: Mapping[str, Any], name: str) -> dict[str, Any]:
     state = {}
     for key, value in saved.items():
         if key == "step":
-            check_step(value, name)
-            if isinstance(value, Tensor) and int(value) < 0:
-                raise ValueError(f"step of {name} must be a whole number of steps >= 0, got {value}")
-            value = as_step(value, p.device)
-            value = value.clone() if value is saved[key] else value
+            value = as_step(check_step(value, name), p.device)
         elif key in ("exp_avg", "exp_avg_sq", "update_norm") and isinstance(value, Tensor):
             if not value.is_floating_point():
                 raise ValueError(f"{key} of {name} must hold floats, got {value.dtype}")

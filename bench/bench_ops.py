@@ -22,7 +22,7 @@ from roofline import Configuration, costs
 from shapes import LLAMA
 from torch import Tensor
 
-from apollo_kernels import cuda, host, ops, philox, reference
+from apollo_kernels import backends, batch, cpu, philox, reference
 
 RANKS = (1, 8, 64, 128, 256, 512)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,9 +54,9 @@ class Case:
         g = torch.randn(self.shape, generator=generator, device=self.device).to(self.dtype)
         return g if self.rows else g.t()
 
-    def hyper(self) -> reference.Hyper:
+    def hyper(self) -> batch.Hyper:
         kind = "tensor" if self.rank == 1 else "channel"
-        return reference.Hyper(1e-3, (0.9, 0.999), 1e-6, 0.0, True, False, scale_type=kind)
+        return batch.Hyper(1e-3, (0.9, 0.999), 1e-6, 0.0, True, False, scale_type=kind)
 
 
 def agree(found: Tensor, exact: Tensor, eps: float, what: str) -> None:
@@ -70,10 +70,10 @@ def torch_project(case: Case) -> Callable[[Tensor], Any]:
     """``project`` as the PyTorch back end runs it on this device."""
     z = philox.draw(1, 0, case.rank, case.k, device=case.device)
     p, x = philox.scaled(z, torch.float32), case.matrix(0)
-    native = host.supported(x)
-    packed = host.arrange(z, host.layout(x, case.rank)) if native else None
+    native = cpu.supported(x)
+    packed = cpu.arrange(z, cpu.layout(x, case.rank)) if native else None
     call = (
-        (lambda x: host.project(x, packed, case.rank))
+        (lambda x: cpu.project(x, packed, case.rank))
         if native
         else lambda x: reference.project(x, p)
     )
@@ -102,7 +102,7 @@ def torch_scale(case: Case) -> Callable[[Tensor], Any]:
 def torch_apply(case: Case) -> Callable[[Tensor], Any]:
     coefficient = torch.full((case.channels,), 1e-3, device=case.device)
     w, x = case.matrix(1), case.matrix(2)
-    call = host.apply if host.supported(w, x) else reference.apply
+    call = cpu.apply if cpu.supported(w, x) else reference.apply
     exact = w.double() - coefficient.double()[:, None] * x.double()
     found = w.clone()
     call(found, x, coefficient, 0.0)
@@ -110,50 +110,56 @@ def torch_apply(case: Case) -> Callable[[Tensor], Any]:
     return lambda x: call(w, x, coefficient, 0.0)
 
 
-def cuda_verb(only: int) -> Callable[[Case], Callable[[Tensor], Any]]:
-    """Some of the CUDA back end's launches, by cuda._Launches' bits; a whole step is checked."""
+def kernel_verb(backend: str, verb: str) -> Callable[[Case], Callable[[Tensor], Any]]:
+    """One verb of a back end's Batch, the others left out; a whole step is checked before."""
 
     def prepare(case: Case) -> Callable[[Tensor], Any]:
-        made: dict[int, cuda._Launches] = {}
-        kept: list[Any] = []  # tables hold addresses only
-        hyper, counters = case.hyper(), torch.zeros(3, dtype=torch.int64, device=case.device)
+        made: dict[int, tuple[batch.LowRank, batch.Batch]] = {}  # a Batch holds addresses only
+        hyper = case.hyper()
+        counters = torch.zeros((3,), dtype=torch.int64, device=case.device)
+        signals = batch.Signals(counters)
 
-        def launches(x: Tensor) -> cuda._Launches:
+        def batch_of(x: Tensor) -> tuple[batch.LowRank, batch.Batch]:
             if x.data_ptr() not in made:
                 grad = x if case.rows else x.t()
-                moments = [torch.zeros(case.channels, case.rank, device=case.device) for _ in "mv"]
-                scalars = [torch.zeros((), device=case.device) for _ in "ns"]
-                item = reference.LowRank(
-                    torch.zeros_like(grad), grad, *moments, *scalars, 1, case.rows
+                shape = (case.channels, case.rank)
+                moments = [torch.zeros(shape, device=case.device) for _ in "mv"]
+                norm = torch.zeros((), device=case.device)
+                step = torch.zeros((), dtype=torch.int64, device=case.device)
+                item = batch.LowRank(
+                    torch.zeros_like(grad), grad, *moments, norm, step, 1, case.rows
                 )
-                kept.append(item)
-                plan = cuda._plan_low_rank([item], case.rank, (), None)
-                codes = (cuda.DTYPES[case.dtype],) * 2
-                made[x.data_ptr()] = cuda._Launches(
-                    plan, "low-rank", 1, case.rank, codes, case.device
-                )
+                module = backends.load(backend)
+                made[x.data_ptr()] = item, module.build([item], separate=False)
             return made[x.data_ptr()]
 
         x = case.matrix(0)
-        launches(x)(hyper, counters, None, None)
-        item, z = kept[0], philox.draw(1, 0, case.rank, case.k)
+        item, whole = batch_of(x)
+        for name in ("project", "scale", "apply"):
+            getattr(whole, name)(hyper, signals)
+        z = philox.draw(1, 0, case.rank, case.k)
         p = philox.scaled(z, torch.float64).to(case.device)
         r, q = reference.project(x.double(), p)
         zeros = torch.zeros_like(r), torch.zeros_like(r)
         s, _ = reference.scale(r, q, *zeros, hyper)
         w = -s[:, None] * x.double() * hyper.step_size(1)
         # One normal in 1000 may be bf16's other neighbour, 2^-8 away: 2^-8 sqrt(1e-3) of R.
-        agree(item.exp_avg, zeros[0], 2**-8 * 0.1, "CUDA project")
+        agree(item.exp_avg, zeros[0], 2**-8 * 0.1, f"{backend} project")
         found = item.weight if case.rows else item.weight.t()
-        agree(found, w, 2**-6 if case.rank < 4 else 2**-7, "CUDA step")
-        return lambda x: launches(x)(hyper, counters, None, None, only)
+        agree(found, w, 2**-6 if case.rank < 4 else 2**-7, f"{backend} step")
+        return lambda x: getattr(batch_of(x)[1], verb)(hyper, signals)
 
     return prepare
 
 
+def kernel_verbs(backend: str) -> dict[str, Callable[[Case], Callable[[Tensor], Any]]]:
+    return {verb: kernel_verb(backend, verb) for verb in ("project", "scale", "apply")}
+
+
 VERBS: dict[str, dict[str, Callable[[Case], Callable[[Tensor], Any]]]] = {
     "torch": {"project": torch_project, "scale": torch_scale, "apply": torch_apply},
-    "cuda": {"project": cuda_verb(1), "scale": cuda_verb(2 + 4), "apply": cuda_verb(8)},
+    "cuda": kernel_verbs("cuda"),
+    "triton": kernel_verbs("triton"),
 }
 
 
@@ -171,7 +177,7 @@ def measure_case(case: Case, copy: float, budget_s: float) -> Iterator[dict[str,
     width = float(case.dtype.itemsize)
     model = costs([case.shape], Configuration("", case.rank, width, width))
     for backend, verbs in VERBS.items():
-        if dict(ops.backends(case.device))[backend] is not None:
+        if dict(backends.backends(case.device))[backend] is not None:
             continue
         for verb, prepare in verbs.items():
             call = prepare(case)

@@ -23,7 +23,7 @@ from peers import BASELINE, Build, ours, peers, published_name
 from roofline import Configuration, step_bytes
 from shapes import LLAMA, Llama
 
-from apollo_kernels import ops
+from apollo_kernels import backends
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WARM_UP = 3  # builds of state, compiled kernels and the allocator's blocks
@@ -226,7 +226,7 @@ def main() -> None:
     print("" if gpu else f", {torch.get_num_threads()} threads", end="")
     copy = measure.copy_bandwidth(device)
     print(f", copies {copy / 1e9:.1f} GB/s")
-    for backend, reason in ops.backends(device):
+    for backend, reason in backends.backends(device):
         if reason is not None:
             print(f"Not run: ours {backend}: {reason}")
     rows: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 """The optimizers that bench_step.py times: ours on every back end, and each peer that is installed.
 
-A back end joins by its name in apollo_kernels.ops.BACKENDS; a peer by an entry in ``peers``.
+A back end joins by its name in apollo_kernels.backends.BACKENDS; a peer by an entry in ``peers``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import apollo_kernels
-from apollo_kernels import ops
+from apollo_kernels import backends
 
 Build = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -57,7 +57,7 @@ def published_name(ours: str) -> str:
 def ours(rank: int, device: torch.device) -> dict[str, Build]:
     """APOLLO and APOLLO-Mini on every back end that can run on ``device``."""
     found: dict[str, Build] = {}
-    for backend, reason in ops.backends(device):
+    for backend, reason in backends.backends(device):
         if reason is None:
             build = functools.partial(apollo_kernels.APOLLOAdamW, backend=backend)
             channel = {"rank": rank, **CHANNEL}

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(256) adamw_update(Launch launch) {
   const DenseRow p = static_cast<const DenseRow*>(launch.table)[parameter];
   if (threadIdx.x == 0) {  // float64 is slow on most cards
     shared_rate = float(step_size(h, double(*p.step + 1)));
-    shared_keep = Keep::of(h);
+    shared_keep = keep_of(h);
   }
   __syncthreads();  // the rates are there
   const float rate = shared_rate, factor = sign_and_scale(h) * clip_factor(h);
@@ -28,16 +28,16 @@ __global__ void __launch_bounds__(256) adamw_update(Launch launch) {
   const bool wide = aligned16(weight, 0) && aligned16(grad, 0) && aligned16(p.exp_avg, 0) &&
                     aligned16(p.exp_avg_sq, 0);
   bool bad = false;
-  int64_t at = ((int64_t(blockIdx.x) - p.first_block) * kApplyVectors + threadIdx.x) * 8;
-  for (int64_t i = 0; i < kApplyVectors / 256 && at < p.count; ++i, at += 8 * 256) {
+  int64_t element = ((int64_t(blockIdx.x) - p.first_block) * kApplyVectors + threadIdx.x) * 8;
+  for (int64_t i = 0; i < kApplyVectors / 256 && element < p.count; ++i, element += 8 * 256) {
     Pack8<W> w;
     Pack8<G> g;
     Pack8<float> m, v;
-    const int64_t left = p.count - at;
-    w.load(weight + at, left, wide);
-    g.load(grad + at, left, wide);
-    m.load(p.exp_avg + at, left, wide);
-    v.load(p.exp_avg_sq + at, left, wide);
+    const int64_t left = p.count - element;
+    w.load(weight + element, left, wide);
+    g.load(grad + element, left, wide);
+    m.load(p.exp_avg + element, left, wide);
+    v.load(p.exp_avg_sq + element, left, wide);
     float x[8], y[8], mm[8], vv[8];
     w.get(y);
     g.get(x);
@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(256) adamw_update(Launch launch) {
     w.set(y);
     m.set(mm);
     v.set(vv);
-    w.store(weight + at, left, wide);
-    m.store(p.exp_avg + at, left, wide);
-    v.store(p.exp_avg_sq + at, left, wide);
+    w.store(weight + element, left, wide);
+    m.store(p.exp_avg + element, left, wide);
+    v.store(p.exp_avg_sq + element, left, wide);
   }
   if (bad) atomicExch(launch.bad + parameter, 1);  // any order gives the same
 }

@@ -22,7 +22,7 @@ enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 constexpr int pieces(int dtype) { return dtype == kBfloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
 
 // The kernels of `project` by the matrix's own rank: a matrix's bits must not depend on what else
-// is in the launch.
+// is in the launch. kRankOne holds the rank 0 of an empty matrix too.
 enum RankClass : int { kRankOne, kRankTo4, kRankTo7, kRankTo64, kRankBeyond };
 constexpr RankClass rank_class(int64_t rank) {
   return rank <= 1    ? kRankOne
@@ -67,8 +67,8 @@ struct Matrix {
   int64_t flags;
   int64_t chunks, chunk_length;  // of K, each summed by a block of its own
   int64_t rank_tiles;
-  int64_t q;                     // squared norms [chunks, channels] of X as it is
-  int64_t s;                     // [channels]
+  int64_t q;      // squared norms [chunks, channels] of X as it is
+  int64_t s;      // [channels]
   int64_t r;      // R of each chunk [chunks, channels, rank] if kSummed; else |R_c|^2 and |N_c|^2
                   // of each rank tile [2, rank tiles, channels]
   int64_t parts;  // double [3, blocks], of `scale`'s blocks
@@ -79,7 +79,7 @@ struct Matrix {
 struct Record {
   int64_t t;        // the step, from 1
   float f;          // W <- keep W - f s_c X_c
-  float keep_high;  // 1 - lr wd, see `Keep` in common.cuh
+  float keep_high;  // 1 - lr wd, as in keep.h
   float keep_low;
   uint32_t skip;  // u^2 is not finite
   int64_t unused;

@@ -37,14 +37,14 @@ __global__ void __launch_bounds__(256, 2) apply_update(Launch launch) {
   for (int64_t i = 0; i < kApplyVectors / 256; i += kAhead) {
     WeightPack<W> w[kAhead];
     Pack8<G> g[kAhead];
-    int64_t rows[kAhead], at[kAhead];
+    int64_t rows[kAhead], columns[kAhead];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
       rows[a] = row;
-      at[a] = 8 * column;
+      columns[a] = 8 * column;
       if (row < outer) {
-        w[a].load(weight + row * p.weight_ld + at[a], inner - at[a], wide);
-        g[a].load(grad + row * p.grad_ld + at[a], inner - at[a], wide);
+        w[a].load(weight + row * p.weight_ld + columns[a], inner - columns[a], wide);
+        g[a].load(grad + row * p.grad_ld + columns[a], inner - columns[a], wide);
       }
       row += rows_on;
       column += vectors_on;
@@ -62,12 +62,12 @@ __global__ void __launch_bounds__(256, 2) apply_update(Launch launch) {
       const float row_s = h.tensor_scale || !rows_are_channels ? 1.0f : s[rows[a]];
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        const bool own = !h.tensor_scale && !rows_are_channels && at[a] + e < inner;
-        const float coefficient = f * (own ? s[at[a] + e] : row_s);
+        const bool per_column = !h.tensor_scale && !rows_are_channels && columns[a] + e < inner;
+        const float coefficient = f * (per_column ? s[columns[a] + e] : row_s);
         y[e] = fmaf(-coefficient, x[e], keep.times(y[e]));
       }
-      w[a].store(weight + rows[a] * p.weight_ld + at[a], y, inner - at[a], wide,
-                 h.stochastic_rounding != 0, rounding, rows[a], at[a]);
+      w[a].store(weight + rows[a] * p.weight_ld + columns[a], y, inner - columns[a], wide,
+                 h.stochastic_rounding != 0, rounding, rows[a], columns[a]);
     }
   }
 }

@@ -55,7 +55,7 @@ void cpu_project(uintptr_t x, int64_t channels, int64_t k, int64_t ld, bool rows
 }
 
 void cpu_apply(uintptr_t w, uintptr_t x, int64_t outer, int64_t inner, int64_t w_ld, int64_t x_ld,
-               uintptr_t coefficient, bool by_row, float decay, int threads) {
+               uintptr_t coefficient, bool by_row, double decay, int threads) {
   apollo::cpu_apply({reinterpret_cast<uint16_t*>(w), reinterpret_cast<const uint16_t*>(x), outer,
                      inner, w_ld, x_ld, reinterpret_cast<const float*>(coefficient), by_row, decay},
                     threads);

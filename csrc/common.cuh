@@ -3,6 +3,7 @@
 
 #include "apollo.h"
 #include "device.h"
+#include "keep.h"
 
 namespace apollo {
 
@@ -92,6 +93,11 @@ APOLLO_DEVICE double block_sum(double x, double* shared8) {
   return sum;
 }
 
+// The matrix that this block works on.
+APOLLO_DEVICE const Matrix& matrix_of(const Launch& launch) {
+  return static_cast<const Matrix*>(launch.table)[launch.map[blockIdx.x]];
+}
+
 APOLLO_DEVICE bool by_row(const Matrix& p) { return (p.flags & kByRow) != 0; }
 APOLLO_DEVICE bool summed(const Matrix& p) { return (p.flags & kSummed) != 0; }
 
@@ -136,22 +142,9 @@ APOLLO_DEVICE double step_size(const Hyper& h, double t) {
   return lr * (sqrt(one_minus_power(h.beta2, t)) / one_minus_power(h.beta1, t));
 }
 
-// keep = 1 - lr wd as two floats that multiply a weight. A float32 keep would lose a decay of 1e-7.
-// The high part lies below keep, so that both have one sign and an infinite weight stays as it is:
-// Inf high + Inf low. At keep = 1 that gives back every weight, 2^-24 being low; no branch is
-// taken.
-struct Keep {
-  float high, low;
-
-  APOLLO_DEVICE static Keep of(const Hyper& h) {
-    const double keep = 1.0 - learning_rate(h) * h.weight_decay;
-    float high = float(keep);
-    if (!(keep > 0.0)) return {high, 0.0f};
-    if (double(high) >= keep) high = __uint_as_float(__float_as_uint(high) - 1);
-    return {high, float(keep - double(high))};
-  }
-  APOLLO_DEVICE float times(float w) const { return fmaf(w, high, w * low); }
-};
+APOLLO_DEVICE Keep keep_of(const Hyper& h) {
+  return Keep::after(learning_rate(h) * h.weight_decay);
+}
 
 // Adam's moments of one entry; it keeps them if its square is not finite.
 APOLLO_DEVICE bool update_moments(float r, float& m, float& v, const Hyper& h) {

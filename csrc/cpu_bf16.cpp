@@ -14,6 +14,8 @@
 #include <thread>
 #include <vector>
 
+#include "keep.h"
+
 #define APOLLO_AVX512 __attribute__((target("avx512f,avx512bw,avx512bf16,fma")))
 
 // PyTorch's own OpenMP threads, where PyTorch has loaded them: they spin between its operators, and
@@ -220,16 +222,15 @@ inline uint16_t narrow(float value) {
   return uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// One row of W <- W - decay W - coefficient X: 6 bytes a weight, all rounding at the store.
+// One row of W <- (1 - decay) W - coefficient X: 6 bytes per weight, all rounding at the store.
 template <bool BY_ROW>
-APOLLO_AVX512 void apply_row(const CpuApply& a, int64_t i) {
+APOLLO_AVX512 void apply_row(const CpuApply& a, Keep keep, int64_t i) {
   uint16_t* __restrict__ w = a.w + i * a.w_ld;
   const uint16_t* __restrict__ x = a.x + i * a.x_ld;
   const float* __restrict__ coefficient = a.coefficient + (BY_ROW ? i : 0);
-  const float decay = -a.decay;
   for (int64_t k = 0; k < a.inner; ++k) {
     const float old = widen(w[k]);
-    const float kept = decay == 0 ? old : std::fma(old, decay, old);  // 0 * Inf is NaN
+    const float kept = std::fma(old, keep.high, old * keep.low);
     w[k] = narrow(std::fma(-coefficient[BY_ROW ? 0 : k], widen(x[k]), kept));
   }
 }
@@ -250,8 +251,11 @@ void cpu_project(const CpuProject& a, int threads) {
 
 void cpu_apply(const CpuApply& a, int threads) {
   if (a.outer * a.inner < (1 << 17)) threads = 1;
-  parallel(a.outer, 1, threads, [&a](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) a.by_row ? apply_row<true>(a, i) : apply_row<false>(a, i);
+  const Keep keep = Keep::after(a.decay);
+  parallel(a.outer, 1, threads, [&a, keep](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      a.by_row ? apply_row<true>(a, keep, i) : apply_row<false>(a, keep, i);
+    }
   });
 }
 

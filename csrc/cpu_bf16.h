@@ -26,7 +26,7 @@ struct CpuApply {
   int64_t outer, inner, w_ld, x_ld;
   const float* coefficient;  // [outer] or [inner]
   bool by_row;
-  float decay;
+  double decay;  // lr wd
 };
 
 bool cpu_bf16_supported();

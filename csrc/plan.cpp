@@ -33,12 +33,12 @@ int32_t* write_map(const std::vector<Row>& rows, int64_t Row::* first, int64_t b
 }  // namespace
 
 Tiling tiling(int64_t channels, int64_t k, int64_t rank, int grad_dtype, bool by_row) {
-  const RankClass kind = rank_class(rank);
+  const RankClass ranks = rank_class(rank);
   const int64_t channel_tile =
-      uses_dots(kind) ? (by_row ? kDotChannels : kDotColumns) : mma_channels(grad_dtype);
+      uses_dots(ranks) ? (by_row ? kDotChannels : kDotColumns) : mma_channels(grad_dtype);
   Tiling t{};
   t.channel_tiles = ceil_div(channels, channel_tile);
-  t.rank_tiles = ceil_div(rank, rank_tile(kind));
+  t.rank_tiles = ceil_div(rank, rank_tile(ranks));
   // Few tiles are split along K, for the sake of a lone tensor; a fixed rule of the shapes, so that
   // the bits depend neither on the device nor on what else is in the launch.
   const int64_t tiles = std::max<int64_t>(1, t.channel_tiles * t.rank_tiles);
@@ -61,14 +61,14 @@ void LowRankPlan::add(Matrix m) {
     throw std::invalid_argument("add: rank " + std::to_string(m.rank) + " of X [" +
                                 std::to_string(m.channels) + ", " + std::to_string(m.k) + "]");
   }
-  const RankClass kind = rank_class(m.rank);
-  if (!rows_.empty() && rank_class(rows_.front().rank) != kind) {
+  const RankClass ranks = rank_class(m.rank);
+  if (!rows_.empty() && rank_class(rows_.front().rank) != ranks) {
     throw std::invalid_argument("add: rank " + std::to_string(m.rank) +
                                 " is of another class than the plan's first matrix");
   }
   const bool by_row = (m.flags & kByRow) != 0;
   const Tiling t = tiling(m.channels, m.k, m.rank, grad_dtype_, by_row);
-  const bool summed = separate_ || uses_dots(kind) || t.chunks > 1;
+  const bool summed = separate_ || uses_dots(ranks) || t.chunks > 1;
   if (summed) m.flags |= kSummed;
   m.chunks = t.chunks;
   m.chunk_length = t.chunk_length;

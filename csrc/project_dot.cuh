@@ -12,8 +12,9 @@ constexpr int kDotSlab = 1024;  // K per stage
 
 template <class T, int R, bool BY_ROW>
 struct Dots {
-  static constexpr int kOwn = 8;  // channels of a lane: one after the other, or side by side
-  float sums[kOwn][R + 1] = {};   // R dot products and the squared norm
+  static constexpr int kLaneChannels =
+      8;  // channels of a lane: one after the other, or side by side
+  float sums[kLaneChannels][R + 1] = {};  // R dot products and the squared norm
 
   // A slab of Z as floats, z[j][k], meets the slab's k of this block's channels.
   APOLLO_DEVICE void add(const Matrix& p, int64_t c0, int64_t k0, int64_t k_end, const float* z,
@@ -23,14 +24,15 @@ struct Dots {
     const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
     const int last = k_end - k0 < kDotSlab ? int(k_end - k0) : kDotSlab;
     if constexpr (BY_ROW) {
-      for (int at = 8 * lane; at < last; at += 256) {
+      for (int slab_k = 8 * lane; slab_k < last; slab_k += 256) {
 #pragma unroll
-        for (int first = 0; first < kOwn; first += kAhead) {
+        for (int first = 0; first < kLaneChannels; first += kAhead) {
           Pack8<T> packs[kAhead];
 #pragma unroll
           for (int i = 0; i < kAhead; ++i) {
             const int64_t c = c0 + 8 * warp + first + i;
-            packs[i].load(grad + c * p.grad_ld + k0 + at, c < p.channels ? last - at : 0, wide);
+            packs[i].load(grad + c * p.grad_ld + k0 + slab_k, c < p.channels ? last - slab_k : 0,
+                          wide);
           }
 #pragma unroll
           for (int i = 0; i < kAhead; ++i) {
@@ -38,10 +40,11 @@ struct Dots {
             packs[i].get(x);
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-              float (&own)[R + 1] = sums[first + i];
-              own[R] = fmaf(x[e], x[e], own[R]);
+              float (&channel)[R + 1] = sums[first + i];
+              channel[R] = fmaf(x[e], x[e], channel[R]);
 #pragma unroll
-              for (int j = 0; j < R; ++j) own[j] = fmaf(x[e], z[j * kDotSlab + at + e], own[j]);
+              for (int j = 0; j < R; ++j)
+                channel[j] = fmaf(x[e], z[j * kDotSlab + slab_k + e], channel[j]);
             }
           }
         }
@@ -53,15 +56,15 @@ struct Dots {
         Pack8<T> packs[kAhead];
 #pragma unroll
         for (int a = 0; a < kAhead; ++a) {
-          const int at = first + 8 * a;
-          packs[a].load(grad + (k0 + at) * p.grad_ld + c, at < last ? left : 0, wide);
+          const int slab_k = first + 8 * a;
+          packs[a].load(grad + (k0 + slab_k) * p.grad_ld + c, slab_k < last ? left : 0, wide);
         }
 #pragma unroll
         for (int a = 0; a < kAhead; ++a) {
           float x[8];
           packs[a].get(x);
 #pragma unroll
-          for (int i = 0; i < kOwn; ++i) {
+          for (int i = 0; i < kLaneChannels; ++i) {
             sums[i][R] = fmaf(x[i], x[i], sums[i][R]);
 #pragma unroll
             for (int j = 0; j < R; ++j) {
@@ -84,7 +87,7 @@ struct Dots {
       if (j < R && j >= p.rank) continue;
       if constexpr (BY_ROW) {
 #pragma unroll
-        for (int i = 0; i < kOwn; ++i) {
+        for (int i = 0; i < kLaneChannels; ++i) {
           float sum = sums[i][j];
           for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, o);
           const int64_t c = c0 + 8 * warp + i;
@@ -97,8 +100,8 @@ struct Dots {
           }
         }
       } else {
-        for (int i = 0; i < kOwn; ++i) scratch[256 * warp + 8 * lane + i] = sums[i][j];
-        __syncthreads();
+        for (int i = 0; i < kLaneChannels; ++i) scratch[256 * warp + 8 * lane + i] = sums[i][j];
+        __syncthreads();  // every warp's share is there
         float sum = 0.0f;
         for (int w = 0; w < 8; ++w) sum += scratch[256 * w + threadIdx.x];
         const int64_t c = c0 + threadIdx.x;
@@ -109,7 +112,7 @@ struct Dots {
             r_workspace[c * p.rank + j] = factor * sum;
           }
         }
-        __syncthreads();
+        __syncthreads();  // and was read before the next row overwrites it
       }
     }
   }
@@ -128,10 +131,10 @@ APOLLO_DEVICE void project_dot(const Matrix& p, const Launch& launch, int64_t bl
   Dots<T, R, BY_ROW> dots;
   for (int64_t k = k_begin; k < k_end; k += kDotSlab) {
     for (int i = int(threadIdx.x); i < R * kDotSlab / 4; i += kDotThreads) {
-      const int j = i / (kDotSlab / 4), call = i % (kDotSlab / 4), at = call / 4 * 16;
+      const int j = i / (kDotSlab / 4), call = i % (kDotSlab / 4), slab_k = call / 4 * 16;
       if (j < p.rank) {  // beyond K too: x is zero there, and z has to be finite
         const Stream stream = Stream::of(p, epoch, uint32_t(j), uint32_t(call % 4));
-        draw_call<DISTRIBUTION>(shared + j * kDotSlab + at, stream, uint32_t(k + at));
+        draw_call<DISTRIBUTION>(shared + j * kDotSlab + slab_k, stream, uint32_t(k + slab_k));
       }
     }
     __syncthreads();  // the slab of z is there
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(kDotThreads, R > 1            ? 1
   APOLLO_SHARED(shared);
   if (skipped(launch.hyper)) return;
   // By value: behind volatile loads a reference would be read again before each of them.
-  const Matrix p = static_cast<const Matrix*>(launch.table)[launch.map[blockIdx.x]];
+  const Matrix p = matrix_of(launch);
   const int64_t block = int64_t(blockIdx.x) - p.first_project;
   float* z = reinterpret_cast<float*>(shared);
   if (by_row(p)) {

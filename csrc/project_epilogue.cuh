@@ -24,16 +24,16 @@ APOLLO_DEVICE void finish_tile(const PRODUCT& product, const Matrix& p, const La
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = PRODUCT::warp_channel() + 16 * m + g + 8 * half, c = c0 + row;
-      const int64_t at = int64_t(c) * rank + j;
+      const int64_t entry = int64_t(c) * rank + j;
       const int left = c < channels ? rank - j : 0;
-      float rr = 0.0f, nn = 0.0f, old_m[4][2], old_v[4][2];
+      float rr = 0.0f, nn = 0.0f, m_entries[4][2], v_entries[4][2];
       if (!summed_later) {  // all loads before the first store
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int k = 8 * (i / 2) + i % 2;
           if (k >= left) continue;
-          old_m[i / 2][i % 2] = exp_avg[at + k];
-          old_v[i / 2][i % 2] = exp_avg_sq[at + k];
+          m_entries[i / 2][i % 2] = exp_avg[entry + k];
+          v_entries[i / 2][i % 2] = exp_avg_sq[entry + k];
         }
       }
 #pragma unroll
@@ -42,24 +42,24 @@ APOLLO_DEVICE void finish_tile(const PRODUCT& product, const Matrix& p, const La
         if (k >= left) continue;
         const float r = factor * product.sum(m, n, half, e);
         if (summed_later) {
-          r_workspace[at + k] = r;
+          r_workspace[entry + k] = r;
           continue;
         }
-        update_moments(r, old_m[n][e], old_v[n][e], h);
-        const float ne = normalized(old_m[n][e], old_v[n][e], h);
-        exp_avg[at + k] = old_m[n][e];
-        exp_avg_sq[at + k] = old_v[n][e];
+        update_moments(r, m_entries[n][e], v_entries[n][e], h);
+        const float normal = normalized(m_entries[n][e], v_entries[n][e], h);
+        exp_avg[entry + k] = m_entries[n][e];
+        exp_avg_sq[entry + k] = v_entries[n][e];
         rr = fmaf(r, r, rr);
-        nn = fmaf(ne, ne, nn);
+        nn = fmaf(normal, normal, nn);
       }
       for (int offset = 1; offset < 4; offset *= 2) {
         rr += __shfl_xor_sync(0xFFFFFFFFu, rr, offset);
         nn += __shfl_xor_sync(0xFFFFFFFFu, nn, offset);
       }
       if (t == 0) {
-        const int at = (PRODUCT::warp_rank() / 32 * kChannels + row) * 2;
-        scratch_smem[at] = rr;
-        scratch_smem[at + 1] = nn;
+        const int slot = (PRODUCT::warp_rank() / 32 * kChannels + row) * 2;
+        scratch_smem[slot] = rr;
+        scratch_smem[slot + 1] = nn;
       }
     }
   }
@@ -73,7 +73,7 @@ APOLLO_DEVICE void finish_tile(const PRODUCT& product, const Matrix& p, const La
     }
     float* sums = r_of(p, launch, 0) + int64_t(j0 / kRanks) * p.channels + c0 + row;
     sums[0] = rr;
-    sums[(p.rank + kRanks - 1) / kRanks * p.channels] = nn;
+    sums[p.rank_tiles * p.channels] = nn;
   }
 }
 

@@ -105,14 +105,15 @@ struct Stage {
     }
   }
 
-  // q of the tile's channels; `scratch` holds 16 rows of them. Fixed order, so the same bits.
-  APOLLO_DEVICE void reduce(float* scratch, float* q, int64_t c0, int64_t channels) {
+  // q of the tile's channels, of which `left` are there; `scratch` holds 16 rows of them. Fixed
+  // order, so the same bits.
+  APOLLO_DEVICE void reduce(float* scratch, float* q, int left) {
     if constexpr (BY_ROW) {
       for (int i = 0; i < Shape::kVectors; ++i) {
         float sum = squares[i];
         sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
         sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-        if (chunk() == 0 && c0 + row(i) < channels) q[c0 + row(i)] = sum;
+        if (chunk() == 0 && row(i) < left) q[row(i)] = sum;
       }
     } else {
       constexpr int kRows = kTileThreads / kRowVectors;
@@ -121,10 +122,10 @@ struct Stage {
       }
       __syncthreads();  // all rows of squares are there
       const int c = int(threadIdx.x);
-      if (c < Shape::kChannels && c0 + c < channels) {
+      if (c < Shape::kChannels && c < left) {
         float sum = 0.0f;
         for (int i = 0; i < kRows; ++i) sum += scratch[i * Shape::kChannels + c];
-        q[c0 + c] = sum;
+        q[c] = sum;
       }
       __syncthreads();  // scratch is free again
     }
@@ -150,7 +151,7 @@ struct Product {
   // accumulated there and added up in float32 registers.
   static constexpr bool kShortRuns = kPieces<T> > 1;
   // In shared memory, of this lane's matrix rows: the others lie a constant or one turned bit away.
-  int x_at, z_at;
+  int x_smem, z_smem;
   float run[kM][4][4] = {};
   float total[kShortRuns ? kM : 1][4][4] = {};
 
@@ -162,9 +163,9 @@ struct Product {
   APOLLO_DEVICE void begin() {
     const int lane = int(threadIdx.x % 32), low = lane & 7, second = (lane >> 3) & 1;
     const int third = lane >> 4, c = warp_channel();
-    z_at = swizzled<64>(warp_rank() + 8 * third + low, second);
-    x_at = BY_ROW ? swizzled<64>(c + (lane & 15), third)
-                  : swizzled<2 * Tile<T>::kChannels>(8 * third + low, c / 8 + second);
+    z_smem = swizzled<64>(warp_rank() + 8 * third + low, second);
+    x_smem = BY_ROW ? swizzled<64>(c + (lane & 15), third)
+                    : swizzled<2 * Tile<T>::kChannels>(8 * third + low, c / 8 + second);
   }
 
   APOLLO_DEVICE void add(const unsigned char* x, const unsigned char* z) {
@@ -173,7 +174,7 @@ struct Product {
       uint32_t b[2][4];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        load_matrices<false>(b[n], z + (z_at ^ 32 * kk) + 16 * 64 * n);
+        load_matrices<false>(b[n], z + (z_smem ^ 32 * kk) + 16 * 64 * n);
       }
 #pragma unroll
       for (int piece = 0; piece < kPieces<T>; ++piece) {
@@ -181,9 +182,9 @@ struct Product {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           uint32_t a[4];
-          const int at = BY_ROW ? (x_at ^ 32 * kk) + 16 * 64 * m
-                                : (x_at ^ 32 * m) + 16 * 2 * Tile<T>::kChannels * kk;
-          load_matrices<!BY_ROW>(a, plane + at);
+          const int offset = BY_ROW ? (x_smem ^ 32 * kk) + 16 * 64 * m
+                                    : (x_smem ^ 32 * m) + 16 * 2 * Tile<T>::kChannels * kk;
+          load_matrices<!BY_ROW>(a, plane + offset);
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
             multiply_add(run[m][n], a, b[n / 2][2 * (n % 2)], b[n / 2][2 * (n % 2) + 1]);
@@ -258,19 +259,20 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   product.end_run();
   __syncthreads();  // the stages become scratch
   float* scratch = reinterpret_cast<float*>(shared);
-  const auto again =
-      place_of<Tile<T>::kChannels, RANKS>(p);  // cheaper than registers kept till here
-  if (again.j0 == 0) {
-    stage.reduce(scratch, q_of(p, launch, again.chunk), again.c0, p.channels);
+  // Looked up again: cheaper than registers kept till here.
+  const Matrix& matrix = matrix_of(launch);
+  const auto end = place_of<Tile<T>::kChannels, RANKS>(matrix);
+  if (end.j0 == 0) {
+    stage.reduce(scratch, q_of(matrix, launch, end.chunk) + end.c0, int(matrix.channels) - end.c0);
   }
-  finish_tile(product, p, launch, again.c0, again.j0, again.chunk, scratch);
+  finish_tile(product, matrix, launch, end.c0, end.j0, end.chunk, scratch);
 }
 
 template <class T, int RANKS, class DISTRIBUTION>
 __global__ void __launch_bounds__(kTileThreads, 1) project_tiles(Launch launch) {
   APOLLO_SHARED(shared);
   if (skipped(launch.hyper)) return;
-  const Matrix& p = static_cast<const Matrix*>(launch.table)[launch.map[blockIdx.x]];
+  const Matrix& p = matrix_of(launch);
   if (by_row(p)) {
     project_tile<T, RANKS, DISTRIBUTION, true>(p, launch, shared);
   } else {

@@ -12,14 +12,19 @@ namespace apollo {
 APOLLO_DEVICE void sum_chunks(const Matrix& p, const Launch& launch, int64_t c, float clip,
                               float& rr, float& nn) {
   const float* r_workspace = r_of(p, launch, 0);
+  float *exp_avg = p.exp_avg, *exp_avg_sq = p.exp_avg_sq;
   rr = nn = 0.0f;
   for (int64_t j = threadIdx.x % 32; j < p.rank; j += 32) {
-    const int64_t at = c * p.rank + j;
+    const int64_t entry = c * p.rank + j;
     float r = 0.0f;
-    for (int64_t i = 0; i < p.chunks; ++i) r += r_workspace[i * p.channels * p.rank + at];
+    for (int64_t i = 0; i < p.chunks; ++i) r += r_workspace[i * p.channels * p.rank + entry];
     r *= clip;
-    update_moments(r, p.exp_avg[at], p.exp_avg_sq[at], launch.hyper);
-    const float n = normalized(p.exp_avg[at], p.exp_avg_sq[at], launch.hyper);
+    float m = exp_avg[entry], v = exp_avg_sq[entry];
+    if (update_moments(r, m, v, launch.hyper)) {
+      exp_avg[entry] = m;
+      exp_avg_sq[entry] = v;
+    }
+    const float n = normalized(m, v, launch.hyper);
     rr = fmaf(r, r, rr);
     nn = fmaf(n, n, nn);
   }
@@ -46,25 +51,25 @@ __global__ void __launch_bounds__(kScaleChannels) scale_channels(Launch launch) 
   const int32_t matrix = launch.map[blockIdx.x];
   const Matrix& p = static_cast<const Matrix*>(launch.table)[matrix];
   const int64_t block = int64_t(blockIdx.x) - p.first_scale, c0 = block * kScaleChannels;
-  const int own = int(threadIdx.x);
-  const int64_t c = c0 + own;
+  const int thread = int(threadIdx.x);
+  const int64_t c = c0 + thread;
   // `limit` cannot read the step: it may be another matrix's too, whose block is writing it.
-  if (block == 0 && own == 0) record_of(launch, matrix).t = *p.step + 1;
+  if (block == 0 && thread == 0) record_of(launch, matrix).t = *p.step + 1;
   const float clip = clip_factor(h);
   float rr = 0.0f, nn = 0.0f, q = 0.0f;
   if (summed(p)) {
     for (int i = 0; i < 32; ++i) {
-      const int channel = own / 32 * 32 + i;
+      const int channel = thread / 32 * 32 + i;
       if (c0 + channel >= p.channels) break;
       sum_chunks(p, launch, c0 + channel, clip, rr, nn);
-      if (own % 32 == 0) {
+      if (thread % 32 == 0) {
         norms[0][channel] = rr;
         norms[1][channel] = nn;
       }
     }
     __syncthreads();  // each thread takes the norms of its channel
-    rr = c < p.channels ? norms[0][own] : 0.0f;
-    nn = c < p.channels ? norms[1][own] : 0.0f;
+    rr = c < p.channels ? norms[0][thread] : 0.0f;
+    nn = c < p.channels ? norms[1][thread] : 0.0f;
   } else if (c < p.channels) {
     const int64_t tiles = p.rank_tiles;
     const float* sums = r_of(p, launch, 0) + c;
@@ -82,14 +87,14 @@ __global__ void __launch_bounds__(kScaleChannels) scale_channels(Launch launch) 
   const int64_t blocks = scale_blocks(p);
   if (h.tensor_scale) {
     const double sums[3] = {block_sum(rr, scratch), block_sum(nn, scratch), block_sum(q, scratch)};
-    if (own == 0) {
+    if (thread == 0) {
       for (int i = 0; i < 3; ++i) parts[i * blocks] = sums[i];
     }
   } else {
     const float sc = sqrtf(nn) / (sqrtf(rr) + 1e-8f);
     if (c < p.channels) launch.workspace[p.s + c] = sc;
     const double u2 = block_sum(c < p.channels ? sc * sc * q : 0.0f, scratch);
-    if (own == 0) parts[0] = u2;
+    if (thread == 0) parts[0] = u2;
   }
 }
 
@@ -121,7 +126,7 @@ __global__ void __launch_bounds__(kScaleChannels) limit_update(Launch launch) {
     *p.update_norm = u * factor;
   }
   Record& record = record_of(launch, blockIdx.x);
-  const Keep keep = Keep::of(h);
+  const Keep keep = keep_of(h);
   record.f = float(step_size(h, double(record.t)) * double(alpha) * double(factor) *
                    double(sign_and_scale(h)) * double(clip_factor(h)) * s);
   record.keep_high = keep.high;

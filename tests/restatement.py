@@ -32,6 +32,11 @@ def key_of(seed, position):
     return splitmix64((splitmix64(seed % 2**64) + position) % 2**64) % 2**63
 
 
+def key_of_matrix(key, index):
+    """The key of matrix ``index`` of an expert weight whose parameter has ``key``."""
+    return splitmix64((splitmix64(key) + index) % 2**64) % 2**63
+
+
 def normal(key, epoch, j, k):
     """z(j, k) before its rounding to bf16."""
     t = k % 8 // 2
@@ -62,6 +67,47 @@ def projection(key, epoch, rank, dim, distribution):
     return np.array(z, dtype=np.float64).reshape(rank, dim) / math.sqrt(rank)
 
 
+def clip_factor(gradients, max_norm):
+    """What clipping all ``gradients`` together to a norm of ``max_norm`` multiplies them by."""
+    norm = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in gradients))
+    return min(1.0, max_norm / (norm + 1e-6)), norm
+
+
+def normalized(m, v, eps):
+    """N = M / (sqrt(V) + eps), and 0 where nothing has ever come."""
+    denominator = np.sqrt(v) + eps
+    return np.where(denominator > 0, m / np.where(denominator > 0, denominator, 1.0), 0.0)
+
+
+def decayed(w, decay):
+    """(1 - decay) w; an infinite weight stays as it is."""
+    return np.where(np.isinf(w), w, w - decay * np.where(np.isinf(w), 0.0, w))
+
+
+def step_size(lr, b1, b2, t, correct_bias):
+    return lr * math.sqrt(1 - b2**t) / (1 - b1**t) if correct_bias else lr
+
+
+class Dense:
+    """One dense parameter: the rule of a low-rank one, without its projection."""
+
+    def __init__(
+        self, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True, start=0
+    ):
+        self.lr, self.betas, self.eps, self.decay = lr, betas, eps, lr * weight_decay
+        self.correct_bias, self.t = correct_bias, start
+        self.m = self.v = 0.0
+
+    def step(self, w, g):
+        b1, b2 = self.betas
+        self.t += 1
+        self.m = b1 * self.m + (1 - b1) * g
+        self.v = b2 * self.v + (1 - b2) * g**2
+        size = step_size(self.lr, b1, b2, self.t, self.correct_bias)
+        self.update = size * normalized(self.m, self.v, self.eps)
+        return decayed(w, self.decay) - self.update
+
+
 class Apollo:
     """One parameter under Algorithm 1. ``step(w, g)`` gives the new weight."""
 
@@ -83,6 +129,7 @@ class Apollo:
         scale_front=False,
         disable_nl=False,
         distribution="gaussian",
+        start=0,
     ):
         m, n = shape
         contract_columns = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False}
@@ -93,7 +140,7 @@ class Apollo:
         self.alpha, self.gap = math.sqrt(scale), update_proj_gap
         self.scale_type, self.distribution, self.key = scale_type, distribution, key
         self.correct_bias, self.front, self.no_limiter = correct_bias, scale_front, disable_nl
-        self.t = 0
+        self.t = start
         self.m = self.v = 0.0
         self.norm = None  # unset
         self.p = None
@@ -101,14 +148,14 @@ class Apollo:
     def step(self, w, g):
         h = self.hyper
         x = g if self.rows else g.T
-        if self.t % self.gap == 0:
-            epoch = self.t // self.gap
+        if self.t % self.gap == 0 or self.p is None:
+            epoch = self.t // self.gap & MASK
             self.p = projection(self.key, epoch, self.rank, self.k, self.distribution)
         self.t += 1
         r = x @ self.p.T
         self.m = h["b1"] * self.m + (1 - h["b1"]) * r
         self.v = h["b2"] * self.v + (1 - h["b2"]) * r**2
-        adam = self.m / (np.sqrt(self.v) + h["eps"])
+        adam = normalized(self.m, self.v, h["eps"])
         if self.scale_type == "channel":
             s = np.linalg.norm(adam, axis=1) / (np.linalg.norm(r, axis=1) + 1e-8)
         else:
@@ -124,8 +171,20 @@ class Apollo:
             self.norm = size if size >= 1e-8 else None
         if not self.front:
             update = update * self.alpha
-        lr = h["lr"]
-        if self.correct_bias:
-            lr *= math.sqrt(1 - h["b2"] ** self.t) / (1 - h["b1"] ** self.t)
-        self.update = lr * (update if self.rows else update.T)
-        return w - h["lr"] * h["wd"] * w - self.update
+        size = step_size(h["lr"], h["b1"], h["b2"], self.t, self.correct_bias)
+        self.update = size * (update if self.rows else update.T)
+        return decayed(w, h["lr"] * h["wd"]) - self.update
+
+
+class Experts:
+    """An expert weight [E, m, n]: E matrices that have nothing in common but their step."""
+
+    def __init__(self, shape, *, key, **options):
+        count, *matrix = shape
+        self.matrices = [
+            Apollo(tuple(matrix), key=key_of_matrix(key, e), **options) for e in range(count)
+        ]
+
+    def step(self, w, g):
+        pairs = zip(self.matrices, w, g, strict=True)
+        return np.stack([matrix.step(*pair) for matrix, *pair in pairs])

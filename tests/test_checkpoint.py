@@ -6,16 +6,16 @@ import pickle
 
 import pytest
 import torch
+from helpers import changed, parameters, randn, snapshot
 
 from apollo_kernels import APOLLO
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(12, 8), (8, 12), (5,), (4, 3, 2, 2), ()]
 
 
-def model(dtype, seed=0):
-    torch.manual_seed(seed)
-    shapes = [(12, 8), (8, 12), (5,), (4, 3, 2, 2), ()]
-    return [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
+def model(backend, dtype=torch.float32):
+    return parameters(SHAPES, backend, dtype)
 
 
 def make(params, **options):
@@ -26,11 +26,10 @@ def make(params, **options):
     return APOLLO(groups, lr=0.01, weight_decay=0.01, **options)
 
 
-def train(params, optimizer, steps):
+def train(params, optimizer, backend, steps):
     for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        for i, p in enumerate(params):
+            p.grad = randn(p.shape, backend, p.dtype, seed=100 * step + i)
         optimizer.step()
 
 
@@ -46,26 +45,26 @@ def equal_bits(a, b):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_resumed_run_continues_bit_for_bit(dtype):
-    whole = model(dtype)
-    train(whole, make(whole), range(12))
-    first = model(dtype)
+def test_a_resumed_run_continues_bit_for_bit(backend, dtype):
+    whole = model(backend, dtype)
+    train(whole, make(whole), backend, range(8))
+    first = model(backend, dtype)
     optimizer = make(first)
-    train(first, optimizer, range(5))
+    train(first, optimizer, backend, range(5))
     saved = through_file({"model": first, "optimizer": optimizer.state_dict()})
     second = [torch.nn.Parameter(p.detach()) for p in saved["model"]]
     resumed = make(second, seed=99)  # the state's seeds hold, not the new optimizer's
     resumed.load_state_dict(saved["optimizer"])
-    train(second, resumed, range(5, 12))
+    train(second, resumed, backend, range(5, 8))
     assert equal_bits(whole, second)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_loaded_state_keeps_its_dtypes_and_values(dtype):
-    params = model(dtype)
+def test_loaded_state_keeps_its_dtypes_and_values(backend, dtype):
+    params = model(backend, dtype)
     optimizer = make(params)
-    train(params, optimizer, range(4))
-    other = make(model(dtype))
+    train(params, optimizer, backend, range(4))
+    other = make(model(backend, dtype))
     other.load_state_dict(through_file(optimizer.state_dict()))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for p, q in zip(params, (p for g in other.param_groups for p in g["params"]), strict=True):
@@ -75,15 +74,15 @@ def test_loaded_state_keeps_its_dtypes_and_values(dtype):
             if key == "seed":
                 assert type(theirs[key]) is int and theirs[key] == value
                 continue
-            assert theirs[key].dtype == (torch.float32 if key == "step" else wide), key
+            assert theirs[key].dtype == (torch.int64 if key == "step" else wide), key
             assert torch.equal(theirs[key], value), key
 
 
-def test_state_is_empty_before_the_first_step_and_holds_only_tensors_and_ints():
-    params = model(torch.float32)
+def test_state_is_empty_before_the_first_step_and_holds_only_tensors_and_ints(backend):
+    params = model(backend)
     optimizer = make(params)
     assert not optimizer.state
-    train(params, optimizer, range(1))
+    train(params, optimizer, backend, range(1))
     low_rank, dense = optimizer.state[params[0]], optimizer.state[params[2]]
     assert set(low_rank) == {"step", "exp_avg", "exp_avg_sq", "update_norm", "seed"}
     assert set(dense) == {"step", "exp_avg", "exp_avg_sq"}
@@ -94,38 +93,38 @@ def test_state_is_empty_before_the_first_step_and_holds_only_tensors_and_ints():
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_deepcopy_and_pickle_continue_bit_for_bit(clone):
-    params = model(torch.bfloat16)
+def test_deepcopy_and_pickle_continue_bit_for_bit(backend, clone):
+    params = model(backend, torch.bfloat16)
     optimizer = make(params, seed=7)
-    train(params, optimizer, range(3))
+    train(params, optimizer, backend, range(3))
     copied = clone(optimizer)
     copies = [p for group in copied.param_groups for p in group["params"]]
     assert equal_bits(params, copies)
     assert copied.defaults["seed"] == 7
-    train(params, optimizer, range(3, 8))
-    train(copies, copied, range(3, 8))
+    train(params, optimizer, backend, range(3, 8))
+    train(copies, copied, backend, range(3, 8))
     assert equal_bits(params, copies)
     # what deepcopy drops must not be missed when the copy loads in turn
     copied.load_state_dict(optimizer.state_dict())
     assert copied.state[copies[0]]["exp_avg"].dtype == torch.float32
 
 
-def test_two_optimizers_never_share_loaded_tensors():
-    params, twins = model(torch.float32), model(torch.float32)
+def test_two_optimizers_never_share_loaded_tensors(backend):
+    params, twins = model(backend), model(backend)
     optimizer, other = make(params), make(twins)
-    train(params, optimizer, range(2))
+    train(params, optimizer, backend, range(2))
     other.load_state_dict(optimizer.state_dict())
     before = optimizer.state[params[0]]["exp_avg"].clone()
-    train(twins, other, range(2, 4))
+    train(twins, other, backend, range(2, 4))
     assert torch.equal(optimizer.state[params[0]]["exp_avg"], before)
 
 
-def test_users_hooks_see_and_may_replace_the_state():
-    params = model(torch.bfloat16)
+def test_users_hooks_see_and_may_replace_the_state(backend):
+    params = model(backend, torch.bfloat16)
     optimizer = make(params)
-    train(params, optimizer, range(2))
+    train(params, optimizer, backend, range(2))
     saved = optimizer.state_dict()
-    other, seen = make(model(torch.bfloat16)), []
+    other, seen = make(model(backend, torch.bfloat16)), []
 
     def replace(_, state_dict):
         state = {k: dict(v) for k, v in state_dict["state"].items()}
@@ -142,38 +141,30 @@ def test_users_hooks_see_and_may_replace_the_state():
     assert seen == [(0.125, torch.float32)]
 
 
-@pytest.mark.parametrize("damage", ["shape", "missing", "kind", "projector"])
-def test_a_state_that_does_not_fit_changes_nothing(damage):
-    params = model(torch.float32)
+@pytest.mark.parametrize("damage", ["kind", "projector"])
+def test_a_state_of_another_kind_changes_nothing(backend, damage):
+    """Of a dense parameter, or of the published package; test_all_or_nothing.py has the rest."""
+    params = model(backend)
     optimizer = make(params)
-    train(params, optimizer, range(3))
+    train(params, optimizer, backend, range(1))
     saved = copy.deepcopy(optimizer.state_dict())
-    state = saved["state"][1]
-    if damage == "shape":
-        state["exp_avg"] = torch.zeros(3, 3)
-    elif damage == "missing":
-        del state["exp_avg_sq"]
-    elif damage == "kind":
-        del state["update_norm"]
+    if damage == "kind":
+        del saved["state"][1]["update_norm"]
     else:
-        state["projector"] = object()
-    before = copy.deepcopy(optimizer.state_dict())
-    expected = {"projector": "load_apollo_torch", "missing": "lacks.*exp_avg_sq"}
-    with pytest.raises(ValueError, match=expected.get(damage, "does not fit")):
+        saved["state"][1]["projector"] = object()
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="load_apollo_torch" if damage == "projector" else None):
         optimizer.load_state_dict(saved)
-    after = optimizer.state_dict()
-    for i, state in before["state"].items():
-        for key, value in state.items():
-            assert torch.equal(torch.as_tensor(after["state"][i][key]), torch.as_tensor(value))
+    assert changed(before, snapshot(optimizer)) == set()
 
 
-def test_a_changed_rank_is_named():
-    params = model(torch.float32)
+def test_a_changed_rank_is_named(backend):
+    params = model(backend)
     optimizer = make(params)
-    train(params, optimizer, range(1))
+    train(params, optimizer, backend, range(1))
     optimizer.param_groups[0]["rank"] = 5
     with pytest.raises(ValueError, match="rank 5"):
-        train(params, optimizer, range(1))
+        train(params, optimizer, backend, range(1))
 
 
 def test_torch_distributed_checkpoint_s_state_dict_functions_round_trip():
@@ -206,13 +197,13 @@ def test_torch_distributed_checkpoint_s_state_dict_functions_round_trip():
     assert equal_bits(first.parameters(), second.parameters())
 
 
-def test_an_older_group_without_some_keys_still_loads():
-    params = model(torch.float32)
+def test_an_older_group_without_some_keys_still_loads(backend):
+    params = model(backend)
     optimizer = make(params)
-    train(params, optimizer, range(1))
+    train(params, optimizer, backend, range(1))
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
         del group["disable_nl"]
-    other = make(model(torch.float32))
+    other = make(model(backend))
     other.load_state_dict(saved)
     assert other.param_groups[0]["disable_nl"] is False

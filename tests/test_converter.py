@@ -87,6 +87,8 @@ def test_a_published_file_needs_an_opt_in_and_not_the_package(
     assert not optimizer.state
     monkeypatch.delitem(sys.modules, "apollo_torch.projector")
     monkeypatch.delitem(sys.modules, "apollo_torch")
+    with path.open("rb") as file, pytest.raises(ValueError, match="allow_unsafe_pickle=True"):
+        load_apollo_torch(optimizer, file)
     with pytest.warns(UserWarning, match="can run any code"):
         load_apollo_torch(optimizer, path, allow_unsafe_pickle=True)
     check(optimizer, saved)

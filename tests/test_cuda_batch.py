@@ -7,6 +7,7 @@ other neighbour in one entry of 1000.
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import emulated
 import pytest
@@ -105,6 +106,7 @@ class Restated:
         self.item = item
         self.w, self.m, self.v = (t.double() for t in (item.weight, item.exp_avg, item.exp_avg_sq))
         self.norm, self.t = float(item.update_norm), int(item.step)
+        self.slack, self.norm_slack = torch.zeros(()), 0.0
 
     def step(self, h, s):
         item, (b1, b2) = self.item, h.betas
@@ -137,26 +139,28 @@ class Restated:
         size = float(h.lr)
         if h.correct_bias:
             size *= math.sqrt(1 - b2**self.t) / (1 - b1**self.t)
+        # A float32 R errs by 2^-21 of its largest entry, so s = |N| / |R| by that over |R|; and N
+        # by more where R is about eps: hence 2^-17.
+        condition = 2**-17 * (r.abs().max() if r.numel() else 0) / norms[1].sqrt().clamp(min=1e-30)
+        self.norm_slack += 2 * alpha * float((scale**2 * q * condition**2).sum().sqrt())
         change = size * alpha * limit * factor * (scale if dim is None else scale[:, None]) * x
         keep = 1 - float(h.lr) * h.weight_decay
         self.w = self.w * keep - (change if item.rows else change.t())
+        slack = change.abs() * (condition if dim is None else condition[:, None])
+        self.slack = self.slack + (slack if item.rows else slack.t())
 
     def check(self):
-        """float32 sums of K terms err by some 2^-21 of the largest; a weight by its own rounding,
-        and the step by eight times that (s is a quotient of norms)."""
+        """Moments err by 2^-20 of their largest entry, weights by their own roundings and s."""
         item = self.item
         assert int(item.step) == self.t
-        for found, exact, units in (
-            (item.exp_avg, self.m, 2**-20),
-            (item.exp_avg_sq, self.v, 2**-19),
-            (item.update_norm, torch.tensor(self.norm).double(), 2**-18),
-        ):
+        for found, exact in ((item.exp_avg, self.m), (item.exp_avg_sq, self.v)):
             if exact.numel():
-                assert (found.double() - exact).abs().max() <= units * exact.abs().max()
+                assert (found.double() - exact).abs().max() <= 2**-19 * exact.abs().max()
+        assert abs(float(item.update_norm) - self.norm) <= self.norm_slack + 2**-20 * self.norm
         if self.w.numel():
             eps = torch.finfo(item.weight.dtype).eps
             error = (item.weight.double() - self.w).abs()
-            assert (error <= 4 * eps * self.w.abs() + 2**-18 + 4 * eps).all()
+            assert (error <= 4 * eps * self.w.abs() + 2**-22 + eps * 0.1 + self.slack).all()
 
 
 def compare(items, h=None, s=None, separate=False, steps=1):
@@ -175,7 +179,7 @@ def compare(items, h=None, s=None, separate=False, steps=1):
 @pytest.mark.parametrize("rows", [True, False])
 def test_every_rank_class_and_orientation_takes_the_steps_of_the_restatement(separate, rows):
     items = [
-        low_rank((70, 40) if order == "rows" else (40, 70), rank, rows, key=i, order=order)
+        low_rank((70, 70) if rank > 40 else (70, 40), rank, rows, key=i, order=order)
         for i, (rank, order) in enumerate(itertools.product([1, 3, 6, 8, 65], ["rows", "columns"]))
     ]
     items.append(low_rank((40, 2100) if rows else (2100, 40), 9, rows))  # K is cut
@@ -230,7 +234,8 @@ def test_separate_moments_are_the_fused_ones_bit_for_bit():
 @pytest.mark.parametrize("rank", [1, 8])
 def test_clip_multiplies_r_and_q_and_the_step(rank):
     items = [low_rank((70, 40), rank), low_rank((40, 90), rank)]
-    compare(items, s=signals(clip=0.25, grad_scale=8.0), separate=True, steps=2)
+    s = signals(clip=0.25, grad_scale=8.0)
+    compare(items, s=s, separate=True, steps=2)
 
 
 def test_a_clip_that_is_no_number_leaves_everything_but_the_step():
@@ -315,22 +320,10 @@ def test_a_vector_shaped_matrix_is_walked_by_the_stride_of_its_long_side(rank, s
         memory = torch.full((max(stride, 1) * (n - 1) + 1,), math.nan)
         strides = (stride, odd) if tall else (odd, stride)
         shape = (n, 1) if tall else (1, n)
+        memory[:: max(stride, 1)] = torch.randn(n) if stride else 0.5
         grad = memory.as_strided(shape, strides)
-        grad.copy_(torch.full(shape, 0.5) if stride == 0 else torch.randn(shape))
         for rows in (True, False):
             compare([low_rank(shape, rank, rows, gradient=grad)])
-
-
-def test_wide_loads_do_not_rest_on_a_stride_that_means_nothing(module):
-    """A row of bf16 at an odd stride is one aligned row; ASan would see a load beyond."""
-    base = torch.randn(1, 64).to(BF16)
-    weight = base.as_strided((1, 64), (3, 1))
-    same = [low_rank((1, 64), 8, False, BF16, BF16, gradient=base) for _ in "ab"]
-    same[1].weight.copy_(same[0].weight)
-    other = dataclasses.replace(same[1], weight=weight.copy_(same[1].weight))
-    step([same[0]])
-    step([other])
-    assert torch.equal(same[0].weight, other.weight)
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -358,7 +351,7 @@ def test_gradients_that_move_are_followed(separate):
 @pytest.mark.parametrize("separate", [False, True])
 def test_empty_matrices_count_their_steps(separate):
     items = [low_rank(shape, 8) for shape in [(0, 4), (4, 0), (0, 0), (40, 24)]]
-    assert compare(items, separate=separate, steps=2) == [8, 0, 0]
+    assert compare(items, separate=separate, steps=2)[::2] == [8, 0]
 
 
 @pytest.mark.parametrize("rank", [1, 8])
@@ -402,7 +395,10 @@ def test_a_small_decay_is_not_lost_and_none_keeps_every_bit():
         item.weight.copy_(weights.view_as(item.weight))
         before = item.weight.clone()
         h = hyper(lr=1.0, weight_decay=decay)
-        step([item], h) if isinstance(item, LowRank) else cuda.build_dense([item]).adamw(h, signals())
+        if isinstance(item, LowRank):
+            step([item], h)
+        else:
+            cuda.build_dense([item]).adamw(h, signals())
         exact = before.double() * (1 - decay)
         if decay == 0.0:
             assert torch.equal(item.weight, before)
@@ -487,21 +483,24 @@ def test_weights_are_rounded_by_the_contracts_bits(order):
     step([item], hyper(stochastic_rounding=True))
     i, col = torch.arange(40)[:, None], torch.arange(24)[None, :]
     words = philox.words(item.key, col // 8, i, (start + 1) % 2**32, philox.ROUNDING)
-    word = torch.stack([w.expand(40, 24) for w in words]).gather(0, (col % 8 // 2).expand(1, 40, 24))
+    word = torch.stack([w.expand(40, 24) for w in words]).gather(
+        0, (col % 8 // 2).expand(1, 40, 24)
+    )
     half = (word[0] >> (16 * (col % 2))) & 0xFFFF
     bits = (plain.weight.contiguous().view(torch.int32).long() & 0xFFFFFFFF) + half
     rounded = (bits >> 16).to(torch.int32).to(torch.int16).view(BF16)
     assert torch.equal(item.weight, rounded)
 
 
-def test_lr_may_be_a_tensor_that_changes():
+@pytest.mark.parametrize("dtype", [F32, torch.float64])
+def test_lr_may_be_a_tensor_that_changes(dtype):
+    """Also under the very same Hyper and Signals."""
     item = low_rank((40, 24), 8)
-    lr = torch.tensor(0.5)
-    spec, s = Restated(item), signals()
     (batch,) = batches([item], False)
-    for kind, rate in ((F32, 0.5), (F32, 0.25), (torch.float64, 0.125), (torch.float64, 1.0)):
-        lr = lr.fill_(rate) if lr.dtype == kind else torch.tensor(rate, dtype=kind)
-        h = hyper(lr=lr) if rate in (0.5, 0.125) else h  # the same object again
+    spec, s, lr = Restated(item), signals(), torch.tensor(0.5, dtype=dtype)
+    h = hyper(lr=lr)
+    for rate in (0.5, 0.25):
+        lr.fill_(rate)
         spec.step(h, s)
         for verb in (batch.project, batch.scale, batch.apply):
             verb(h, s)
@@ -595,7 +594,7 @@ def test_dense_gradients_that_move_are_followed():
 
 
 def test_builds_do_not_rest_on_defaults_of_torch():
-    items = [low_rank((40, 24), 8), low_rank((40, 24), 1)]
+    items, h, s = [low_rank((40, 24), 8), low_rank((40, 24), 1)], hyper(), signals()
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64)
@@ -604,12 +603,9 @@ def test_builds_do_not_rest_on_defaults_of_torch():
             for batch in made:
                 assert batch.table.device.type == batch.workspace.device.type == "cpu"
                 for verb in (batch.project, batch.scale, batch.apply):
-                    verb(hyper(), dataclasses.replace(SIGNALS))
+                    verb(h, s)
     finally:
         torch.set_default_dtype(default)
-
-
-SIGNALS = signals()
 
 
 def test_what_the_kernels_do_not_know_is_not_taken():
@@ -617,3 +613,27 @@ def test_what_the_kernels_do_not_know_is_not_taken():
     assert not cuda.takes(dense_item(9, grad=torch.float64))
     huge = torch.empty(1, dtype=BF16).expand(2**31, 1)
     assert not cuda.takes(dataclasses.replace(low_rank((9, 12), 4), weight=huge))
+
+
+def test_every_stream_is_known_to_the_memory_that_it_reads(monkeypatch):
+    """And a batch that a captured graph reads follows no gradients: its table would be freed."""
+    recorded, current, capturing = [], SimpleNamespace(cuda_stream=5), [False]
+    item = low_rank((40, 24), 8)  # kept, since a batch holds addresses only
+    (batch,) = batches([item], False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, s: recorded.append(s.cuda_stream))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    batch.device = torch.device("cuda")
+    for stream in (5, 5, 6):
+        current.cuda_stream = stream
+        batch.project(hyper(), signals())
+    assert recorded == [5] * 3 + [6] * 3
+    batch.device = torch.device("cpu")
+    assert batch.set_gradients([0]) is True
+    batch.device = torch.device("cuda")
+    capturing[0] = True
+    batch.scale(hyper(), signals())
+    assert recorded == [5] * 3 + [6] * 6
+    table = batch.table
+    assert batch.set_gradients([0]) is False
+    assert batch.table is table

@@ -41,7 +41,7 @@ def gradient(shape, dtype, order="rows"):
 
 
 def one_step(backend, weight, grad, dtypes, **options):
-    p = torch.nn.Parameter(weight.to(dtypes[0]))
+    p = torch.nn.Parameter(weight.to(dtypes[0], copy=True))  # each back end steps its own
     if dtypes[0] != dtypes[1]:
         p.grad_dtype = dtypes[1]  # else PyTorch refuses the assignment
     p.grad = grad if grad.dtype == dtypes[1] else grad.to(dtypes[1])
@@ -186,17 +186,6 @@ def test_a_run_errs_no_more_than_twice_what_plain_pytorch_does(name, dtype):
         assert p["step"] == q["step"] == 12
 
 
-@pytest.mark.parametrize("first, second", [("cuda", "torch"), ("torch", "cuda")])
-@pytest.mark.parametrize("name", ["channel", "Mini", "AdamW"])
-def test_a_checkpoint_moves_between_back_ends_in_mid_run(first, second, name):
-    keys = CONFIGURATIONS[name]
-    whole, _ = train("torch", torch.float32, keys)
-    half, optimizer = train(first, torch.float32, keys, (0, 7))
-    found, _ = train(second, torch.float32, keys, (7, 12), (half, optimizer.state_dict()))
-    for a, b in zip(found, whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("name", ["channel", "Mini", "AdamW"])
 @pytest.mark.parametrize("order, workers", [("1", "1"), ("7", "1"), ("0", "2")])
 def test_no_schedule_changes_a_bit(name, order, workers, monkeypatch):
@@ -234,74 +223,17 @@ def test_the_number_of_calls_does_not_grow_with_the_parameters(module, monkeypat
         assert calls == ["step_low_rank", "step_dense"]
 
 
-@pytest.mark.parametrize("rank", [None, 1, 8])
-def test_found_inf_skips_every_write_and_grad_scale_divides(rank):
-    keys = {"scale_type": "tensor"} if rank == 1 else {}
-    p, q = (torch.nn.Parameter(torch.ones(40, 12)) for _ in "pq")
-    a, b = (APOLLO([x], rank=rank, backend="cuda", **keys) for x in (p, q))
-    for i in range(3):
-        q.grad = torch.randn(40, 12)
-        p.grad = q.grad * 1024
-        a.grad_scale, a.found_inf = torch.tensor(1024.0), torch.tensor(float(i == 1))
-        before = p.detach().clone()
-        a.step()
-        if i == 1:
-            assert torch.equal(p, before)
-        else:
-            b.step()
-    assert torch.equal(p, q)
-    assert a.state[p]["step"] == 2
-    assert torch.equal(a.state[p]["exp_avg_sq"], b.state[q]["exp_avg_sq"])
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
-@pytest.mark.parametrize("rank", [None, 1, 8])
-@pytest.mark.parametrize("shape", [(40, 12), (12, 40)])
-def test_a_bad_gradient_does_what_the_specification_does(bad, rank, shape):
-    keys = {"rank": rank, "scale_type": "tensor" if rank == 1 else "channel"}
-    runs = []
-    for backend in ("cuda", "torch"):
-        torch.manual_seed(0)
-        p = torch.nn.Parameter(torch.ones(shape))
-        optimizer = APOLLO([p], backend=backend, **keys)
-        for i in range(4):
-            p.grad = torch.randn(shape)
-            if i == 2:
-                p.grad[3, 5] = bad
-            optimizer.step()
-        runs.append((p.detach(), optimizer.state[p], optimizer.stats()))
-    (w, state, stats), (w2, state2, stats2) = runs
-    assert stats == stats2
-    assert stats["nonfinite"] == 1
-    assert torch.isfinite(w).all()
-    torch.testing.assert_close(w, w2, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(state["exp_avg"], state2["exp_avg"], rtol=1e-4, atol=1e-6)
-
-
-def test_lr_may_be_a_tensor_that_changes():
-    p, q = (torch.nn.Parameter(torch.ones(9, 12)) for _ in "pq")
-    lr = torch.tensor(0.5)
-    a = APOLLO([p], lr=lr, rank=4, weight_decay=0.1, backend="cuda")
-    b = APOLLO([q], lr=0.5, rank=4, weight_decay=0.1, backend="cuda")
-    for rate in (0.5, 0.25):
-        lr.fill_(rate)
-        b.param_groups[0]["lr"] = rate
-        p.grad = torch.randn(9, 12)
-        q.grad = p.grad.clone()
-        a.step()
-        b.step()
-    assert torch.equal(p, q)
-
-
 @pytest.mark.parametrize("rank", [1, 8])
 @pytest.mark.parametrize("rows", [True, False])
-def test_offsets_beyond_two_to_the_31(rank, rows):
-    """Rows of 64 elements, 2^30 + 8 apart: of 8 GB of addresses, a few pages are touched."""
-    apart = 2**30 + 8
-    base = torch.empty(3 * apart + 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std"])
+def test_offsets_beyond_two_to_the_31(rank, rows, proj_type):
+    """16 rows of 64 elements, 2^28 + 8 apart: of 8 GB of addresses, a few pages are touched. With
+    16 rows the rank is not clamped below that of the tiles."""
+    apart = 2**28 + 8
+    base = torch.empty(15 * apart + 64, dtype=torch.bfloat16)
 
     def far():
-        return base.as_strided((4, 64) if rows else (64, 4), (apart, 1) if rows else (1, apart))
+        return base.as_strided((16, 64) if rows else (64, 16), (apart, 1) if rows else (1, apart))
 
     weight = torch.randn(far().shape).bfloat16()
     grad = torch.randn(far().shape).bfloat16()
@@ -309,11 +241,36 @@ def test_offsets_beyond_two_to_the_31(rank, rows):
     p = torch.nn.Parameter(far())
     far_grad = torch.empty_like(base).as_strided(p.shape, p.stride()).copy_(grad)
     q = torch.nn.Parameter(weight.clone())
+    states = []
     for x, g in ((p, far_grad), (q, grad)):
         x.grad = g
-        APOLLO([x], rank=rank, scale_type="tensor", backend="cuda").step()
+        options = {"rank": rank, "scale_type": "tensor", "proj_type": proj_type}
+        optimizer = APOLLO([x], lr=100.0, backend="cuda", **options)  # so that bf16 moves
+        optimizer.step()
+        states.append(optimizer.state[x])
     assert p.stride() == ((apart, 1) if rows else (1, apart))
     assert torch.equal(p.detach(), q.detach())
+    assert (q.detach() != weight).float().mean() > 0.5
+    for name in ("exp_avg", "exp_avg_sq", "update_norm"):
+        # q lies as rows, and its sums over K may be taken in another order
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"maximize": True},
+        {"scale_front": True, "scale": 4.0},
+        {"disable_nl": True},
+        {"correct_bias": False, "weight_decay": 0.1},
+    ],
+    ids=str,
+)
+def test_every_switch_reaches_moments_norm_and_weights(options, rank):
+    for shape in [(40, 24), (24, 40)]:
+        named = {"rank": rank, "scale_type": "tensor", "proj": "rademacher", **options}
+        compare_step(shape, (torch.float32, torch.bfloat16), **named)
 
 
 def test_rank_1024():
@@ -332,83 +289,3 @@ def test_the_benchmark_of_the_verbs_checks_this_back_end(rank, monkeypatch):
         case = bench_ops.Case(shape, rank, torch.bfloat16, torch.device("cpu"))
         rows = list(bench_ops.measure_case(case, 1e9, 1e-3))
         assert [r["verb"] for r in rows if r["backend"] == "cuda"] == ["project", "scale", "apply"]
-
-
-def test_float64_goes_to_pytorch():
-    p, q = (torch.nn.Parameter(torch.ones(9, 12, dtype=torch.float64)) for _ in "pq")
-    p.grad = q.grad = torch.randn(9, 12, dtype=torch.float64)
-    APOLLO([p], rank=4, backend="cuda").step()
-    APOLLO([q], rank=4, backend="torch").step()
-    assert torch.equal(p, q)
-
-
-def test_a_parameter_that_moves_is_found_again():
-    p, q = (torch.nn.Parameter(torch.ones(9, 12)) for _ in "pq")
-    a, b = (APOLLO([x], rank=4, backend=k) for x, k in ((p, "cuda"), (q, "torch")))
-    for _ in range(3):
-        p.grad = torch.randn(9, 12)
-        q.grad = p.grad.clone()
-        a.step()
-        b.step()
-        p.data = p.data.clone()
-    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-
-
-def test_a_repeated_step_sees_what_has_changed(monkeypatch):
-    """Two runs, one of which may never repeat launches: frozen and thawed parameters, gradients
-    that move or change their strides, loaded state, new groups, changed hyperparameters."""
-    from apollo_kernels import repeat
-
-    def run(may_repeat):
-        if not may_repeat:
-            monkeypatch.setattr(repeat.Repeat, "holds", lambda *_: False)
-        torch.manual_seed(0)
-        ps = [torch.nn.Parameter(torch.randn(s)) for s in [(9, 12), (20, 4), (6,)]]
-        optimizer = APOLLO(ps, rank=4, lr=0.1, backend="cuda", update_proj_gap=3)
-        kept = [torch.empty_like(p) for p in ps]
-        for i in range(14):
-            for p, grad in zip(ps, kept, strict=True):
-                p.grad = grad.copy_(torch.randn(p.shape))
-            if i == 3:
-                ps[1].grad = None
-            if i == 6:
-                ps[0].grad = torch.randn(12, 9).t()
-            if i == 8:
-                optimizer.load_state_dict(optimizer.state_dict())
-            if i == 9:
-                optimizer.param_groups[0].update(lr=0.2, weight_decay=0.1)
-            if i == 10:
-                ps[2].data = ps[2].data.clone()
-            if i == 11:
-                optimizer.state.clear()
-            if i == 12:
-                ps.append(torch.nn.Parameter(torch.ones(8, 8)))
-                kept.append(torch.empty(8, 8))
-                ps[3].grad = torch.randn(8, 8)
-                optimizer.add_param_group({"params": [ps[3]], "rank": None})
-            optimizer.step()
-        return ps, optimizer
-
-    used = []
-    holds = repeat.Repeat.holds
-    monkeypatch.setattr(repeat.Repeat, "holds", lambda *a: (used.append(holds(*a)), used[-1])[1])
-    fast, a = run(True)
-    assert sum(used) >= 5  # it did repeat in between
-    slow, b = run(False)
-    assert all(torch.equal(x, y) for x, y in zip(fast, slow, strict=True))
-    assert a.stats() == b.stats()
-
-
-def test_a_repeated_step_keeps_no_gradient_alive():
-    import gc
-    import weakref
-
-    p = torch.nn.Parameter(torch.ones(9, 12))
-    optimizer = APOLLO([p], rank=4, backend="cuda")
-    for _ in range(3):
-        p.grad = torch.randn(9, 12)
-        optimizer.step()
-    gradient = weakref.ref(p.grad)
-    optimizer.zero_grad(set_to_none=True)
-    gc.collect()
-    assert gradient() is None

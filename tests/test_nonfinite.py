@@ -2,43 +2,45 @@
 
 import pytest
 import torch
+from helpers import changed, parameter, randn, snapshot
 
 from apollo_kernels import APOLLO
 
 BAD = [float("nan"), float("inf"), float("-inf"), 3e38]  # the last: finite, but its square is not
 
 
-def make(shape=(6, 4), dtype=torch.float32, steps=2, **options):
-    torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(shape).to(dtype))
+def make(backend, shape=(6, 4), dtype=torch.float32, steps=2, **options):
+    p = parameter(shape, backend, dtype)
     optimizer = APOLLO([p], **{"lr": 0.1, "rank": 4, "weight_decay": 0.1, **options})
-    for _ in range(steps):
-        p.grad = torch.randn(shape).to(dtype)
+    for step in range(steps):
+        p.grad = randn(shape, backend, dtype, seed=step + 1)
         optimizer.step()
     return p, optimizer
 
 
-def snapshot(p, optimizer):
-    state = optimizer.state[p].items()
-    return {"weight": p.detach().clone(), **{k: torch.as_tensor(v).clone() for k, v in state}}
+def of(optimizer):
+    """The state and the weight of its one parameter, by name."""
+    return {name: torch.as_tensor(value) for (_, name), value in snapshot(optimizer).items()}
 
 
-def changed(before, after):
-    return {k for k in before if not torch.equal(before[k], after[k])}
+def flagged(value, backend):
+    return torch.tensor(value, device=backend.device)
 
 
 @pytest.mark.parametrize("disable_nl", [False, True])
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_entry_keeps_weights_norm_and_its_channel_s_moments(bad, scale_type, disable_nl):
-    p, optimizer = make(scale_type=scale_type, disable_nl=disable_nl)
-    p.grad = torch.randn(6, 4)
+def test_a_bad_entry_keeps_weights_norm_and_its_channel_s_moments(
+    backend, bad, scale_type, disable_nl
+):
+    p, optimizer = make(backend, scale_type=scale_type, disable_nl=disable_nl)
+    p.grad = randn((6, 4), backend, seed=9)
     p.grad[2, 1] = bad
-    before = snapshot(p, optimizer)
+    before = of(optimizer)
     optimizer.step()
-    after = snapshot(p, optimizer)
+    after = of(optimizer)
     assert changed(before, after) == {"step", "exp_avg", "exp_avg_sq"}
-    assert float(after["step"]) == 3
+    assert int(after["step"]) == 3
     for name in ("exp_avg", "exp_avg_sq"):
         rows = (before[name] != after[name]).all(1)  # channels are rows here
         assert torch.isfinite(after[name]).all()
@@ -46,13 +48,28 @@ def test_a_bad_entry_keeps_weights_norm_and_its_channel_s_moments(bad, scale_typ
     assert optimizer.stats()["nonfinite"] == 1
 
 
+@pytest.mark.parametrize("rank", [1, 8])
 @pytest.mark.parametrize("bad", BAD)
-def test_the_run_goes_on_after_a_bad_step(bad):
-    p, optimizer = make()
-    p.grad = torch.full((6, 4), bad)
+def test_a_bad_entry_of_a_wide_matrix_reaches_its_own_channel_alone(backend, bad, rank):
+    """[24, 40]: channels are columns, and more than one tile of some kernels."""
+    p, optimizer = make(backend, (24, 40), rank=rank, scale_type="tensor")
+    p.grad = randn((24, 40), backend, seed=9)
+    p.grad[3, 17] = bad
+    before = of(optimizer)
+    optimizer.step()
+    after = of(optimizer)
+    assert changed(before, after) == {"step", "exp_avg", "exp_avg_sq"}
+    kept = (before["exp_avg_sq"] == after["exp_avg_sq"]).all(1).nonzero().flatten().tolist()
+    assert kept == [17]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_the_run_goes_on_after_a_bad_step(backend, bad):
+    p, optimizer = make(backend)
+    p.grad = torch.full_like(p, bad)
     optimizer.step()
     before = p.detach().clone()
-    p.grad = torch.randn(6, 4)
+    p.grad = randn((6, 4), backend, seed=9)
     optimizer.step()
     assert torch.isfinite(p).all() and not torch.equal(p, before)
     stats = optimizer.stats()
@@ -60,92 +77,129 @@ def test_the_run_goes_on_after_a_bad_step(bad):
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_first_step_leaves_the_limiter_unset(bad):
-    p, optimizer = make(steps=0)
-    p.grad = torch.full((6, 4), bad)
+def test_a_bad_first_step_leaves_the_limiter_unset(backend, bad):
+    p, optimizer = make(backend, steps=0)
+    p.grad = torch.full_like(p, bad)
     optimizer.step()
     state = optimizer.state[p]
-    assert float(state["update_norm"]) == 0 and float(state["step"]) == 1
+    assert float(state["update_norm"]) == 0 and int(state["step"]) == 1
     assert not state["exp_avg"].any() and not state["exp_avg_sq"].any()
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_dense_element_keeps_its_weight_and_moments(bad):
-    p, optimizer = make((5,))
-    p.grad = torch.randn(5)
+def test_a_bad_dense_element_keeps_its_weight_and_moments(backend, bad):
+    p, optimizer = make(backend, (5,))
+    p.grad = randn((5,), backend, seed=9)
     p.grad[3] = bad
-    before = snapshot(p, optimizer)
+    before = of(optimizer)
     optimizer.step()
-    after = snapshot(p, optimizer)
-    assert float(after["step"]) == 3
+    after = of(optimizer)
+    assert int(after["step"]) == 3
     for name in ("weight", "exp_avg", "exp_avg_sq"):
         assert (before[name] == after[name]).tolist() == [False, False, False, True, False]
     assert optimizer.stats()["nonfinite"] == 1
 
 
-def test_a_large_but_harmless_dense_gradient_counts_as_finite():
+def test_a_large_but_harmless_dense_gradient_counts_as_finite(backend):
     """Each square is finite though their sum is not: the fast test must not decide alone."""
-    p, optimizer = make((8,), steps=0)
-    p.grad = torch.full((8,), 1.5e19)
+    p, optimizer = make(backend, (8,), steps=0)
+    p.grad = torch.full_like(p, 1.5e19)
     before = p.detach().clone()
     optimizer.step()
     assert (p != before).all() and torch.isfinite(p).all()
     assert optimizer.stats()["nonfinite"] == 0
 
 
-def test_fp16_zero_rows_and_columns_are_no_nan():
-    p, optimizer = make(dtype=torch.float16)
-    p.grad = torch.randn(6, 4).half()
+def test_fp16_zero_rows_and_columns_are_no_nan(backend):
+    p, optimizer = make(backend, dtype=torch.float16)
+    p.grad = randn((6, 4), backend, torch.float16, seed=9)
     p.grad[1], p.grad[:, 2] = 0, 0
     optimizer.step()
     assert torch.isfinite(p).all() and optimizer.stats()["nonfinite"] == 0
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (5,)])
+# ---- GradScaler ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape, options",
+    [
+        ((6, 4), {}),
+        ((6, 4), {"rank": 1, "scale_type": "tensor"}),
+        ((24, 16), {"rank": 8}),
+        ((5,), {}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("scale", [None, 1024.0])
-def test_found_inf_skips_every_write(shape, scale):
-    p, optimizer = make(shape)
-    before = snapshot(p, optimizer)
-    optimizer.grad_scale = None if scale is None else torch.tensor(scale)
-    optimizer.found_inf = torch.tensor(1.0)
-    p.grad = torch.full(shape, float("inf"))
+@pytest.mark.parametrize("value", [float("inf"), 1.0])
+def test_found_inf_skips_every_write(backend, shape, options, scale, value):
+    """With a finite gradient too: it was another parameter's that was not."""
+    p, optimizer = make(backend, shape, **options)
+    before, counts = of(optimizer), optimizer.stats()
+    optimizer.grad_scale = None if scale is None else flagged(scale, backend)
+    optimizer.found_inf = flagged(1.0, backend)
+    p.grad = torch.full_like(p, value)
     optimizer.step()
-    assert changed(before, snapshot(p, optimizer)) == set()
-    optimizer.found_inf = torch.tensor(0.0)
-    p.grad = torch.ones(shape)
+    assert changed(before, of(optimizer)) == set()
+    assert optimizer.stats() == counts
+    optimizer.found_inf = flagged(0.0, backend)
+    p.grad = torch.ones_like(p)
     optimizer.step()
-    assert "weight" in changed(before, snapshot(p, optimizer))
+    assert "weight" in changed(before, of(optimizer))
+
+
+def test_found_inf_skips_every_write_where_the_contracted_side_is_cut(backend):
+    """There the moments are another kernel's."""
+    options = {"proj_type": "right", "scale_type": "tensor"}
+    _, optimizer = make(backend, (3, 4100), steps=1, **options)
+    before, counts = of(optimizer), optimizer.stats()
+    optimizer.grad_scale = flagged(1024.0, backend)
+    optimizer.found_inf = flagged(1.0, backend)
+    optimizer.step()
+    assert changed(before, of(optimizer)) == set()
+    assert optimizer.stats() == counts
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (5,)])
+def test_found_inf_at_the_first_step_leaves_the_state_as_before_any(backend, shape):
+    p, optimizer = make(backend, shape, steps=0)
+    before = p.detach().clone()
+    optimizer.found_inf = flagged(1.0, backend)
+    p.grad = randn(shape, backend)
+    optimizer.step()
+    assert torch.equal(p, before)
+    assert all(not torch.as_tensor(v).any() for k, v in optimizer.state[p].items() if k != "seed")
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5,)])
-def test_grad_scale_equals_the_unscaled_gradient(shape, maximize):
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (24, 16), (5,)])
+def test_grad_scale_equals_the_unscaled_gradient(backend, shape, maximize):
     """A power of two divides exactly, so the bits are equal; p.grad itself stays as it is."""
-    p, optimizer = make(shape, maximize=maximize)
-    q, other = make(shape, maximize=maximize)
-    for _ in range(5):
-        g = torch.randn(shape)
+    p, optimizer = make(backend, shape, maximize=maximize)
+    q, other = make(backend, shape, maximize=maximize)
+    for step in range(3):
+        g = randn(shape, backend, seed=step + 9)
         p.grad, q.grad = g * 1024, g.clone()
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+        optimizer.grad_scale, optimizer.found_inf = flagged(1024.0, backend), flagged(0.0, backend)
         optimizer.step()
         other.step()
         assert torch.equal(p.grad, g * 1024)
-        left, right = snapshot(p, optimizer), snapshot(q, other)
         # s is the same bit for bit; its product with the scaled gradient may round differently
-        assert changed(left, right) <= {"weight"}
+        assert changed(of(optimizer), of(other)) <= {"weight"}
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("unscale", [False, True])
-def test_grad_scaler_end_to_end(unscale):
-    model = torch.nn.Linear(8, 4)
-    twin = torch.nn.Linear(8, 4)
+def test_grad_scaler_end_to_end(backend, unscale):
+    model = torch.nn.Linear(8, 4, device=backend.device)
+    twin = torch.nn.Linear(8, 4, device=backend.device)
     twin.load_state_dict(model.state_dict())
     options = {"lr": 0.01, "rank": 4}
     optimizer, plain = APOLLO(model.parameters(), **options), APOLLO(twin.parameters(), **options)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    scaler = torch.amp.GradScaler(backend.device.type, init_scale=2.0**10, growth_interval=3)
     for step in range(8):
-        x = torch.randn(16, 8)
+        x = randn((16, 8), backend, seed=step)
         if step == 4:
             x[0, 0] = float("inf")
         optimizer.zero_grad()
@@ -160,5 +214,5 @@ def test_grad_scaler_end_to_end(unscale):
         twin(x).square().mean().backward()
         plain.step()
     torch.testing.assert_close(model.weight, twin.weight, rtol=1e-5, atol=1e-6)
-    assert float(optimizer.state[model.weight]["step"]) == 7
+    assert int(optimizer.state[model.weight]["step"]) == 7
     assert optimizer.stats()["nonfinite"] == 0

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "../../csrc/common.cuh"
+#include "../../csrc/philox.cuh"
+#include "../../csrc/plan.h"
 
 namespace {
 
@@ -47,15 +49,28 @@ Buffer random_buffer(int64_t count, int dtype) {
   return buffer;
 }
 
-Launch make_launch(int weight_dtype, int grad_dtype, long long* counters) {
-  Launch launch{};
-  launch.weight_dtype = weight_dtype;
-  launch.grad_dtype = grad_dtype;
-  Hyper& h = launch.hyper;
+// Where a plan's table, maps and workspace lie, each of exactly its size.
+template <class Plan>
+struct Placed {
+  explicit Placed(Plan& plan)
+      : table(size_t(plan.table_words()) * 8),
+        maps(size_t(plan.map_size()) * 4),
+        workspace(size_t(plan.workspace_floats()) * 4) {
+    plan.write_table(table.as<void>());
+    plan.write_maps(maps.as<int32_t>());
+    plan.place({table.as<void>(), maps.as<int32_t>(), workspace.as<void>()});
+  }
+  Buffer table, maps, workspace;
+};
+
+Hyper make_hyper(long long* counters, const float* clip) {
+  Hyper h{};
   h.counters = counters;
+  h.clip = clip;
   h.lr = 0.01;
   h.beta1 = 0.9;
   h.beta2 = 0.999;
+  h.beta1_float = 0.9f;
   h.beta2_float = 0.999f;
   h.keep1 = 0.1f;
   h.keep2 = 0.001f;
@@ -64,87 +79,76 @@ Launch make_launch(int weight_dtype, int grad_dtype, long long* counters) {
   h.scale = 1.0;
   h.update_proj_gap = 1;
   h.correct_bias = 1;
-  return launch;
+  return h;
 }
 
+struct Options {
+  bool by_row, signs, tensor_scale, separate;
+};
+
+// Three matrices, an empty one among them, that share a step which the last one advances.
 void low_rank(int64_t channels, int64_t k, int64_t rank, int weight_dtype, int grad_dtype,
-              bool by_row, bool signs, bool tensor_scale) {
-  const int64_t own = rank < k ? rank : k, outer = by_row ? channels : k;
-  const int64_t inner = by_row ? k : channels, ld = inner + 3;
-  const Tiling t = tiling(channels, k, own, rank, grad_dtype, by_row);
-  const int64_t scale_blocks = (channels + kScaleChannels - 1) / kScaleChannels;
-  const int64_t apply_blocks = (outer * ((inner + 7) / 8) + kApplyVectors - 1) / kApplyVectors;
-  const int64_t project_blocks = t.channel_tiles * t.rank_tiles * t.chunks;
-  Buffer weight = random_buffer((outer - 1) * ld + inner, weight_dtype);
-  Buffer grad = random_buffer((outer - 1) * ld + inner, grad_dtype);
-  Buffer m(size_t(channels * own) * 4), v(size_t(channels * own) * 4), scalars(8), counters(24);
-  Parameter p{};
-  p.weight = weight.as<void>();
-  p.grad = grad.as<void>();
-  p.exp_avg = m.as<float>();
-  p.exp_avg_sq = v.as<float>();
-  p.update_norm = scalars.as<float>();
-  p.step = scalars.as<float>() + 1;
-  p.key = 0x123456789ABCDEFu;
-  p.channels = channels;
-  p.k = k;
-  p.rank = own;
-  p.weight_ld = p.grad_ld = ld;
-  p.order = (by_row ? kByRow : 0) | (channels >= k == by_row ? kRowMajor : 0);
-  p.chunks = t.chunks;
-  p.chunk_length = t.chunk_length;
-  p.partial = 0;
-  p.sums = p.partial + (t.fused ? 0 : t.chunks * channels * own);
-  p.channel = p.sums + (t.fused ? 2 * t.rank_tiles * channels : 0);
-  p.parts = p.channel + (1 + t.chunks) * channels;
-  Buffer workspace(size_t(p.parts + 3 * scale_blocks + 2) * 4);
-  Buffer table(sizeof p);
-  std::memcpy(table.as<void>(), &p, sizeof p);
-  const auto map_of = [](int64_t blocks) { return Buffer(size_t(blocks) * 4); };
-  const Buffer maps[3] = {map_of(project_blocks), map_of(scale_blocks), map_of(apply_blocks)};
-  Launch launch = make_launch(weight_dtype, grad_dtype, counters.as<long long>());
-  launch.table = table.as<void>();
-  launch.workspace = workspace.as<float>();
-  launch.rank = int(rank);
-  launch.hyper.rademacher = signs;
-  launch.hyper.tensor_scale = tensor_scale;
-  launch.hyper.stochastic_rounding = 1;
-  for (int step = 0; step < 2; ++step) {
-    const auto with = [&](int i, int64_t blocks) -> const Launch& {
-      launch.map = maps[i].as<int32_t>();
-      launch.blocks = blocks;
-      return launch;
-    };
-    project(with(0, project_blocks));
-    scale(with(1, scale_blocks));
-    limit(with(0, 1));
-    apply(with(2, apply_blocks));
+              Options options) {
+  LowRankPlan plan(weight_dtype, grad_dtype, options.separate);
+  const int64_t own = rank < k ? rank : k;
+  Buffer step(8), counters(24), clip(4);
+  *clip.as<float>() = 0.5f;
+  std::vector<Buffer> kept;  // of every matrix; moments, weights and norms are folded
+  for (const int64_t matrix_channels : {channels, int64_t{0}, channels}) {
+    const int64_t outer = options.by_row ? matrix_channels : k;
+    const int64_t inner = options.by_row ? k : matrix_channels, ld = inner + 3;
+    const int64_t elements = outer * inner > 0 ? (outer - 1) * ld + inner : 0;
+    const size_t moments = size_t(matrix_channels * own) * 4;
+    kept.push_back(random_buffer(elements, weight_dtype));
+    kept.push_back(random_buffer(elements, grad_dtype));
+    for (const size_t bytes : {moments, moments, size_t{4}}) kept.emplace_back(bytes);
+    const Buffer* own_buffers = &kept[kept.size() - 5];
+    Matrix m{};
+    m.weight = own_buffers[0].as<void>();
+    m.grad = own_buffers[1].as<void>();
+    m.exp_avg = own_buffers[2].as<float>();
+    m.exp_avg_sq = own_buffers[3].as<float>();
+    m.update_norm = own_buffers[4].as<float>();
+    m.step = step.as<int64_t>();
+    m.key = 0x123456789ABCDEFu + uint64_t(kept.size());
+    m.channels = matrix_channels;
+    m.k = k;
+    m.rank = own;
+    m.weight_ld = m.grad_ld = ld;
+    const bool row_major = (channels >= k) == options.by_row;
+    m.flags = kByRow * options.by_row | kRowMajor * row_major | kLeads * (plan.size() == 2);
+    plan.add(m);
   }
-  for (const Buffer* b : {&weight, &m, &v, &scalars, &counters}) b->fold();
+  const Placed placed(plan);
+  const float* clipped = options.separate ? clip.as<float>() : nullptr;
+  Hyper hyper = make_hyper(counters.as<long long>(), clipped);
+  hyper.distribution = options.signs ? kRademacher : kGaussian;
+  hyper.tensor_scale = options.tensor_scale;
+  hyper.stochastic_rounding = 1;
+  for (int i = 0; i < 2; ++i) {
+    plan.project(hyper, nullptr);
+    plan.scale(hyper, nullptr);
+    plan.apply(hyper, nullptr);
+  }
+  for (const Buffer& b : kept) b.fold();
+  for (const Buffer* b : {&step, &counters}) b->fold();
 }
 
 void dense(int64_t count, int weight_dtype, int grad_dtype) {
   Buffer weight = random_buffer(count, weight_dtype), grad = random_buffer(count, grad_dtype);
-  Buffer m(size_t(count) * 4), v(size_t(count) * 4), step(4), flag(4), counters(24);
-  DenseParameter p{};
-  p.weight = weight.as<void>();
-  p.grad = grad.as<void>();
-  p.exp_avg = m.as<float>();
-  p.exp_avg_sq = v.as<float>();
-  p.step = step.as<float>();
-  p.count = count;
-  Buffer table(sizeof p), map(size_t(count / (8 * kApplyVectors) + 1) * 4);
-  std::memcpy(table.as<void>(), &p, sizeof p);
-  Launch launch = make_launch(weight_dtype, grad_dtype, counters.as<long long>());
-  launch.table = table.as<void>();
-  launch.map = map.as<int32_t>();
-  launch.flags = flag.as<int32_t>();
-  for (int i = 0; i < 2; ++i) {
-    launch.blocks = (count + 8 * kApplyVectors - 1) / (8 * kApplyVectors);
-    adamw(launch);
-    launch.blocks = 1;
-    advance(launch);
-  }
+  Buffer m(size_t(count) * 4), v(size_t(count) * 4), step(8), counters(24);
+  DensePlan plan(weight_dtype, grad_dtype);
+  DenseRow row{};
+  row.weight = weight.as<void>();
+  row.grad = grad.as<void>();
+  row.exp_avg = m.as<float>();
+  row.exp_avg_sq = v.as<float>();
+  row.step = step.as<int64_t>();
+  row.count = count;
+  plan.add(row);
+  const Placed placed(plan);
+  const Hyper hyper = make_hyper(counters.as<long long>(), nullptr);
+  for (int i = 0; i < 2; ++i) plan.adamw(hyper, nullptr);
   for (const Buffer* b : {&weight, &m, &v, &step, &counters}) b->fold();
 }
 
@@ -153,9 +157,12 @@ void dense(int64_t count, int weight_dtype, int grad_dtype) {
 int main(int argc, char**) {
   if (argc > 1) {  // any argument: a few minutes less, for the slow ThreadSanitizer
     for (const int64_t rank : {1, 8}) {
-      low_rank(130, 70, rank, kBfloat16, kBfloat16, true, false, rank == 1);
-      low_rank(130, 70, rank, kBfloat16, kBfloat16, false, true, rank == 1);
+      const bool one = rank == 1;
+      low_rank(130, 70, rank, kBfloat16, kBfloat16, {true, false, one, false});
+      low_rank(130, 70, rank, kBfloat16, kBfloat16, {false, true, one, false});
+      low_rank(300, 1100, rank, kBfloat16, kBfloat16, {true, true, !one, true});
     }
+    low_rank(130, 70, 2, kBfloat16, kBfloat16, {false, false, false, false});
     dense(103, kBfloat16, kBfloat16);
   } else {
     const int pairs[][2] = {{kFloat32, kFloat32}, {kBfloat16, kBfloat16}, {kFloat32, kFloat16}};
@@ -164,7 +171,9 @@ int main(int argc, char**) {
       for (const auto& shape : shapes) {
         for (const int64_t rank : {1, 5, 8, 70}) {
           for (const bool by_row : {true, false}) {
-            low_rank(shape[0], shape[1], rank, pair[0], pair[1], by_row, rank == 8, rank == 1);
+            const bool separate = (rank == 8) == by_row;
+            low_rank(shape[0], shape[1], rank, pair[0], pair[1],
+                     {by_row, rank == 8, rank == 1, separate});
           }
         }
       }

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from apollo_kernels import host, philox, reference
+from apollo_kernels import cpu, philox, reference
+from apollo_kernels.native import _C
 
 pytestmark = pytest.mark.skipif(
-    philox._C is None or not philox._C.host_bf16_supported(),
+    _C is None or not _C.cpu_bf16_supported(),
     reason="this processor has no AVX512-BF16; PyTorch runs instead",
 )
 
@@ -34,10 +35,10 @@ ORDERS = ("rows", "columns", "sliced rows", "sliced columns")
 @pytest.mark.parametrize("channels, k", SHAPES)
 def test_project_errs_no_more_than_twice_what_torch_does(channels, k, order):
     x = matrix(channels, k, order)
-    assert host.supported(x)
+    assert cpu.supported(x)
     for rank in RANKS:
         z = philox.draw(7, 1, rank, k)
-        r, q = host.project(x, host.arrange(z, host.layout(x, rank)), rank)
+        r, q = cpu.project(x, cpu.arrange(z, cpu.layout(x, rank)), rank)
         exact, squares = reference.project(x.double(), philox.scaled(z, torch.float64))
         plain, plain_squares = reference.project(x, philox.scaled(z, torch.float32))
         # the unit covers results that torch happens to round exactly: products are exact, and a sum
@@ -57,7 +58,7 @@ def test_apply_rounds_the_exact_update_once(channels, k, decay, per_channel, ord
     before = w.clone()
     coefficient = torch.randn(channels if per_channel else 1)
     exact = w.double() * (1 - decay) - coefficient.double().expand(channels)[:, None] * x.double()
-    host.apply(w, x, coefficient, decay)
+    cpu.apply(w, x, coefficient, decay)
     half_ulp = exact.abs() * 2**-8
     float32 = (before.double().abs() + exact.abs()) * 2**-22
     assert ((w.double() - exact).abs() <= half_ulp + float32).all()
@@ -69,7 +70,7 @@ def test_apply_rounds_the_exact_update_once(channels, k, decay, per_channel, ord
 def test_apply_leaves_the_rest_of_a_larger_matrix_alone():
     whole = torch.zeros(9, 12, dtype=torch.bfloat16)
     w = whole[2:7, 3:9]
-    host.apply(w, torch.ones(5, 6, dtype=torch.bfloat16), torch.ones(5), 0.0)
+    cpu.apply(w, torch.ones(5, 6, dtype=torch.bfloat16), torch.ones(5), 0.0)
     assert (w == -1).all() and whole.sum() == -30
 
 
@@ -80,7 +81,7 @@ def test_a_bad_entry_reaches_its_own_channel_only(bad, order, rank):
     x = matrix(40, 33, order)
     x[17, 32] = bad
     z = philox.draw(7, 1, rank, 33)
-    r, q = host.project(x, host.arrange(z, host.layout(x, rank)), rank)
+    r, q = cpu.project(x, cpu.arrange(z, cpu.layout(x, rank)), rank)
     assert (~torch.isfinite(r * r).all(1)).nonzero().flatten().tolist() == [17]
     assert (~torch.isfinite(q)).nonzero().flatten().tolist() == [17]
 
@@ -88,14 +89,14 @@ def test_a_bad_entry_reaches_its_own_channel_only(bad, order, rank):
 def test_a_nan_or_inf_weight_stays_one():
     w = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]]).bfloat16()
     w.view(torch.int16)[0, 3] = 0x7FFF  # the NaN that a carry of rounding would turn into -0
-    host.apply(w, torch.ones_like(w), torch.ones(1), 0.0)
+    cpu.apply(w, torch.ones_like(w), torch.ones(1), 0.0)
     assert w[0, 0].isnan() and w[0, 1] == float("inf") and w[0, 2] == -float("inf")
     assert w[0, 3].isnan()
 
 
 def test_apply_rounds_a_tie_to_even():
     w = torch.tensor([[1.0, 1.0 + 2.0**-7]]).bfloat16()
-    host.apply(w, torch.full((1, 2), -(2.0**-8)).bfloat16(), torch.ones(1), 0.0)
+    cpu.apply(w, torch.full((1, 2), -(2.0**-8)).bfloat16(), torch.ones(1), 0.0)
     assert w.tolist() == [[1.0, 1.0 + 2.0**-6]]
 
 
@@ -106,19 +107,19 @@ def test_project_reads_nothing_beyond_the_matrix(order, rank):
     x = whole[3:40, 5:36] if order == "rows" else whole[5:36, 3:40].t()  # odd K
     x.fill_(1.0)
     z = philox.draw(7, 1, rank, 31)
-    r, q = host.project(x, host.arrange(z, host.layout(x, rank)), rank)
+    r, q = cpu.project(x, cpu.arrange(z, cpu.layout(x, rank)), rank)
     assert torch.isfinite(r).all() and (q == 31).all()
 
 
 def test_threads_do_not_change_a_bit():
     x = torch.randn(1000, 300).bfloat16()
     for rank in (1, 64):
-        z = host.arrange(philox.draw(1, 0, rank, 300), host.layout(x, rank))
+        z = cpu.arrange(philox.draw(1, 0, rank, 300), cpu.layout(x, rank))
         results = []
         before = torch.get_num_threads()
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(host.project(x, z, rank)[0])
+            results.append(cpu.project(x, z, rank)[0])
         torch.set_num_threads(before)
         assert all(torch.equal(results[0], r) for r in results)
 
@@ -127,4 +128,4 @@ def test_threads_do_not_change_a_bit():
     "x", [torch.randn(4, 4), torch.randn(8, 8).bfloat16()[::2, ::2], torch.zeros(0, 4).bfloat16()]
 )
 def test_what_it_cannot_do_is_left_to_torch(x):
-    assert not host.supported(x)
+    assert not cpu.supported(x)

@@ -1,0 +1,257 @@
+"""From parameters to batches: what one Batch steps together, and the copies around it.
+
+What is no kernel's business is handled here, once: dtypes that only PyTorch takes, strides that no
+kernel walks, the matrices of an expert weight, graph capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_kernels import reference
+from apollo_kernels.batch import Dense, LowRank
+from apollo_kernels.philox import parameter_key
+from apollo_kernels.state import Layout
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which matrix of which gradient an item reads: ``offset`` bytes after the gradient's start.
+
+    ``copied``: the address of the stand-in that is read instead, which does not move.
+    """
+
+    index: int
+    layout: Layout | None = None
+    matrix: int = 0
+    offset: int = 0
+    copied: int | None = None
+
+    def address(self, addresses: Sequence[int]) -> int:
+        return addresses[self.index] + self.offset if self.copied is None else self.copied
+
+    def gradient(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The gradient as the item sees it: [m, n], or as it is for a dense parameter."""
+        grad = gradients[self.index]
+        if self.layout is None or (not self.layout.batch and grad.dim() == 2):
+            return grad
+        return _matrices(grad, self.layout)[self.matrix]
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A copy in an order that a kernel can walk: made before a step, written back after it."""
+
+    copy: Tensor
+    original: Tensor | int  # a weight or a state tensor; or which gradient, only read
+
+    def load(self, gradients: Sequence[Tensor]) -> None:
+        source = gradients[self.original] if isinstance(self.original, int) else self.original
+        self.copy.copy_(source.reshape(self.copy.shape))
+
+    def store(self) -> None:
+        if isinstance(self.original, Tensor):
+            self.original.copy_(self.copy.view(self.original.shape))
+
+
+# What a CUDA graph reads must outlive it, and no one tells when it goes.
+_captured: list[Any] = []
+
+
+@dataclass
+class Work:
+    """Items of one device that one Batch steps together."""
+
+    batch: Any
+    low_rank: bool
+    device: torch.device
+    by_address: bool  # else the batch is lent its gradients
+    places: list[Place]
+    loaded: list[StandIn]  # before the step
+    stored: list[StandIn]  # after it
+
+    def begin(self, gradients: Sequence[Tensor]) -> None:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured.append(self)
+        for stand_in in self.loaded:
+            stand_in.load(gradients)
+        if not self.by_address:
+            self.batch.lend([place.gradient(gradients) for place in self.places])
+
+    def end(self) -> None:
+        for stand_in in self.stored:
+            stand_in.store()
+        self.release()
+
+    def release(self) -> None:
+        if not self.by_address:
+            self.batch.lend(None)
+
+    def moved(self, addresses: Sequence[int]) -> bool:
+        """Tells the batch where the gradients are now; False if it has to be built anew."""
+        if not self.by_address:
+            return True
+        found = [place.address(addresses) for place in self.places]
+        return self.batch.set_gradients(found) is not False
+
+
+def _matrices(t: Tensor, layout: Layout) -> Tensor:
+    """[matrices, m, n]: a view wherever the strides allow."""
+    return t.reshape(layout.matrices, layout.m, layout.n)
+
+
+def _walks(x: Tensor) -> tuple[bool, bool]:
+    """Whether a matrix [m, n] can be walked along its rows, and along its columns."""
+    m, n = x.shape
+    return n == 1 or x.stride(1) == 1, m == 1 or x.stride(0) == 1
+
+
+def _fills_memory(t: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, in any order of dimensions."""
+    sides = sorted((s, n) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1)
+    span = 1
+    for stride, size in sides:
+        if stride != span:
+            return False
+        span *= size
+    return True
+
+
+def _lies_like(t: Tensor, like: Tensor) -> bool:
+    """Whether two tensors of one shape have the same order in memory; sides of size 1 have none."""
+    pairs = zip(t.shape, t.stride(), like.stride(), strict=True)
+    return all(a == b for n, a, b in pairs if n > 1)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An item on its way into a Work."""
+
+    item: LowRank | Dense
+    place: Place
+    loaded: list[StandIn]
+    stored: list[StandIn]
+
+
+class Builder:
+    """Sorts items by what takes them and by family, and makes the copies that they need."""
+
+    def __init__(self, backend: ModuleType, device: torch.device, separate: bool):
+        self.backend, self.device, self.separate = backend, device, separate
+        self.families: dict[tuple[Any, ...], list[_Entry]] = {}
+
+    def add(
+        self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any], layout: Layout | None
+    ) -> None:
+        if layout is None:
+            self._add_dense(index, p, grad, state)
+        else:
+            self._add_low_rank(index, p, grad, state, layout)
+
+    def _join(
+        self, taker: ModuleType, item: Any, place: Place, loaded: list[StandIn],
+        stored: list[StandIn],
+    ) -> None:  # fmt: skip
+        kind = type(item), taker, taker.family(item)
+        self.families.setdefault(kind, []).append(_Entry(item, place, loaded, stored))
+
+    def _taker(self, item: LowRank | Dense) -> ModuleType:
+        return self.backend if self.backend.takes(item) else reference
+
+    def _add_low_rank(
+        self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any], layout: Layout
+    ) -> None:
+        shape = (layout.matrices, *layout.moments[-2:])
+        stand_ins: list[StandIn] = []
+        weights, grads = _matrices(p, layout), _matrices(grad, layout)
+        moments = [state[key].reshape(shape) for key in ("exp_avg", "exp_avg_sq")]
+        norms, key = state["update_norm"].reshape(-1), state["seed"]
+
+        def item(i: int) -> LowRank:
+            return LowRank(
+                weights[i], grads[i], moments[0][i], moments[1][i], norms[i], state["step"],
+                parameter_key(key, i) if layout.batch else key, layout.rows, leads=i == 0,
+            )  # fmt: skip
+
+        if layout.matrices == 0:  # no matrix could count the step
+            nothing = torch.zeros_like(p, dtype=state["exp_avg"].dtype)
+            self._add_dense(index, p, grad, {**state, "exp_avg": nothing, "exp_avg_sq": nothing})
+            return
+        taker = self._taker(item(0))
+        if weights.data_ptr() != p.data_ptr() or (taker.BY_ADDRESS and not any(_walks(weights[0]))):
+            copy = torch.empty(weights.shape, dtype=p.dtype, device=p.device)
+            stand_ins.append(StandIn(copy, p))
+            weights = copy
+        if taker.BY_ADDRESS and (other := self._other_gradient(taker, grad, grads, weights)):
+            stand_ins.append(StandIn(other[0], index))
+            grads = other[0]
+        for j, name in enumerate(("exp_avg", "exp_avg_sq")):
+            own = moments[j].data_ptr() == state[name].data_ptr() and moments[j].is_contiguous()
+            if not own:
+                moments[j] = torch.empty(shape, dtype=moments[j].dtype, device=p.device)
+                stand_ins.append(StandIn(moments[j], state[name]))
+        if norms.data_ptr() != state["update_norm"].data_ptr():
+            norms = torch.empty(norms.shape, dtype=norms.dtype, device=p.device)
+            stand_ins.append(StandIn(norms, state["update_norm"]))
+        apart, copied = grads.stride(0) * grads.element_size(), None
+        for i in range(layout.matrices):
+            if any(s.original == index for s in stand_ins if isinstance(s.original, int)):
+                copied = grads[i].data_ptr()
+            place = Place(index, layout, i, i * apart, copied)
+            # The matrices may be stepped one after the other: all are stored after the last one.
+            first, last = i == 0, i == layout.matrices - 1
+            self._join(taker, item(i), place, stand_ins if first else [], stand_ins if last else [])
+
+    def _other_gradient(
+        self, taker: ModuleType, grad: Tensor, grads: Tensor, weights: Tensor
+    ) -> tuple[Tensor] | None:
+        """A stand-in for a gradient that a kernel cannot walk, or not beside its weight."""
+        rows, columns = _walks(weights[0])
+        by_row, by_column = _walks(grads[0])
+        alike = (rows and by_row) or (columns and by_column)
+        ok = alike if taker.SAME_ORDER else by_row or by_column
+        if ok and grads.data_ptr() == grad.data_ptr():
+            return None
+        b, m, n = grads.shape
+        if rows:
+            return (torch.empty((b, m, n), dtype=grad.dtype, device=grad.device),)
+        return (torch.empty((b, n, m), dtype=grad.dtype, device=grad.device).transpose(1, 2),)
+
+    def _add_dense(self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        tensors = {"weight": p.detach(), "grad": grad}
+        tensors.update(exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"])
+        taker = self._taker(Dense(**tensors, step=state["step"]))
+        stand_ins: list[StandIn] = []
+        if taker.BY_ADDRESS:
+            like = p if _fills_memory(p) else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+            for name, t in tensors.items():
+                if not _lies_like(t, like):
+                    copy = torch.empty_strided(
+                        like.shape, like.stride(), dtype=t.dtype, device=t.device
+                    )
+                    original = index if name == "grad" else t
+                    stand_ins.append(StandIn(copy, original))
+                    tensors[name] = copy
+        copied = None if tensors["grad"] is grad else tensors["grad"].data_ptr()
+        item = Dense(**tensors, step=state["step"])
+        self._join(taker, item, Place(index, copied=copied), stand_ins, stand_ins)
+
+    def works(self) -> list[Work]:
+        made = []
+        for (cls, taker, _), entries in self.families.items():
+            items, low_rank = [e.item for e in entries], cls is LowRank
+            batch = (
+                taker.build(items, separate=self.separate) if low_rank else taker.build_dense(items)
+            )
+            loaded = [s for e in entries for s in e.loaded]
+            stored = [s for e in entries for s in e.stored]
+            places = [e.place for e in entries]
+            by_address = taker.BY_ADDRESS
+            made.append(Work(batch, low_rank, self.device, by_address, places, loaded, stored))
+        return made
