@@ -156,7 +156,7 @@ def _limit(
             s = tl.sqrt(_total(n2_at, c, channels, r_tiles)) / (r_norm + TINY)
         tl.store(s_at + c, s, mask=c < channels)
         raw = s * factor  # the scale of the gradient as it is; its square alone could underflow
-        u2 += tl.where(c < channels, raw * (raw * _total(q_at, c, channels, chunks)), 0.0)
+        u2 += raw * (raw * _total(q_at, c, channels, chunks))
     u = tl.sqrt(tl.sum(u2, 0))
     if FRONT:
         u *= alpha
