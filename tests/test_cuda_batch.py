@@ -183,8 +183,9 @@ def test_every_rank_class_and_orientation_takes_the_steps_of_the_restatement(sep
         for i, (rank, order) in enumerate(itertools.product([1, 3, 6, 8, 65], ["rows", "columns"]))
     ]
     items.append(low_rank((40, 2100) if rows else (2100, 40), 9, rows))  # K is cut
+    items.append(low_rank((2, 40), 8, rows))
     assert len({cuda.family(item) for item in items}) == 5
-    assert compare(items, separate=separate, steps=2)[::2] == [22, 0]
+    assert compare(items, separate=separate, steps=2)[::2] == [24, 0]
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -308,6 +309,8 @@ def test_expert_matrices_share_a_step_that_one_of_them_advances(separate):
         for a, b in zip(items, alone, strict=True):
             assert torch.equal(a.weight, b.weight)
             assert torch.equal(a.exp_avg, b.exp_avg)
+    step([item for item in items if not item.leads], h, separate=separate)
+    assert int(shared) == 4
 
 
 @pytest.mark.parametrize("rank", [1, 8])
@@ -602,6 +605,7 @@ def test_builds_do_not_rest_on_defaults_of_torch():
             made = batches(items, False)
             for batch in made:
                 assert batch.table.device.type == batch.workspace.device.type == "cpu"
+                assert batch.workspace.dtype == F32
                 for verb in (batch.project, batch.scale, batch.apply):
                     verb(h, s)
     finally:

@@ -48,16 +48,25 @@ struct Fiber : Thread {
   void* tsan = nullptr;
 };
 
+// Where threads wait for each other. Who resumes late must not see what the early ones have done
+// since, up to their next meeting: so meetings take their tags in turn.
+struct Meeting {
+  int arrived = 0;
+  unsigned turn = 0;
+  char tags[2] = {};
+};
+
 struct Block {  // what one worker runs
   std::vector<Fiber*> fibers;
-  std::vector<int> arrived;  // lanes of each warp in a collective
+  std::vector<Meeting> warps;  // of each warp, in a collective
   std::vector<unsigned char> shared;
   Fiber main;
   const std::function<void()>* body = nullptr;
-  unsigned size = 0, live = 0, at_barrier = 0;
+  unsigned size = 0, live = 0;
+  Meeting barrier;
   int barrier_line = 0;
   uint64_t random = 0;
-  char start_tag = 0, barrier_tag = 0, done_tag = 0;
+  char start_tag = 0, done_tag = 0;
   std::string error;
 };
 
@@ -113,7 +122,8 @@ UNCHECKED void happens_after(void* tag) {
 }
 
 UNCHECKED void release_barrier(Block& b) {
-  b.at_barrier = 0;
+  b.barrier.arrived = 0;
+  ++b.barrier.turn;
   for (unsigned i = 0; i < b.size; ++i) {
     if (!b.fibers[i]->done && b.fibers[i]->wait == kAtBarrier) b.fibers[i]->wait = kRuns;
   }
@@ -163,7 +173,7 @@ UNCHECKED void fiber_main() {
     happens_before(&b.done_tag);
     f->done = true;
     --b.live;
-    if (b.live > 0 && b.at_barrier == b.live) release_barrier(b);
+    if (b.live > 0 && unsigned(b.barrier.arrived) == b.live) release_barrier(b);
     go(*f, b.main);
   }
 }
@@ -203,9 +213,9 @@ UNCHECKED unsigned next_fiber(const Block& b, int order, unsigned turn, unsigned
 
 UNCHECKED void run_block(Block& b, dim3 at, dim3 shape, int order) {
   b.live = b.size;
-  b.at_barrier = 0;
+  b.barrier.arrived = 0;
   if (!b.shared.empty()) std::memset(b.shared.data(), 0xFF, b.shared.size());  // NaN
-  std::fill(b.arrived.begin(), b.arrived.end(), 0);
+  for (Meeting& warp : b.warps) warp.arrived = 0;
   for (unsigned i = 0; i < b.size; ++i) {
     Fiber* f = b.fibers[i];
     f->done = false;
@@ -245,7 +255,7 @@ UNCHECKED void prepare(Block& b, unsigned size, size_t shared, const std::functi
   b.size = size;
   b.shared.assign(shared, 0);
   b.error.clear();
-  b.arrived.assign((size + kWarp - 1) / kWarp, 0);
+  b.warps.resize((size + kWarp - 1) / kWarp);
   while (b.fibers.size() < size) b.fibers.push_back(make_fiber(&b, unsigned(b.fibers.size())));
   b.main.owner = &b;
 #if defined(EMULATED_TSAN)
@@ -270,20 +280,21 @@ unsigned char* dynamic_shared() { return current->shared.data(); }
 UNCHECKED void block_barrier(int line) {
   Fiber* f = fiber();
   Block& b = *f->owner;
-  happens_before(&b.barrier_tag);
-  if (b.at_barrier == 0) {
+  char* tag = &b.barrier.tags[b.barrier.turn % 2];
+  happens_before(tag);
+  if (b.barrier.arrived == 0) {
     b.barrier_line = line;
   } else if (line != b.barrier_line) {
     b.error = "threads of a block wait at different __syncthreads: lines " +
               std::to_string(b.barrier_line) + " and " + std::to_string(line);
     rest(kAtBarrier);
   }
-  if (++b.at_barrier == b.live) {
+  if (unsigned(++b.barrier.arrived) == b.live) {
     release_barrier(b);
   } else {
     rest(kAtBarrier);
   }
-  happens_after(&b.barrier_tag);
+  happens_after(tag);
 }
 
 UNCHECKED void collective(Operation operation, int source, const void* in, size_t in_size,
@@ -294,12 +305,14 @@ UNCHECKED void collective(Operation operation, int source, const void* in, size_
   f->operation = operation;
   f->source = source;
   std::memcpy(f->in, in, in_size);
-  int& arrived = b.arrived[warp];
-  happens_before(&arrived);
-  if (++arrived < kWarp) {
+  Meeting& meeting = b.warps[warp];
+  char* tag = &meeting.tags[meeting.turn % 2];
+  happens_before(tag);
+  if (++meeting.arrived < kWarp) {
     rest(kInWarp);
   } else {
-    arrived = 0;
+    meeting.arrived = 0;
+    ++meeting.turn;
     Fiber** lanes = &b.fibers[warp * kWarp];
     for (int i = 0; i < kWarp; ++i) {
       if (lanes[i]->operation != operation) {
@@ -314,7 +327,7 @@ UNCHECKED void collective(Operation operation, int source, const void* in, size_
       for (int i = 0; i < kWarp; ++i) std::memcpy(lanes[i]->out, lanes[lanes[i]->source]->in, 16);
     }
   }
-  happens_after(&arrived);
+  happens_after(tag);
   std::memcpy(out, f->out, out_size);
 }
 
