@@ -27,8 +27,8 @@ CONFIGURATIONS = {
 
 @pytest.fixture(params=backends.BACKENDS)
 def backend(request):
-    reason = dict(backends.backends("cuda")).get(request.param) if torch.cuda.is_available() else None
-    if reason:
+    reasons = dict(backends.backends("cuda")) if torch.cuda.is_available() else {}
+    if reason := reasons.get(request.param):
         pytest.skip(f"{request.param}: {reason}")
     return request.param
 
