@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Sequence
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch  # first: the module shares PyTorch's OpenMP threads where they are
@@ -35,3 +36,11 @@ def tensor_facts(tensors: Sequence[Tensor]) -> tuple[Any, Any]:
     columns = (_shape, torch.Tensor.stride, _dtype, _device)
     rest = tuple(list(map(column, tensors)) for column in columns)
     return list(map(torch.Tensor.data_ptr, tensors)), rest
+
+
+def same_values(dicts: list[dict[str, Any]], values: list[Any]) -> bool:
+    """Whether the values of the dicts, one after the other, are these very objects."""
+    if _C is not None:
+        return _C.same_values(dicts, values)
+    found = list(chain.from_iterable(map(dict.values, dicts)))
+    return len(found) == len(values) and all(map(is_, found, values))

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
-from operator import itemgetter
+from operator import is_, itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,6 +40,7 @@ class _Runtime:
 
     def __init__(self) -> None:
         self.plans: list[plan.GroupPlan | None] = []
+        self.states: tuple[list[Tensor], list[Any]] = [], []  # keys and values of the state, as seen
         self.hypers: list[tuple[Any, Hyper]] = []
         self.counters: dict[torch.device, Tensor] = {}
         self.compiled = library.Store()
@@ -252,8 +253,9 @@ class APOLLO(torch.optim.Optimizer):
         keys = [(*asked, *_structure(group)) for group in self.param_groups]
         plans = self._runtime.plans
         plans[:] = plans[: len(keys)] + [None] * (len(keys) - len(plans))
+        known = self._state_is_known()
         gradients = [
-            None if p is None else p.gradients(group["params"], key, self.state)
+            None if p is None else p.gradients(group["params"], key, None if known else self.state)
             for p, group, key in zip(plans, self.param_groups, keys, strict=True)
         ]
         stale = [index for index, found in enumerate(gradients) if found is None]
@@ -265,7 +267,16 @@ class APOLLO(torch.optim.Optimizer):
                 plans[index] = None  # the old one goes before the new one takes its memory
                 plans[index] = self._build(group, key, backends_of, clipping)
                 gradients[index] = [p.grad for p in group["params"] if p.grad is not None]
+        if stale or not known:
+            self._runtime.states = list(self.state), list(self.state.values())
         return gradients  # type: ignore[return-value]
+
+    def _state_is_known(self) -> bool:
+        """Whether every parameter has the very dict that the last step found or gave it."""
+        keys, values = self._runtime.states
+        if len(keys) != len(self.state):
+            return False
+        return all(map(is_, self.state, keys)) and all(map(is_, self.state.values(), values))
 
     def _refuse_duplicates(self) -> None:
         seen: dict[int, str] = {}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from apollo_kernels import clipping
 from apollo_kernels.batch import Hyper, Signals
-from apollo_kernels.native import tensor_facts
+from apollo_kernels.native import same_values, tensor_facts
 from apollo_kernels.state import layout_of
 from apollo_kernels.work import Builder, Work
 
@@ -44,12 +44,17 @@ class GroupPlan:
         self.owned = [p for p, live in zip(self.params, self.live, strict=True) if live]
         self.values = _values(self.states)
         self.tensors = [v for v in self.values if isinstance(v, Tensor)]
-        self.owned_facts = tensor_facts([*self.owned, *self.tensors])
+        self.watched = [*self.owned, *self.tensors]
+        self.watched_facts = tensor_facts(self.watched)
 
     def gradients(
-        self, params: Sequence[Tensor], key: tuple[Any, ...], state: Mapping[Tensor, Any]
+        self, params: Sequence[Tensor], key: tuple[Any, ...], state: Mapping[Tensor, Any] | None
     ) -> list[Tensor] | None:
-        """The gradients to step with; None if anything but their addresses is not as it was."""
+        """The gradients to step with; None if anything but their addresses is not as it was.
+
+        Args
+            state: the optimizer's, or None if it is known to hold the same dicts as before.
+        """
         if key != self.key or len(params) != len(self.params):
             return None
         if not all(map(is_, params, self.params)):
@@ -59,12 +64,11 @@ class GroupPlan:
             return None
         if not all(self.live):
             gradients = [g for g in gradients if g is not None]
-        if not all(map(is_, map(state.get, self.owned), self.states)):
+        if state is not None and not all(map(is_, map(state.get, self.owned), self.states)):
             return None
-        values = _values(self.states)
-        if len(values) != len(self.values) or not all(map(is_, values, self.values)):
+        if not same_values(self.states, self.values):
             return None
-        return gradients if self._unchanged(self.owned, gradients, self.tensors) else None
+        return gradients if self._unchanged(self.watched, gradients) else None
 
     def holds(
         self,
@@ -80,13 +84,12 @@ class GroupPlan:
         pairs = zip(values, self.values, strict=True)
         if not all(isinstance(v, Tensor) or v == w for v, w in pairs):
             return False
-        return self._unchanged(weights, gradients, [v for v in values if isinstance(v, Tensor)])
+        tensors = (v for v in values if isinstance(v, Tensor))
+        return self._unchanged([*weights, *tensors], gradients)
 
-    def _unchanged(
-        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], tensors: Sequence[Tensor]
-    ) -> bool:
+    def _unchanged(self, watched: list[Tensor], gradients: Sequence[Tensor]) -> bool:
         try:
-            if tensor_facts([*weights, *tensors]) != self.owned_facts:
+            if tensor_facts(watched) != self.watched_facts:
                 return False
             addresses, rest = tensor_facts(gradients)
         except RuntimeError:  # a sparse gradient has neither strides nor an address

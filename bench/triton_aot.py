@@ -36,6 +36,7 @@ MIX = {
     "tensor": "HMMA|HGMMA|UTC[A-Z]*MMA",
     "load 16": r"LDG\S*\.128",
     "store 16": r"STG\S*\.128",
+    "barriers": r"BAR\.",
 }
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
@@ -76,8 +77,9 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
     yield "project f16 rows rank 64, signals", project._project, {**tiling, **fused}
     flags = {"TENSOR": False, "CORRECT": False, "FRONT": True, "LIMITER": False, "BLOCK": 1024}
     yield "limit, signals", scale._limit, {**flags, **given}
-    tile = {"ALIGNED": False, "BR": 1, "BC": scale.COMBINE}
-    yield "combine rank 1, signals", scale._combine, {**tile, **given}
+    for rank in (1, 16):  # one lane per rank row: the sums over them go through shuffles alone
+        tile = {"ALIGNED": False, "BR": rank, "BC": scale.COMBINE}
+        yield f"combine rank {rank}, signals", scale._combine, {**tile, **given}
     tiling = adamw.Tiling(element(torch.float16), element(torch.float16), True)._asdict()
     yield "adamw f16, signals", adamw._adamw, {**tiling, "num_warps": 8, **given}
     yield "begin, signals", adamw._begin, {"CORRECT": False, "num_warps": 1, **given}
@@ -120,10 +122,30 @@ def row(name: str, arch: str, image: Any, folder: Path) -> dict[str, Any]:
     usage = dict(re.findall(r"(REG|STACK):(\d+)", dump(tool, "--dump-resource-usage", path)))
     sass = dump(tool, "-sass", path)
     mix = {column: len(re.findall(rf"\s(?:{words})", sass)) for column, words in MIX.items()}
+    mix["fused"] = fused_after_shuffles(sass)
     return {
         "kernel": name, "arch": f"sm_{arch}", "registers": int(usage["REG"]), **mix,
         "stack": int(usage["STACK"]), "shared": image.metadata.shared,
     }  # fmt: skip
+
+
+def fused_after_shuffles(sass: str) -> int:
+    """How many multiply-adds read what a shuffle has brought from another lane.
+
+    There must be none: where x * x + y is fused on one lane and y * y + x on the other, two lanes
+    of one sum hold different bits, and it is chance which of them is stored.
+    """
+    shuffled: set[str] = set()
+    found = 0
+    form = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s+([^;]*);"
+    for operation, operands in re.findall(form, sass, re.MULTILINE):
+        registers = re.findall(r"\bR\d+\b", operands)
+        if operation.startswith("SHFL"):
+            shuffled.add(registers[0])
+            continue
+        found += operation.startswith("FFMA") and not shuffled.isdisjoint(registers[1:])
+        shuffled.difference_update(registers[:1])
+    return found
 
 
 def dump(tool: str, option: str, path: Path) -> str:

@@ -22,7 +22,7 @@ enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 constexpr int pieces(int dtype) { return dtype == kBfloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
 
 // The kernels of `project` by the matrix's own rank: a matrix's bits must not depend on what else
-// is in the launch.
+// is in the launch. kRankOne holds the rank 0 of an empty matrix too.
 enum RankClass : int { kRankOne, kRankTo4, kRankTo7, kRankTo64, kRankBeyond };
 constexpr RankClass rank_class(int64_t rank) {
   return rank <= 1    ? kRankOne

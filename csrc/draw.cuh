@@ -2,8 +2,9 @@
 //
 // A distribution is a struct like Gaussian and Signs, with begin(k0) and pairs(k0): four entries of
 // rank row j per call of the generator, k = k0 + {2t, 2t+1, 2t+8, 2t+9}, which is what one lane
-// holds of the 16-deep A operand of mma.m16n8k16. A new one joins there, in `with_distribution` of
-// launch.cu, and as a number of its own in philox.cuh's enum Distribution.
+// holds of the 16-deep A operand of mma.m16n8k16. A new one joins here, in `with_distribution` of
+// launch.cu, with a number of its own in philox.cuh's enum Distribution and in DISTRIBUTIONS of
+// cuda.py; on the host, in `draw` of philox.cuh.
 #pragma once
 
 #include "common.cuh"

@@ -75,14 +75,15 @@ Hyper make_hyper(uintptr_t counters, double lr, double beta1, double beta2, doub
 template <class Plan>
 struct Placed : Plan {
   using Plan::Plan;
-  int device = 0;
+  int device = -1;  // none yet
 
   void put(uintptr_t table, uintptr_t maps, uintptr_t workspace, int on_device) {
-    device = on_device;
     this->place(
         {pointer<const void>(table), pointer<const int32_t>(maps), pointer<void>(workspace)});
-    DeviceGuard guard(device);
+    if (device == on_device) return;
+    DeviceGuard guard(on_device);
     check(this->load(), "loading the kernels");
+    device = on_device;
   }
 };
 using PlacedLowRank = Placed<LowRankPlan>;

@@ -6,7 +6,7 @@
 #include "tensor_facts.h"
 
 #include <cstdint>
-#include <string>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -45,35 +45,52 @@ const ExchangeApi* api_of(const py::capsule& capsule) {
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
 }
 
+py::bytes bytes_of(const std::vector<int64_t>& words, size_t count) {
+  return py::bytes(reinterpret_cast<const char*>(words.data()), sizeof(int64_t) * count);
+}
+
 bool usable(const py::capsule& capsule) {
   const ExchangeApi* api = api_of(capsule);
   return api != nullptr && api->major == 1 && api->view_of_object != nullptr;
 }
 
-template <class T>
-void append(std::string& bytes, const T* values, int64_t count) {
-  if (count > 0) {
-    bytes.append(reinterpret_cast<const char*>(values), sizeof(T) * static_cast<size_t>(count));
-  }
-}
+constexpr int64_t kHeader = 2;  // words before the shape: dimensions and dtype, device
 
 py::tuple tensor_facts(const py::capsule& capsule, const py::list& tensors) {
   const ExchangeApi* api = api_of(capsule);
-  std::string addresses, facts;
-  addresses.reserve(8 * tensors.size());
-  facts.reserve(64 * tensors.size());
+  std::vector<int64_t> addresses(tensors.size()), facts(8 * tensors.size());
+  size_t count = 0, end = 0;
   for (const py::handle tensor : tensors) {
-    TensorView view{};
+    TensorView view;
     if (api->view_of_object(tensor.ptr(), &view) != 0) throw py::error_already_set();
-    const uint64_t address = reinterpret_cast<uintptr_t>(view.data) + view.byte_offset;
-    append(addresses, &address, 1);
-    append(facts, &view.dimensions, 1);
-    append(facts, &view.type, 1);
-    append(facts, &view.device, 1);
-    append(facts, view.shape, view.dimensions);
-    append(facts, view.strides, view.dimensions);
+    addresses[count++] = int64_t(reinterpret_cast<uintptr_t>(view.data) + view.byte_offset);
+    const size_t words = size_t(kHeader + 2 * view.dimensions);
+    if (end + words > facts.size()) facts.resize(2 * (end + words));
+    int64_t* to = facts.data() + end;
+    to[0] = int64_t(view.dimensions) << 32 | view.type.code << 24 | view.type.bits << 16 |
+            view.type.lanes;
+    to[1] = int64_t(view.device.type) << 32 | uint32_t(view.device.index);
+    for (int32_t i = 0; i < view.dimensions; ++i) {
+      to[kHeader + i] = view.shape[i];
+      to[kHeader + view.dimensions + i] = view.strides[i];
+    }
+    end += words;
   }
-  return py::make_tuple(py::bytes(addresses), py::bytes(facts));
+  return py::make_tuple(bytes_of(addresses, count), bytes_of(facts, end));
+}
+
+// Whether the values of the dicts, one after the other, are these very objects.
+bool same_values(const py::list& dicts, const py::list& values) {
+  size_t count = 0;
+  for (const py::handle dict : dicts) {
+    PyObject *key, *value;
+    Py_ssize_t place = 0;
+    while (PyDict_Next(dict.ptr(), &place, &key, &value)) {
+      if (count == values.size() || PyList_GET_ITEM(values.ptr(), count) != value) return false;
+      ++count;
+    }
+  }
+  return count == values.size();
 }
 
 }  // namespace
@@ -83,6 +100,8 @@ void bind_tensor_facts(py::module_& module) {
              "Whether the capsule torch.Tensor.__dlpack_c_exchange_api__ has what tensor_facts needs.");
   module.def("tensor_facts", &tensor_facts, py::arg("api"), py::arg("tensors"),
              "(addresses, everything else that a table is made from) of a list of tensors, as bytes.");
+  module.def("same_values", &same_values, py::arg("dicts"), py::arg("values"),
+             "Whether the values of the dicts, one after the other, are these very objects.");
 }
 
 }  // namespace apollo

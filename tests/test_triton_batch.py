@@ -115,7 +115,7 @@ def take(batch, h, s):
     return batch.apply(h, s)
 
 
-def check(item, expected, rtol=1e-4):
+def check(item, expected, rtol=1e-5):
     """Every tensor of ``item``: to rtol of its largest change, and to a rounding of its own."""
     values, t = expected
     assert int(item.step) == t
@@ -129,8 +129,12 @@ def check(item, expected, rtol=1e-4):
             assert error <= allowed, (name, float(error), float(allowed))
 
 
+def tensors(items):
+    return [t for i in items for t in vars(i).values() if isinstance(t, torch.Tensor)]
+
+
 def snapshot(items):
-    return [t.clone() for i in items for t in vars(i).values() if isinstance(t, torch.Tensor)]
+    return [t.clone() for t in tensors(items)]
 
 
 # ---- low-rank matrices ---------------------------------------------------------------------------
@@ -148,19 +152,19 @@ KINDS = [
 
 @pytest.mark.parametrize("dtype, scale_type, separate", KINDS, ids=str)
 def test_a_step_of_every_rank_and_orientation(dtype, scale_type, separate):
-    """One batch holds them all; the last two matrices are cut along their contracted side."""
+    """One batch holds them all. The last matrix is cut along its contracted side."""
     h = hyper(scale_type=scale_type, scale=2.0, maximize=separate, scale_front=separate)
-    shapes = [(1, (9, 40)), (3, (40, 9)), (8, (16, 48)), (130, (5, 135)), (1, (2, 2100))]
+    shapes = [(1, 9, 40), (3, 40, 9), (8, 16, 48), (130, 5, 135), (1, 2, 2100)]
     items = [
-        low_rank(*data(shape if rows else shape[::-1], dtype), rows, rank, key=rank + 7)
-        for rank, shape in shapes
-        for rows in (True, False)
+        low_rank(*data((channels, k) if rows else (k, channels), dtype), rows, rank, key=rank + 7)
+        for rank, channels, k in shapes
+        for rows in ((True, False) if k < 100 else (separate,))
     ]
     expected = [restated(item, h) for item in items]
     s = signals()
     take(step.build(items, separate=separate), h, s)
     for item, right in zip(items, expected, strict=True):
-        check(item, right)
+        check(item, right, rtol=3e-5)
     assert s.counters.tolist()[0::2] == [len(items), 0]
 
 
@@ -272,6 +276,12 @@ def test_expert_matrices_share_a_step_that_one_of_them_advances(separate, leader
         s = signals()
         take(batch, h, s)
         assert int(first.step) == t and s.counters.tolist()[0] == 4
+    followers = [LowRank(**{**vars(i), "leads": False}) for i in items]
+    saved = snapshot(items)
+    take(step.build(followers, separate=separate), h, signals())
+    assert int(first.step) == 5  # nobody led
+    for t, before in zip(tensors(items), saved, strict=True):
+        t.copy_(before)
     for twin in twins:  # each alone, with a step of its own: the same bits
         alone = step.build([twin], separate=separate)
         take(alone, h, signals())
@@ -371,6 +381,18 @@ def test_a_gradient_that_is_read_by_elements_may_move_anywhere():
     check(item, expected)
 
 
+def test_a_captured_table_stays_as_it_is():
+    """A CUDA graph would read it; here the mark alone is set, which a capture leaves."""
+    item, other = low_rank(*data((5, 7)), True, 4), dense(*data((5,)))
+    for batch, grad in (
+        (step.build([item], separate=False), item.grad),
+        (step.build_dense([other]), other.grad),
+    ):
+        assert batch.set_gradients([grad.data_ptr()]) is True
+        batch._captured = True
+        assert batch.set_gradients([grad.data_ptr()]) is False
+
+
 # ---- numbers at the border -----------------------------------------------------------------------
 
 
@@ -419,9 +441,10 @@ def test_decay_is_one_rounding_away_from_exact(lr, decay):
     take(step.build(items[:1], separate=False), h, signals())
     take(step.build_dense(items[1:]), h, signals())
     right = (1 - lr * decay) * w.double()
+    near = right.float().abs()
+    ulp = torch.nextafter(near, torch.tensor(INF)) - near
     for item in items:
-        error = (item.weight.double() - right).abs()
-        assert (error <= 0.501 * torch.finfo(torch.float32).eps * w.abs()).all()
+        assert ((item.weight.double() - right).abs() <= 0.5001 * ulp).all()
         assert lr * decay or torch.equal(item.weight, w)
 
 
@@ -449,6 +472,16 @@ def test_tensor_scaling_takes_gradients_of_2e18(separate):
         take(step.build([item], separate=separate), h, s)
         check(item, expected)
         assert s.counters.tolist()[0] == 1
+
+
+def test_squares_of_a_channel_beyond_float32_leave_the_weights():
+    """Each R^2 is finite, and with tensor scaling so is s: q alone says it."""
+    h = hyper(scale_type="tensor")
+    item = low_rank(torch.randn(3, 6), torch.full((3, 6), 1.1e19), True, 6)
+    before, s = item.weight.clone(), signals()
+    take(step.build([item], separate=False), h, s)
+    assert torch.equal(item.weight, before) and s.counters.tolist() == [0, 0, 1]
+    assert item.exp_avg_sq.isfinite().all() and item.exp_avg_sq.max() > 1e30
 
 
 def test_an_entry_whose_square_overflows_keeps_its_moments():
@@ -531,7 +564,7 @@ def test_what_the_kernels_take():
     mixed = low_rank(*data((4, 6), torch.bfloat16, torch.float16), False, 2)
     assert step.takes(mixed) and step.family(mixed) == step.family(matrix)
     double = torch.float64
-    assert not step.takes(low_rank(*data((4, 6), double), True, 2))
+    assert not step.takes(low_rank(*data((4, 6), double, torch.float32), True, 2))
     assert not step.takes(dense(*data((4, 6), torch.float32, double)))
     long = torch.zeros(1).expand(2**31)
     assert not step.takes(Dense(long, long, long, long, torch.tensor(0)))

@@ -1,4 +1,7 @@
-"""Each Triton kernel against the float64 specification, in Triton's interpreter: no GPU needed."""
+"""Parts of the Triton kernels, and how they walk memory, in Triton's interpreter: no GPU needed.
+
+test_triton_batch.py has the rule itself, and the restatement that is used here too.
+"""
 
 import importlib.metadata
 import sys
@@ -14,14 +17,25 @@ import restatement
 import triton
 import triton.language as tl
 
-from apollo_kernels import ops, philox, reference
-from apollo_kernels.reference import Dense, Hyper, LowRank
+from apollo_kernels import backends, philox, reference
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("with a GPU, tests/test_gpu.py runs the kernels", allow_module_level=True)
 
+from test_triton_batch import (
+    check,
+    data,
+    dense,
+    hyper,
+    low_rank,
+    restated,
+    restated_dense,
+    signals,
+    take,
+)
+
+from apollo_kernels.triton_kernels import adamw, project, step, table
 from apollo_kernels.triton_kernels import philox as drawn
-from apollo_kernels.triton_kernels import project, step, table
 from apollo_kernels.triton_kernels.element import element, finite, narrow, widen
 
 pytestmark = pytest.mark.filterwarnings(
@@ -135,165 +149,91 @@ def test_finite():
     assert out.tolist() == [0, 0, 1, 0]
 
 
-# ---- one step of the low-rank kernels ------------------------------------------------------------
+# ---- numbers that a step needs once --------------------------------------------------------------
 
 
-class Drawn(philox.ProjectionCache):
-    """Hands the specification the z that the kernels draw: what is left is their arithmetic."""
-
-    def get(self, key, epoch, rank, dim, distribution, device, form, prepare):
-        rows = triton.next_power_of_2(max(rank, 1))
-        tiles = [
-            z_tile(key, epoch, 0, k, rows, 128, distribution) for k in range(0, max(dim, 1), 128)
-        ]
-        return prepare(torch.cat(tiles, dim=1)[:rank, :dim])
+@triton.jit
+def store_shares(out, rate, weight_decay):
+    high, low = adamw.kept_share(adamw.load_rate(rate, None), weight_decay)
+    tl.store(out, high)
+    tl.store(out + 1, low)
 
 
-def hyper(**options):
-    defaults = dict(lr=0.01, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1, correct_bias=True)
-    return Hyper(**{**defaults, "maximize": False, **options})
+@pytest.mark.parametrize("decay", [0.0, 1e-7, 1e-12, 0.25, 0.3, 1 - 2**-20, 1.0, 1.5, 1e6])
+def test_what_a_decay_leaves_is_a_sum_of_one_sign(decay):
+    out = torch.zeros(2, dtype=torch.float32)
+    store_shares[(1,)](out, decay, 1.0)
+    high, low = out.double().tolist()
+    assert high + low == pytest.approx(1 - decay, rel=2**-47, abs=0) and (low > 0) == (decay < 1)
+    assert abs(low) <= 2**-23 * abs(high) or high == 0
 
 
-def low_rank(w, g, rows, rank, moments=True):
-    """A parameter in mid-run: moments, a limiter's norm and a step count of three."""
-    channels, k = w.shape if rows else w.shape[::-1]
-    generator = torch.Generator().manual_seed(1)
-    m = torch.randn(channels, min(rank, k), generator=generator) * moments
-    v = (0.5 + torch.rand(m.shape, generator=generator)) * moments
-    norm = torch.tensor(0.9 * float(g.double().norm()) * moments)
-    return LowRank(w, g, m, v, norm, torch.tensor(3.0), 12345, rows)
+# ---- one step of one batch -----------------------------------------------------------------------
 
 
-def as_dtype(item, dtype):
-    """A copy in another precision; float64 is the oracle."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    low = dtype == torch.float64
-    return LowRank(
-        item.weight.detach().to(dtype if low else item.weight.dtype, copy=True),
-        item.grad.to(dtype if low else item.grad.dtype, copy=True),
-        *(t.to(wide, copy=True) for t in (item.exp_avg, item.exp_avg_sq, item.update_norm)),
-        item.step.clone(), item.key, item.rows,
-    )  # fmt: skip
+def check_step(items, h, rtol=1e-5, **options):
+    """A step of low-rank or dense items against the restatement."""
+    dense_items = isinstance(items[0], step.Dense)
+    expected = [(restated_dense if dense_items else restated)(item, h) for item in items]
+    make = step.build_dense if dense_items else step.build
+    take(make(items, **({} if dense_items else {"separate": False})), h, signals())
+    for item, right in zip(items, expected, strict=True):
+        check(item, right, rtol)
 
 
-def check_step(items, options):
-    """The kernels' errors against float64 are at most twice those of PyTorch's own arithmetic.
-
-    Returns what the kernels counted: updates, limited, not finite.
-    """
-    exact, plain = ([as_dtype(i, d) for i in items] for d in (torch.float64, torch.float32))
-    counters = [torch.zeros(3, dtype=torch.int64) for _ in range(3)]
-    reference.step_low_rank(exact, options, counters[0], Drawn())
-    reference.step_low_rank(plain, options, counters[1], Drawn())
-    before = [i.weight.double() for i in items]
-    step.step_low_rank(items, options, counters[2], philox.ProjectionCache())
-    assert counters[2].tolist() == counters[0].tolist()
-    for item, e, p, w in zip(items, exact, plain, before, strict=True):
-        assert float(item.step) == float(e.step)
-        for name in ("exp_avg", "exp_avg_sq", "update_norm", "weight"):
-            mine, right, theirs = (getattr(x, name).double() for x in (item, e, p))
-            if right.numel() == 0:
-                continue
-            # Roundings that PyTorch's run may escape by luck where few elements are compared: of
-            # the store, and of a sum's last terms, twice that in a square (measured: up to 3.2).
-            size = max(right.abs().max(), w.abs().max() if name == "weight" else 0)
-            eps = torch.finfo(item.weight.dtype if name == "weight" else torch.float32).eps
-            error, allowed = (mine - right).abs().max(), 2 * (theirs - right).abs().max()
-            assert error <= allowed + 4 * eps * size, (name, tuple(item.weight.shape), error)
-    return counters[2].tolist()
-
-
-def data(shape, dtype, g_dtype=None):
-    return torch.randn(shape).to(dtype), torch.randn(shape).to(g_dtype or dtype)
-
-
-SIZES = [(1, 7), (7, 1), (129, 33), (1, 1134)]
-
-
-@pytest.mark.parametrize("rank", [1, 3, 8, 64, 200])
-@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_step_of_odd_sizes(dtype, scale_type, rank):
-    """Both orientations in one batch; the ranks are clamped as the optimizer does it."""
-    shapes = {1: SIZES, 8: SIZES}.get(rank, [(7, 129), (5, 230)])
-    items = [
-        low_rank(*data(shape, dtype), rows, rank) for shape in shapes for rows in (True, False)
-    ]
-    # below rank 4 a channel's |N_c| / |R_c| is ill-conditioned: compare the moments elsewhere
-    if scale_type == "channel":
-        items = [i for i in items if i.exp_avg.shape[1] >= 4]
-    distribution = "rademacher" if rank in (3, 8) else "gaussian"
-    if items:
-        check_step(items, hyper(scale_type=scale_type, scale=2.0, distribution=distribution))
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (129, 33), (1, 1134)])
+def test_sizes_beside_those_of_the_tiles(shape):
+    """Both orientations in one batch, of rank 1 and of a rank that is clamped at the short side."""
+    h = hyper(scale_type="tensor")
+    ranks = (1, 8) if max(shape) < 1000 else (1,)
+    check_step([low_rank(*data(shape), rows, r) for r in ranks for rows in (True, False)], h)
 
 
 @pytest.mark.parametrize("g_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_and_gradients_of_different_dtypes(dtype, g_dtype):
     check_step([low_rank(*data((40, 20), dtype, g_dtype), True, 8)], hyper())
+    check_step([dense(*data((50,), dtype, g_dtype))], hyper())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(scale_front=True, scale=4.0, update_proj_gap=2),
-        dict(disable_nl=True, weight_decay=0.0),
-        dict(correct_bias=False, maximize=True),
-        dict(betas=(0.0, 0.0), distribution="rademacher", update_proj_gap=1),
-    ],
-    ids=str,
-)
-def test_every_switch(options):
-    items = [low_rank(*data((40, 20), torch.float32), rows, 8) for rows in (True, False)]
-    check_step(items, hyper(**options))
+@pytest.mark.parametrize("gap", [1, 2, 4])
+def test_the_projection_is_drawn_anew_when_its_time_has_come(gap):
+    check_step(
+        [low_rank(*data((9, 20)), True, 4, t=t) for t in (0, 1, 3, 4)], hyper(update_proj_gap=gap)
+    )
 
 
 @pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize("stride", [(131, 1), (1, 70)], ids=["row-major", "column-major"])
 def test_stochastic_rounding_takes_the_contract_s_bits(stride, rows):
-    """As PyTorch but where its float32 sum, rounded otherwise in its last bit, crosses a border."""
+    """But where the float32 sum, rounded otherwise in its last bit, crosses a border."""
     w, _ = guarded((70, 131), stride, torch.bfloat16)
     w[3, 5] = torch.finfo(torch.bfloat16).max  # next to infinity: to the nearest
+    h = hyper(stochastic_rounding=True)
     item = low_rank(w, 3 * torch.randn(70, 131).bfloat16(), rows, 8)
-    twin = as_dtype(item, torch.bfloat16)
-    twin.weight = item.weight.contiguous().clone()
-    options = hyper(stochastic_rounding=True)
-    for back_end, one in ((step, item), (reference, twin)):
-        counters = torch.zeros(3, dtype=torch.int64)
-        back_end.step_low_rank([one], options, counters, Drawn())
-    different = (item.weight != twin.weight).double().mean()
-    assert different < 1e-3 and torch.isfinite(item.weight).all()
-    torch.testing.assert_close(item.weight, twin.weight, rtol=2**-6, atol=1e-3)
+    exact, t = restated(item, h)
+    bits = philox.rounding_bits(item.key, t, 0, 70, 131)
+    right = reference.round_stochastically(exact["weight"].float(), bits)
+    take(step.build([item], separate=False), h, signals())
+    assert (item.weight != right).double().mean() < 1e-3 and torch.isfinite(item.weight).all()
+    torch.testing.assert_close(item.weight, right, rtol=2**-6, atol=1e-3)
 
 
-@pytest.mark.parametrize("previous", [0.0, 1e-3, 1e6])
-def test_the_limiter_acts_where_the_norm_grew(previous):
-    """0: a first step, whose norm is unset and whose moments are zero."""
-    item = low_rank(*data((40, 20), torch.float32), True, 8, moments=previous > 0)
-    item.update_norm.fill_(previous)
-    assert check_step([item], hyper())[1] == (previous == 1e-3)
-
-
-@pytest.mark.parametrize(
-    "rank, distribution", [(1, "gaussian"), (8, "gaussian"), (8, "rademacher")]
-)
+@pytest.mark.parametrize("rank, distribution", [(1, "gaussian"), (8, "rademacher")])
 @pytest.mark.parametrize("rows", [True, False])
 def test_a_long_contracted_side_is_cut_into_chunks(rows, rank, distribution):
-    shape = (3, 4100) if rows else (4100, 3)
-    item = low_rank(*data(shape, torch.float32), rows, rank)
-    lies = table.matrix(item.grad if rows else item.grad.t())
-    layout = table.Layout(3, 4100, rank, rows, False, lies, lies)
+    item = low_rank(*data((3, 4100) if rows else (4100, 3)), rows, rank)
+    layout = table.layout(item)
     assert project.split(layout, project.choose(layout, False)) == (1536, 3)
-    check_step([item], hyper(scale_type="tensor", distribution=distribution))
+    h = hyper(scale_type="tensor", distribution=distribution)
+    check_step([item], h, rtol=2e-3 if distribution == "gaussian" else 1e-5)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_tiles_of_wide_ranks(asynchronous, monkeypatch):
     """Two rank tiles, and both card classes' shapes of them."""
     monkeypatch.setattr(step, "_asynchronous_dots", lambda device: asynchronous)
-    step._plan.cache_clear()
     check_step([low_rank(*data((5, 230), torch.bfloat16), True, 200)], hyper())
-    step._plan.cache_clear()
 
 
 # ---- how tensors lie in memory -------------------------------------------------------------------
@@ -313,7 +253,6 @@ STRIDES = {
     "rows of a wider matrix": (48, 1),
     "transposed": (1, 40),
     "columns of a taller matrix": (1, 64),
-    "neither side contiguous": (64, 2),
 }
 
 
@@ -328,11 +267,27 @@ def test_strides_and_offsets(w_stride, g_stride):
         assert int(w_storage.isnan().sum()) == holes and not w.isnan().any()
 
 
+def test_dense_tensors_of_one_order_are_walked_as_they_lie():
+    tensors = [torch.randn(6, 5, 4).permute(2, 0, 1) for _ in range(2)]
+    moments = [torch.rand(6, 5, 4).permute(2, 0, 1) for _ in range(2)]
+    item = dense(*tensors, exp_avg=moments[0], exp_avg_sq=moments[1])
+    check_step([item], hyper())
+
+
 def test_aligned_matrices_take_the_vector_path():
     w, g = data((48, 32), torch.bfloat16)
     assert table.matrix(w).aligned and not table.matrix(w[:, 1:17]).aligned
+    assert not table.matrix(torch.ones(48, 40)[:, :32]).vectors
+    assert not table.matrix(w[:, :17]).vectors and table.matrix(w[:, 16:]).vectors
     items = [low_rank(w, g, True, 16), low_rank(w.clone(), g, False, 16)]
     check_step(items, hyper())
+
+
+def test_the_stride_of_a_side_of_size_one_decides_nothing():
+    row = torch.ones(1, 48)
+    for stride in (0, 1, 7, 48):
+        assert table.matrix(row.as_strided((1, 48), (stride, 1))) == table.matrix(row)
+        assert table.matrix(row.as_strided((48, 1), (1, stride))) == table.matrix(row.t())
 
 
 def test_offsets_beyond_two_to_the_31():
@@ -343,51 +298,38 @@ def test_offsets_beyond_two_to_the_31():
     w.copy_(torch.randn(2, 24))
     g.copy_(torch.randn(2, 24))
     for rows in (True, False):
-        near = low_rank(w.clone(), g.clone(), rows, 4)
         far = low_rank(w, g, rows, 4)
+        near = low_rank(w.clone(), g.clone(), rows, 4)
+        for name in ("exp_avg", "exp_avg_sq"):
+            getattr(near, name).copy_(getattr(far, name))
         for item in (near, far):
-            step.step_low_rank([item], hyper(), torch.zeros(3, dtype=torch.int64), None)
+            take(step.build([item], separate=False), hyper(), signals())
         assert torch.equal(near.weight, far.weight) and torch.equal(near.exp_avg, far.exp_avg)
-
-
-def test_empty_matrices_step_without_a_launch_of_tiles():
-    items = [low_rank(torch.ones(s), torch.ones(s), True, 4) for s in ((0, 5), (5, 0), (0, 0))]
-    check_step(items, hyper(scale_type="tensor"))
-
-
-def test_float64_goes_to_pytorch():
-    w, g = data((9, 6), torch.float64)
-    item = low_rank(w, g, True, 4)
-    twin = as_dtype(item, torch.float64)
-    item.exp_avg, item.exp_avg_sq = twin.exp_avg.clone(), twin.exp_avg_sq.clone()
-    item.update_norm = twin.update_norm.clone()
-    counters = torch.zeros(3, dtype=torch.int64)
-    step.step_low_rank([item], hyper(), counters, philox.ProjectionCache())
-    reference.step_low_rank([twin], hyper(), counters, philox.ProjectionCache())
-    assert torch.equal(item.weight, twin.weight)
 
 
 # ---- batches -------------------------------------------------------------------------------------
 
 
 def batch(dtype=torch.bfloat16):
+    """Ranks 1, 4 and, clamped at the short side, 3; another would be 8 in the same group."""
     torch.manual_seed(3)
-    shapes = [(40, 20), (20, 40), (3, 2100), (17, 9)]
-    return [low_rank(*data(s, dtype), s[0] >= s[1], 4) for s in shapes]
+    kinds = [((40, 20), 4), ((20, 40), 4), ((3, 2100), 1), ((17, 3), 8), ((16, 24), 8)]
+    return [low_rank(*data(s, dtype), s[0] >= s[1], rank) for s, rank in kinds]
 
 
 def bits(items):
     return [t for i in items for t in (i.weight, i.exp_avg, i.exp_avg_sq, i.update_norm)]
 
 
-def run(items):
-    step.step_low_rank(items, hyper(), torch.zeros(3, dtype=torch.int64), None)
+def run(items, separate=False):
+    take(step.build(items, separate=separate), hyper(), signals())
     return bits(items)
 
 
-def test_the_same_bits_every_time_and_in_any_company():
-    together, again = run(batch()), run(batch())
-    alone = [t for item in batch() for t in run([item])]
+@pytest.mark.parametrize("separate", [False, True], ids=["fused", "separate"])
+def test_the_same_bits_every_time_and_in_any_company(separate):
+    together, again = run(batch(), separate), run(batch(), separate)
+    alone = [t for item in batch() for t in run([item], separate)]
     assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
@@ -407,102 +349,24 @@ def launches(monkeypatch):
     return names
 
 
-def test_the_number_of_launches_does_not_grow_with_the_parameters(launches):
-    counts = []
+@pytest.mark.parametrize("separate", [False, True], ids=["fused", "separate"])
+def test_the_number_of_launches_does_not_grow_with_the_parameters(launches, separate):
+    expected = ["_adamw", "_apply", "_apply", "_begin", "_limit", "_project", "_project"]
     for copies in (1, 3):
         del launches[:]
-        run([item for _ in range(copies) for item in batch()[:2]])
-        items = [dense(data((9,), torch.float32)) for _ in range(copies)]
-        step.step_dense(items, hyper(), torch.zeros(3, dtype=torch.int64), None)
-        counts.append(sorted(launches))
-    assert counts[0] == counts[1]
-    assert counts[0] == ["_adamw", "_apply", "_apply", "_begin", "_limit", "_project", "_project"]
-
-
-def test_tables_are_kept_while_nothing_moves():
-    items = batch()
-    table.table.cache_clear()
-    for expected in (0, 1, 2):
-        run(items)
-        assert table.table.cache_info().hits == expected
-    items[0].grad = items[0].grad.clone()  # a moved gradient: a new table, and the right result
-    check_step(items, hyper())
-
-
-# ---- AdamW ---------------------------------------------------------------------------------------
-
-
-def dense(tensors):
-    w, g = tensors
-    m = torch.randn_like(w, dtype=torch.float32)
-    v = torch.rand_like(w, dtype=torch.float32) + 0.5
-    return Dense(w, g, m, v, torch.tensor(3.0))
-
-
-def check_dense(items, options):
-    def copies(dtype):
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return [
-            Dense(
-                i.weight.to(dtype or i.weight.dtype, copy=True),
-                i.grad.to(dtype or i.grad.dtype, copy=True),
-                i.exp_avg.to(wide, copy=True), i.exp_avg_sq.to(wide, copy=True), i.step.clone(),
-            )
-            for i in items
-        ]  # fmt: skip
-
-    exact, plain = copies(torch.float64), copies(None)
-    counters = [torch.zeros(3, dtype=torch.int64) for _ in range(3)]
-    for batch, count in ((exact, counters[0]), (plain, counters[1])):
-        reference.step_dense(batch, options, count, None)
-    step.step_dense(items, options, counters[2], None)
-    assert counters[0].tolist() == counters[2].tolist()
-    for item, e, p in zip(items, exact, plain, strict=True):
-        assert float(item.step) == float(e.step)
-        for name in ("exp_avg", "exp_avg_sq", "weight"):
-            mine, right, theirs = (getattr(x, name).double() for x in (item, e, p))
-            if right.numel() == 0:
-                continue
-            eps = torch.finfo(getattr(item, name).dtype).eps
-            allowed = 2 * (theirs - right).abs().max() + 2 * eps * right.abs().max()
-            assert (mine - right).abs().max() <= allowed, name
-
-
-@pytest.mark.parametrize("g_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_adamw_of_odd_sizes_and_dtypes(dtype, g_dtype):
-    shapes = [(), (1,), (7,), (4100,), (16, 3), (0,), (4096,)]
-    check_dense([dense(data(s, dtype, g_dtype)) for s in shapes], hyper())
-
-
-@pytest.mark.parametrize(
-    "options", [dict(correct_bias=False), dict(maximize=True), dict(betas=(0.0, 0.0))], ids=str
-)
-def test_adamw_s_switches(options):
-    check_dense([dense(data((50,), torch.float32))], hyper(**options))
-
-
-@pytest.mark.parametrize("g_stride", STRIDES.values(), ids=STRIDES)
-@pytest.mark.parametrize("w_stride", STRIDES.values(), ids=STRIDES)
-def test_adamw_s_strides(w_stride, g_stride):
-    w, storage = guarded((40, 20), w_stride, torch.float32)
-    g, _ = guarded((40, 20), g_stride, torch.float32)
-    holes = int(storage.isnan().sum())
-    check_dense([dense((w, g))], hyper())
-    assert int(storage.isnan().sum()) == holes
+        run([item for _ in range(copies) for item in batch()[:2]], separate)
+        items = [dense(*data((9,))) for _ in range(copies)]
+        take(step.build_dense(items), hyper(), signals())
+        assert sorted(launches) == sorted(expected + ["_combine"] * separate)
 
 
 def test_a_rate_in_a_tensor_is_read_on_the_device():
     results = []
     for lr in (0.25, torch.tensor(0.25), torch.tensor([0.25], dtype=torch.float64)):
         torch.manual_seed(4)
-        item, other = (
-            low_rank(*data((9, 6), torch.float32), True, 4),
-            dense(data((9,), torch.float32)),
-        )
-        counters = torch.zeros(3, dtype=torch.int64)
-        step.step_low_rank([item], hyper(lr=lr), counters, None)
-        step.step_dense([other], hyper(lr=lr), counters, None)
+        item, other = low_rank(*data((9, 6)), True, 4), dense(*data((9,)))
+        take(step.build([item], separate=False), hyper(lr=lr), signals())
+        take(step.build_dense([other]), hyper(lr=lr), signals())
         results.append((item.weight, other.weight))
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
 
@@ -511,17 +375,19 @@ def test_a_rate_in_a_tensor_is_read_on_the_device():
 
 
 def test_the_interpreter_runs_only_where_it_is_asked_for(monkeypatch):
-    assert ops.choose("auto", "cpu") == "torch" and ops.choose("triton", "cpu") == "triton"
-    assert ops.load("triton") is step
+    assert (
+        backends.choose("auto", "cpu") == "torch" and backends.choose("triton", "cpu") == "triton"
+    )
+    assert backends.load("triton") is step
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match="'triton' cannot run: needs a CUDA device"):
-        ops.choose("triton", "cpu")
+        backends.choose("triton", "cpu")
 
 
 def test_what_is_missing_is_said(monkeypatch):
     def reason():
-        ops._no_triton.cache_clear()
-        return dict(ops.backends("cuda"))["triton"]
+        backends._no_triton.cache_clear()
+        return dict(backends.backends("cuda"))["triton"]
 
     with monkeypatch.context() as patch:
         patch.setattr(importlib.metadata, "version", lambda name: "3.2.0+git1")

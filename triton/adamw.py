@@ -49,7 +49,7 @@ def update_moments(m, v, g, g2, b1, w1, b2, w2):
 
 @triton.jit
 def normalized(m, v, eps):
-    """N = M / (sqrt(V) + eps), and where that is so: elsewhere the denominator is 0, and so is N."""
+    """N = M / (sqrt(V) + eps), and where that holds: elsewhere the denominator is 0 and N is 0."""
     denominator = tl.sqrt(v) + eps
     some = denominator != 0.0
     return m / tl.where(some, denominator, 1.0), some

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,11 +66,6 @@ def _grouped(tiles: Sequence[tuple[Any, int]], device: torch.device) -> list[_Gr
     return [_Group(kernel, tables.work_items(rows, device)) for kernel, rows in groups.items()]
 
 
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _asynchronous_dots(device: torch.device) -> bool:
     """Whether the dots of ``device`` are Hopper's wgmma or data-centre Blackwell's tcgen05."""
     nvidia = device.type == "cuda" and torch.version.hip is None
@@ -107,12 +102,50 @@ class _Places:
         return place
 
 
-class LowRankBatch:
-    """Low-rank matrices that take their step together: batch.Batch on Triton's kernels.
+class _Launcher:
+    """What both kinds of batches own on the device, and how they launch kernels over it."""
 
-    After a launch that a CUDA graph captured, set_gradients must not be called any more: the graph
-    reads the table that it would give up.
-    """
+    def __init__(self, device: torch.device, table: tables.Table, owned: Sequence[Tensor]):
+        self._device, self._table, self._owned = device, table, list(owned)
+        self._captured, self._streams = False, set[int]()
+
+    @contextlib.contextmanager
+    def _launches(self) -> Iterator[Tensor]:
+        """The table, while launches go to the device's current stream.
+
+        Memory that is freed may be given away as soon as its own stream has passed that point. So
+        another stream that reads it is recorded, once.
+        """
+        table = self._table.tensor
+        if self._device.type != "cuda":
+            yield table
+            return
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream()
+            if torch.cuda.is_current_stream_capturing():
+                self._captured = True
+            elif stream.cuda_stream not in self._streams:
+                self._streams.add(stream.cuda_stream)
+                for t in (table, *self._owned):
+                    t.record_stream(stream)
+            yield table
+
+    def set_gradients(self, addresses: Sequence[int]) -> bool:
+        """The gradients have moved and nothing else has changed: a new table, the same tiles.
+
+        Returns
+            whether it was done. False, with nothing changed, asks for a new batch: where an address
+            allows 16-byte accesses and the old one did not, or the reverse, and where a CUDA graph
+            has captured a launch, since it reads the old table.
+        """
+        if self._captured or not self._table.set_gradients(addresses):
+            return False
+        self._streams.clear()
+        return True
+
+
+class LowRankBatch(_Launcher):
+    """Low-rank matrices that take their step together: batch.Batch on Triton's kernels."""
 
     def __init__(self, items: Sequence[LowRank], separate: bool):
         device = items[0].weight.device
@@ -139,14 +172,17 @@ class LowRankBatch:
                 r_squares=places.take(sums), n_squares=places.take(sums),
                 partial=places.take(stored, multiple=16),
             ))  # fmt: skip
-        self._separate, self._device = separate, device
-        self._table = tables.Table(rows, [layout.g.vectors for layout in layouts], device)
+        self._separate = separate
         self._space = torch.zeros(places.floats, dtype=torch.float32, device=device)
         self._q = self._space[q_begin:q_end]
         self._clock = torch.zeros(len(items), dtype=torch.int64, device=device)  # t of each row
         self._projects = _grouped([self._project_tiles(*pair) for pair in both], device)
         self._combines = _grouped([self._combine_tiles(*pair) for pair in both], device)
         self._applies = _grouped([self._apply_tiles(*pair) for pair in both], device)
+        groups = (*self._projects, *self._combines, *self._applies)
+        owned = (self._space, self._clock, *(group.items.tensor for group in groups))
+        table = tables.Table(rows, [layout.g.vectors for layout in layouts], device)
+        super().__init__(device, table, owned)
 
     @staticmethod
     def _project_tiles(layout: tables.Layout, cut: _Cut) -> tuple[Any, int]:
@@ -165,14 +201,13 @@ class LowRankBatch:
         return cut.update, tiles
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
-        """R and q; the moments too where R is not stored. R and q are true under found_inf too,
-        where the batch is separate."""
-        with _on(self._device):
+        """R and q, and the moments too where R is not stored. A separate batch finds R and q under
+        found_inf as well, since they are its own, and the norm of the gradients is asked for."""
+        with self._launches() as table:
             for (tiling, stored), items in self._projects:
                 project.project(
-                    tiling, stored, self._table.tensor, items.tensor, self._space, self._clock,
-                    signals, hyper,
-                )  # fmt: skip
+                    tiling, stored, table, items.tensor, self._space, self._clock, signals, hyper
+                )
 
     def square_norm(self) -> Tensor:
         """float64 []: the sum of all q, as the gradients are."""
@@ -181,30 +216,19 @@ class LowRankBatch:
     def scale(self, hyper: Hyper, signals: Signals) -> None:
         """The moments of stored R, s_c, the limiter and the step counters."""
         assert self._separate or signals.clip is None, "moments may have been made without clip"
-        table = self._table.tensor
-        with _on(self._device):
+        with self._launches() as table:
             for kernel, items in self._combines:
                 scale.combine(*kernel, table, items.tensor, self._space, signals, hyper)
             scale.limit(table, self._space, self._clock, signals, hyper)
 
     def apply(self, hyper: Hyper, signals: Signals) -> None:
         """The weights, by what ``scale`` found; the signals are in that already."""
-        table = self._table.tensor
-        with _on(self._device):
+        with self._launches() as table:
             for tiling, items in self._applies:
                 apply.apply(tiling, table, items.tensor, self._space, self._clock, hyper)
 
-    def set_gradients(self, addresses: Sequence[int]) -> bool:
-        """The gradients have moved and nothing else has changed: a new table, the same tiles.
 
-        Returns
-            whether it was done. False, with nothing changed, where a gradient's address allows
-            16-byte accesses and the old one did not, or the reverse: then build anew.
-        """
-        return self._table.set_gradients(addresses)
-
-
-class DenseBatch:
+class DenseBatch(_Launcher):
     """Dense parameters that take their step together: batch.DenseBatch on Triton's kernels."""
 
     def __init__(self, items: Sequence[Dense]):
@@ -221,22 +245,15 @@ class DenseBatch:
             aligned = vectors[-1] and row.grad % 16 == 0
             tiling = adamw.Tiling(element(item.weight.dtype), element(item.grad.dtype), aligned)
             tiles.append((tiling, triton.cdiv(row.size, tiling.BLOCK)))
-        self._device = device
-        self._table = tables.Table(rows, vectors, device)
         self._space = torch.zeros(_RECORD * len(items), dtype=torch.float32, device=device)
         self._bad = torch.zeros(len(items), dtype=torch.int32, device=device)
-        self._adamw = _grouped(tiles, device)
+        self._groups = _grouped(tiles, device)
+        owned = (self._space, self._bad, *(group.items.tensor for group in self._groups))
+        super().__init__(device, tables.Table(rows, vectors, device), owned)
 
     def adamw(self, hyper: Hyper, signals: Signals) -> None:
         """Moments, weights and step counters."""
-        table = self._table.tensor
-        with _on(self._device):
+        with self._launches() as table:
             adamw.begin(table, self._space, self._bad, signals, hyper)
-            for tiling, items in self._adamw:
-                adamw.adamw(
-                    tiling, table, items.tensor, self._space, self._bad, signals, hyper
-                )  # fmt: skip
-
-    def set_gradients(self, addresses: Sequence[int]) -> bool:
-        """As LowRankBatch.set_gradients."""
-        return self._table.set_gradients(addresses)
+            for tiling, items in self._groups:
+                adamw.adamw(tiling, table, items.tensor, self._space, self._bad, signals, hyper)

@@ -139,10 +139,8 @@ def matrix(t: Tensor) -> Matrix:
         ValueError: if neither side is contiguous; plan.py hands over a copy of such a tensor.
     """
     channels, k = t.shape
-    by_channel, by_k = (
-        0 if n <= 1 or t.numel() == 0 else stride
-        for n, stride in zip(t.shape, t.stride(), strict=True)
-    )
+    sides = zip(t.shape, t.stride(), strict=True)
+    by_channel, by_k = (stride if n > 1 else 0 for n, stride in sides)
     if 1 not in (by_channel, by_k) and min(channels, k) > 1:
         raise ValueError(f"neither side of a matrix {list(t.shape)} has stride 1: {t.stride()}")
     k_unit = by_k == 1 or (by_channel != 1 and channels > 1)
