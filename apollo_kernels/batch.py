@@ -112,8 +112,11 @@ class Batch(Protocol):
     def apply(self, hyper: Hyper, signals: Signals) -> None:
         """The weights."""
 
-    def set_gradients(self, addresses: Sequence[int]) -> None:
-        """The gradients have moved and nothing else has changed."""
+    def set_gradients(self, addresses: Sequence[int]) -> bool:
+        """The gradients have moved and nothing else has changed: a new table, and the same maps.
+
+        False if another batch has to be built: a CUDA graph reads this one's table, say.
+        """
 
 
 class DenseBatch(Protocol):
@@ -122,8 +125,11 @@ class DenseBatch(Protocol):
     def adamw(self, hyper: Hyper, signals: Signals) -> None:
         """Moments, weights and step counters."""
 
-    def set_gradients(self, addresses: Sequence[int]) -> None:
-        """The gradients have moved and nothing else has changed."""
+    def set_gradients(self, addresses: Sequence[int]) -> bool:
+        """The gradients have moved and nothing else has changed: a new table, and the same maps.
+
+        False if another batch has to be built: a CUDA graph reads this one's table, say.
+        """
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -98,7 +98,7 @@ class Work:
         if not self.by_address:
             return True
         found = [place.address(addresses) for place in self.places]
-        return self.batch.set_gradients(found) is not False
+        return self.batch.set_gradients(found)
 
 
 def _matrices(t: Tensor, layout: Layout) -> Tensor:

@@ -83,7 +83,11 @@ def running(place):
         yield Backend(name, torch.device(device))
 
 
-@pytest.fixture(params=PLACES)
+def _marked(place):
+    return pytest.param(place, marks=pytest.mark.gpu) if PLACES[place][1] == "cuda" else place
+
+
+@pytest.fixture(params=map(_marked, PLACES))
 def backend(request):
     """Every back end in turn: PyTorch, the CUDA kernels on the emulated device, the Triton kernels
     in the interpreter, and all three on a card where there is one."""

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from apollo_kernels import info, philox
+from apollo_kernels import info, native
 from apollo_kernels.__main__ import main
 
 
@@ -28,7 +28,7 @@ def test_info_json_is_machine_readable():
 
 
 def test_info_tells_why_the_native_module_is_missing(monkeypatch):
-    monkeypatch.setattr(philox, "_C", None)
+    monkeypatch.setattr(native, "_C", None)
     collected = info.collect()
     assert collected["native_module"]["present"] is False
     assert "not built" in info.as_text(collected)

@@ -137,6 +137,30 @@ def test_grad_norm_is_a_number_on_the_device_and_nobody_waits_for_it(backend, sh
     assert float(norm) == pytest.approx(float(p.grad.double().norm()), rel=1e-5)
 
 
+def test_no_operation_of_pytorch_reads_a_low_rank_gradient(backend):
+    """Their squares come from ``project``, which reads them anyway; a dense one is read once."""
+    if backend.name == "torch" or backend.interpreted:
+        pytest.skip("PyTorch computes the step here")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            flat, _ = torch.utils._pytree.tree_flatten(args)
+            seen.extend(t.data_ptr() for t in flat if isinstance(t, torch.Tensor))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    params = parameters([(24, 16), (3, 8, 6), (9,)], backend)
+    groups = [{"params": params[:1]}, {"params": params[1:2], "batch_dims": 1}]
+    optimizer = APOLLO([*groups, {"params": params[2:]}], rank=8, max_grad_norm=1.0)
+    fill(params, backend)
+    optimizer.step()
+    with Reads():
+        optimizer.step()
+    assert [seen.count(p.grad.data_ptr()) for p in params[:2]] == [0, 0]
+    assert seen.count(params[2].grad.data_ptr()) <= 1
+
+
 def test_the_norm_that_is_reported_is_the_last_steps(backend):
     p = parameter((24, 16), backend)
     optimizer = APOLLO([p], rank=8, max_grad_norm=1.0)

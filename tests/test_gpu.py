@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from apollo_kernels import APOLLO, ops
+from apollo_kernels import APOLLO, backends
 from apollo_kernels.philox import draw
 
 pytestmark = [
@@ -25,10 +25,10 @@ CONFIGURATIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=ops.BACKENDS)
+@pytest.fixture(params=backends.BACKENDS)
 def backend(request):
-    reason = dict(ops.backends("cuda")).get(request.param) if torch.cuda.is_available() else None
-    if reason:
+    reasons = dict(backends.backends("cuda")) if torch.cuda.is_available() else {}
+    if reason := reasons.get(request.param):
         pytest.skip(f"{request.param}: {reason}")
     return request.param
 

@@ -87,8 +87,8 @@ def test_small_updates_add_up(backend, stochastic):
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_largest_numbers_are_not_rounded_up_to_infinity(backend, sign):
-    """From 0x7f7f0000 on, a float32 is rounded to the nearest bf16, and below it by chance. Both are
-    pushed outward by three tenths of the distance of their neighbours, 2^120."""
+    """From 0x7f7f0000 on, a float32 is rounded to the nearest bf16, and below it by chance. Both
+    are pushed outward by three tenths of the distance of their neighbours, 2^120."""
     options = {"correct_bias": False, "disable_nl": True, "betas": (0.0, 0.0), "rank": 8}
     options |= {"scale_type": "tensor"}  # one s for all
 
