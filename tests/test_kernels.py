@@ -122,13 +122,8 @@ def test_gradients_lie_in_memory_in_any_order(order, dtype, rank):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_long_contracted_side_is_split_and_summed(rank, dtype, module):
     shape = (24, 5000)
-<<<<<<< HEAD
-    chunks = module.tiling(channels=24, k=5000, rank=rank, grad_dtype=0, by_row=True)[2]
-    assert chunks == 3
-=======
     tiles = module.tiling(channels=24, k=5000, rank=rank, grad_dtype=0, by_row=True)
     assert tiles[2] == 3  # chunks
->>>>>>> tests
     options = {"rank": rank, "proj": "rademacher", "scale_type": "tensor"}
     compare_step(shape, (dtype, dtype), proj_type="right", **options)
     compare_step(shape[::-1], (dtype, dtype), proj_type="left", **options)
@@ -204,7 +199,6 @@ def test_no_schedule_changes_a_bit(name, order, workers, monkeypatch):
         assert torch.equal(x["exp_avg"], y["exp_avg"])
 
 
-<<<<<<< HEAD
 def test_the_number_of_calls_does_not_grow_with_the_parameters(module):
     """Five calls into C++: project, scale (two launches) and apply; adamw (two launches)."""
     for count in (1, 9):
@@ -216,39 +210,6 @@ def test_the_number_of_calls_does_not_grow_with_the_parameters(module):
         launches = module.launches()
         optimizer.step()
         assert module.launches() - launches == 6
-=======
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
-def test_each_verb_is_called_once_however_many_parameters_there_are(options, monkeypatch):
-    """So a gradient is read twice, by ``project`` and by ``apply``, with and without clipping."""
-    from apollo_kernels import cuda
-
-    calls = []
-
-    class Counted:
-        def __init__(self, batch):
-            self.batch = batch
-
-        def __getattr__(self, name):
-            value = getattr(self.batch, name)
-            return lambda *a: (calls.append(name), value(*a))[1]
-
-    for name in ("build", "build_dense"):
-        original = getattr(cuda, name)
-        made = lambda *a, f=original, **k: Counted(f(*a, **k))  # noqa: E731
-        monkeypatch.setattr(cuda, name, made)
-    wanted = ["adamw", "apply", "project", "scale"] + ["square_norm"] * bool(options)
-    for count in (1, 9):
-        ps = [torch.nn.Parameter(torch.randn(9, 5)) for _ in range(count)]
-        vectors = [torch.nn.Parameter(torch.randn(5)) for _ in range(count)]
-        optimizer = APOLLO(ps + vectors, rank=4, backend="cuda", **options)
-        for _ in range(2):
-            calls.clear()
-            for p in ps + vectors:
-                p.grad = torch.randn_like(p)
-            optimizer.step()
-            assert sorted(set(calls) - {"set_gradients"}) == wanted
-            assert len(calls) - calls.count("set_gradients") == len(wanted)
->>>>>>> tests
 
 
 @pytest.mark.parametrize("rank", [1, 8])
