@@ -43,6 +43,10 @@ constexpr int rank_tile(RankClass rank) {
 constexpr int mma_channels(int dtype) { return pieces(dtype) == 1 ? 256 : 128; }
 constexpr int kDotChannels = 64, kDotColumns = 256;
 
+// The limiter's gamma, and what keeps quotients of norms finite; a stored norm below it counts as
+// unset. apollo_kernels/batch.py has the same two, and a test compares them.
+constexpr double kNormGrowth = 1.01, kTiny = 1e-8;
+
 constexpr int kScaleChannels = 256;         // channels of a block of `scale`
 constexpr int64_t kApplyVectors = 8 * 256;  // vectors of 8 elements of a block of `apply`, `adamw`
 

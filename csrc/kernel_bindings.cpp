@@ -209,6 +209,8 @@ void bind_kernels(py::module_& module) {
   module.def("tiling", &tiling_tuple, py::kw_only(), py::arg("channels"), py::arg("k"),
              py::arg("rank"), py::arg("grad_dtype"), py::arg("by_row"),
              "(channel tiles, rank tiles, chunks of K, chunk length) of `project`.");
+  module.attr("NORM_GROWTH") = kNormGrowth;
+  module.attr("TINY") = kTiny;
   module.def("probe", &probe_device, "Why a device cannot run the kernels; empty if it can.");
 }
 

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kScaleChannels) scale_channels(Launch launch) 
       for (int i = 0; i < 3; ++i) parts[i * blocks] = sums[i];
     }
   } else {
-    const float sc = sqrtf(nn) / (sqrtf(rr) + 1e-8f);
+    const float sc = sqrtf(nn) / (sqrtf(rr) + float(kTiny));
     if (c < p.channels) launch.workspace[p.s + c] = sc;
     const double u2 = block_sum(c < p.channels ? sc * sc * q : 0.0f, scratch);
     if (thread == 0) parts[0] = u2;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kScaleChannels) limit_update(Launch launch) {
   if (threadIdx.x != 0) return;
   double s = 1.0, u2 = sums[0];
   if (h.tensor_scale) {
-    s = sqrt(sums[1]) / (sqrt(sums[0]) + 1e-8);
+    s = sqrt(sums[1]) / (sqrt(sums[0]) + kTiny);
     u2 = s * s * sums[2];
   }
   const float alpha = float(sqrt(h.scale));
@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kScaleChannels) limit_update(Launch launch) {
   float factor = 1.0f;
   if (ok && !h.disable_nl) {
     const float previous = *p.update_norm;
-    if (previous >= 1e-8f) factor = 1.0f / fmaxf(u / (previous + 1e-8f) / 1.01f, 1.0f);
+    constexpr float kLeast = float(kTiny), kGrowth = float(kNormGrowth);
+    if (previous >= kLeast) factor = 1.0f / fmaxf(u / (previous + kLeast) / kGrowth, 1.0f);
     *p.update_norm = u * factor;
   }
   Record& record = record_of(launch, blockIdx.x);

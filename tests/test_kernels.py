@@ -4,7 +4,7 @@ import emulated
 import pytest
 import torch
 
-from apollo_kernels import APOLLO, philox
+from apollo_kernels import APOLLO, batch, philox
 
 REASON = emulated.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -127,6 +127,10 @@ def test_a_long_contracted_side_is_split_and_summed(rank, dtype, module):
     options = {"rank": rank, "proj": "rademacher", "scale_type": "tensor"}
     compare_step(shape, (dtype, dtype), proj_type="right", **options)
     compare_step(shape[::-1], (dtype, dtype), proj_type="left", **options)
+
+
+def test_the_limiters_constants_are_those_of_the_specification(module):
+    assert (module.NORM_GROWTH, module.TINY) == (batch.NORM_GROWTH, batch.TINY)
 
 
 CONFIGURATIONS = {
