@@ -50,7 +50,7 @@ CUDA = [
     Mutant(
         "1 - b2 subtracted in float32", "csrc/kernel_bindings.cpp",
         "h.keep2 = float(1.0 - beta2)", "h.keep2 = 1.0f - float(beta2)",
-        "test_cuda_batch.py::test_separate_moments_are_the_fused_ones_bit_for_bit",
+        "test_cuda_batch.py::test_clip_multiplies_r_and_q_and_the_step[8]",
     ),
     Mutant(
         "finite asked of R, not of its square", "csrc/common.cuh",
@@ -82,14 +82,20 @@ CUDA = [
         "16 bytes read at the end of a row", "csrc/common.cuh",
         "if (wide && n >= 8) {\n      for (int i = 0; i < kWords; ++i) words[i] = load16",
         "if (wide && n > 0) {\n      for (int i = 0; i < kWords; ++i) words[i] = load16",
-        "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.bfloat16-sliced]",
+        "test_conventions.py::test_what_lies_beyond_the_end_of_a_row_is_neither_read_nor_written"
+        "[cuda-dtype1-False-8]",
     ),
     Mutant(
         "16 bytes written at the end of a row", "csrc/common.cuh",
         "if (wide && n >= 8) {\n      for (int i = 0; i < kWords; ++i) store16",
         "if (wide && n > 0) {\n      for (int i = 0; i < kWords; ++i) store16",
-        "test_cuda_batch.py::test_every_pair_of_dtypes_takes_the_steps_of_the_restatement"
-        "[channel-False]",
+        "test_conventions.py::test_what_lies_beyond_the_end_of_a_row_is_neither_read_nor_written"
+        "[cuda-dtype1-False-8]",
+    ),
+    Mutant(
+        "lr in a tensor is not read", "csrc/common.cuh",
+        "h.lr_tensor == nullptr ? h.lr : double(*h.lr_tensor)", "h.lr",
+        "test_cuda_batch.py::test_lr_may_be_a_tensor_that_changes[dtype0]",
     ),
     Mutant(
         "a small decay is lost", "csrc/keep.h",
@@ -110,7 +116,7 @@ CUDA = [
     Mutant(
         "all rank tiles draw the first one's rows", "csrc/draw.cuh",
         "uint32_t(j0 + row)", "uint32_t(row)",
-        "test_kernels.py::test_the_kernels_draw_the_contracts_numbers[right-65-rademacher]",
+        "test_kernels.py::test_every_rank_and_orientation[std-200]",
     ),
     Mutant(
         "the word of a run of signs is kept", "csrc/draw.cuh",
@@ -180,12 +186,12 @@ CUDA = [
     Mutant(
         "tiles forget grad_scale and maximize", "csrc/project_epilogue.cuh",
         "rsqrtf(float(p.rank)) * sign_and_scale(h)", "rsqrtf(float(p.rank))",
-        "test_nonfinite.py::test_grad_scale_equals_the_unscaled_gradient[cuda-shape2-False]",
+        "test_nonfinite.py::test_grad_scale_equals_the_unscaled_gradient[cuda-shape2-8-False]",
     ),
     Mutant(
         "the last rank row of a tile is left out", "csrc/project_epilogue.cuh",
         "c < channels ? rank - j : 0", "c < channels ? rank - j - 1 : 0",
-        "test_kernels.py::test_every_rank_and_orientation[std-5]",
+        "test_kernels.py::test_every_rank_and_orientation[std-8]",
     ),
     Mutant(
         "rank tiles share a place for their sums", "csrc/project_epilogue.cuh",
@@ -200,12 +206,12 @@ CUDA = [
     Mutant(
         "dots forget grad_scale and maximize", "csrc/project_dot.cuh",
         "rsqrtf(float(p.rank)) * sign_and_scale(launch.hyper)", "rsqrtf(float(p.rank))",
-        "test_nonfinite.py::test_grad_scale_equals_the_unscaled_gradient[cuda-shape0-False]",
+        "test_nonfinite.py::test_grad_scale_equals_the_unscaled_gradient[cuda-shape0-4-False]",
     ),
     Mutant(
         "dots' offsets in 32 bits", "csrc/project_dot.cuh",
         "grad + c * p.grad_ld + k0 + slab_k", "grad + int(c * p.grad_ld) + k0 + slab_k",
-        "test_kernels.py::test_offsets_beyond_two_to_the_31[std-True-1]",
+        "test_kernels.py::test_offsets_beyond_two_to_the_31[reverse_std-True-1]",
     ),
     Mutant(
         "dots run beyond the end of K", "csrc/project_dot.cuh",
@@ -239,6 +245,12 @@ CUDA = [
         "test_cuda_batch.py::test_clip_multiplies_r_and_q_and_the_step[8]",
     ),
     Mutant(
+        "clip^2 before q", "csrc/scale.cuh",
+        "q = factor * (factor * q);", "q *= factor * factor;",
+        "test_clipping.py::test_a_clip_whose_square_vanishes_in_float32_is_no_zero"
+        "[cuda-8-channel]",
+    ),
+    Mutant(
         "grad_scale does not reach q", "csrc/scale.cuh",
         "const float factor = sign_and_scale(h) * clip;", "const float factor = clip;",
         "test_cuda_batch.py::test_clip_multiplies_r_and_q_and_the_step[8]",
@@ -251,7 +263,7 @@ CUDA = [
     Mutant(
         "grad_scale and maximize do not reach the step", "csrc/scale.cuh",
         "double(sign_and_scale(h)) * double(clip", "double(clip",
-        "test_nonfinite.py::test_grad_scale_equals_the_unscaled_gradient[cuda-shape0-False]",
+        "test_nonfinite.py::test_grad_scale_equals_the_unscaled_gradient[cuda-shape0-4-False]",
     ),
     Mutant(
         "found_inf is not heeded by scale", "csrc/scale.cuh",
@@ -268,7 +280,7 @@ CUDA = [
     ),
     Mutant(
         "s of a channel without R is infinite", "csrc/scale.cuh",
-        "sqrtf(nn) / (sqrtf(rr) + 1e-8f)", "sqrtf(nn) / sqrtf(rr)",
+        "sqrtf(nn) / (sqrtf(rr) + float(kTiny))", "sqrtf(nn) / sqrtf(rr)",
         "test_extremes.py::test_eps_may_be_zero_where_gradients_are"
         "[cuda-torch.float32-shape5-8-channel]",
     ),
@@ -276,8 +288,7 @@ CUDA = [
         "limit adds the first 256 parts", "csrc/scale.cuh",
         "for (int64_t b = threadIdx.x; b < blocks; b += kScaleChannels)",
         "for (int64_t b = threadIdx.x; b < blocks && b < kScaleChannels; b += kScaleChannels)",
-        "test_cuda_batch.py::test_every_rank_class_and_orientation_takes_the_steps_of_the"
-        "_restatement[True-True]",
+        "test_cuda_batch.py::test_more_channels_than_blocks_that_limit_adds_at_once[tensor]",
     ),
     Mutant(
         "alpha is scale itself", "csrc/scale.cuh",
@@ -296,12 +307,12 @@ CUDA = [
     ),
     Mutant(
         "the norm may grow by two percent", "csrc/scale.cuh",
-        "/ 1.01f", "/ 1.02f",
+        "/ kGrowth", "/ 1.02f",
         "test_rule.py::test_the_norm_of_the_update_grows_by_at_most_one_percent[cuda]",
     ),
     Mutant(
         "a norm of zero holds the next update", "csrc/scale.cuh",
-        "if (previous >= 1e-8f) factor", "if (previous >= 0.0f) factor",
+        "if (previous >= kLeast) factor", "if (previous >= 0.0f) factor",
         "test_rule.py::test_a_zero_first_gradient_does_not_freeze_the_parameter[cuda]",
     ),
     Mutant(
@@ -337,6 +348,16 @@ CUDA = [
         "_restatement[False-False]",
     ),
     Mutant(
+        "a thread stays in its row", "csrc/apply.cuh",
+        "        column -= row_vectors;\n        ++row;\n", "        column -= row_vectors;\n",
+        "test_kernels.py::test_gradients_lie_in_memory_in_any_order[2-torch.float32-rows]",
+    ),
+    Mutant(
+        "columns take the bits of rows", "csrc/weights.cuh",
+        "half(w, row_major ? e : outer)", "half(w, e)",
+        "test_cuda_batch.py::test_weights_are_rounded_by_the_contracts_bits[columns]",
+    ),
+    Mutant(
         "halves of a random word change places", "csrc/weights.cuh",
         "(l & 1 ? 16 : 0)", "(l & 1 ? 0 : 16)",
         "test_cuda_batch.py::test_weights_are_rounded_by_the_contracts_bits[rows]",
@@ -367,7 +388,7 @@ CUDA = [
     Mutant(
         "dense parameters forget grad_scale and maximize", "csrc/adamw.cuh",
         "sign_and_scale(h) * clip_factor(h)", "clip_factor(h)",
-        "test_nonfinite.py::test_grad_scale_equals_the_unscaled_gradient[cuda-shape3-False]",
+        "test_nonfinite.py::test_grad_scale_equals_the_unscaled_gradient[cuda-shape3-4-False]",
     ),
     Mutant(
         "found_inf is not heeded by adamw", "csrc/adamw.cuh",
@@ -382,18 +403,18 @@ CUDA = [
     Mutant(
         "one bad dense step counts for ever", "csrc/adamw.cuh",
         "  launch.bad[i] = 0;\n", "",
-        "test_nonfinite.py::test_a_bad_dense_element_keeps_its_weight_and_moments[cuda-nan]",
+        "test_nonfinite.py::test_the_run_goes_on_after_a_bad_step[cuda-nan-shape1]",
     ),
     Mutant(
         "every block of a dense parameter walks the first", "csrc/adamw.cuh",
         "((int64_t(blockIdx.x) - p.first_block) * kApplyVectors + threadIdx.x) * 8",
-        "(int64_t(threadIdx.x)) * 8",
-        "test_cuda_batch.py::test_dense_parameters_follow_the_low_rank_rule_without_a_projection"
-        "[None]",
+        "int64_t(threadIdx.x) * 8",
+        "test_dense.py::test_a_dense_parameter_of_many_tiles_follows_the_rule"
+        "[cuda-torch.float32]",
     ),
     Mutant(
-        "R lies on top of s", "csrc/plan.cpp",
-        "    m.r += r_begin();\n", "    m.r += s_begin();\n",
+        "R lies on top of q", "csrc/plan.cpp",
+        "    m.r += r_begin();\n", "    m.r += q_begin();\n",
         "test_cuda_batch.py::test_every_rank_class_and_orientation_takes_the_steps_of_the"
         "_restatement[True-False]",
     ),
@@ -401,8 +422,8 @@ CUDA = [
         "parts of a matrix run into the next one's", "csrc/plan.cpp",
         "parts_size_ += 3 * scale_blocks * int64_t(sizeof(double) / sizeof(float));",
         "parts_size_ += 2 * scale_blocks;",
-        "test_cuda_batch.py::test_every_pair_of_dtypes_takes_the_steps_of_the_restatement"
-        "[tensor-False]",
+        "test_neighbours.py::test_a_parameter_has_the_same_bits_in_any_company"
+        "[cuda-torch.float32-(24, 16)-of rank 8 and more]",
     ),
     Mutant(
         "a chunk begins within a run of signs", "csrc/plan.cpp",
@@ -463,6 +484,16 @@ TRITON = [
         "test_triton_batch.py::test_without_eps_n_is_zero_where_nothing_was_ever_seen",
     ),
     Mutant(
+        "eps under the root", "triton/adamw.py",
+        "tl.sqrt(v) + eps", "tl.sqrt(v + eps)",
+        "test_dense.py::test_eps_is_as_strong_at_the_first_step_as_later[triton]",
+    ),
+    Mutant(
+        "lr in a tensor is not read", "triton/adamw.py",
+        "tl.full((), tl.load(lr_at), F64)", "tl.full((), lr, F64)",
+        "test_triton_kernels.py::test_a_rate_in_a_tensor_is_read_on_the_device",
+    ),
+    Mutant(
         "bias correction in float32", "triton/adamw.py",
         "1.0 - tl.exp(t.to(F64) * log_b)", "(1.0 - tl.exp((t.to(F64) * log_b).to(F32))).to(F64)",
         "test_extremes.py::test_bias_corrections_are_right_to_the_last_bits"
@@ -481,14 +512,14 @@ TRITON = [
     Mutant(
         "one bad dense step counts for ever", "triton/adamw.py",
         "    tl.store(bad + number, 0)\n", "",
-        "test_nonfinite.py::test_a_bad_dense_element_keeps_its_weight_and_moments[triton-nan]",
+        "test_nonfinite.py::test_the_run_goes_on_after_a_bad_step[triton-nan-shape1]",
     ),
     Mutant(
         "every bad tile is counted", "triton/adamw.py",
         "(tl.atomic_xchg(bad + number, 1) == 0).to(tl.int64)",
-        "(tl.atomic_xchg(bad + number, 1) == tl.load(bad + number) * 0).to(tl.int64) * 0 + 1",
-        "test_triton_batch.py::test_the_dense_rule_is_the_low_rank_one_without_a_projection"
-        "[torch.float32-True]",
+        "tl.full((), 1, tl.int64)",
+        "test_nonfinite.py::test_a_dense_parameter_counts_once_however_many_of_its_elements_are_bad"
+        "[triton]",
     ),
     Mutant(
         "found_inf leaves the record of the step before", "triton/adamw.py",
@@ -506,13 +537,13 @@ TRITON = [
         "float32 in two pieces", "triton/project.py",
         "part = tl.dot(z, to_bf16(rest - middle.to(tl.float32)), input_precision=\"ieee\")",
         "part = tl.zeros_like(acc)",
-        "test_triton_batch.py::test_a_step_of_every_rank_and_orientation"
-        "[torch.float32-channel-False]",
+        "test_extremes.py::test_every_bit_of_a_gradient_reaches_the_moments"
+        "[triton-torch.float32-shape0-8]",
     ),
     Mutant(
         "the epoch of a step cut to 32 bits", "triton/project.py",
         "epoch = step // gap", "epoch = (step & 0xFFFFFFFF) // gap",
-        "test_extremes.py::test_steps_are_counted_beyond_what_float32_holds[triton-8-4294967301]",
+        "test_extremes.py::test_steps_are_counted_beyond_what_float32_holds[triton-8-4294967301-3]",
     ),
     Mutant(
         "K is read beyond its end", "triton/project.py",
@@ -538,7 +569,7 @@ TRITON = [
     Mutant(
         "project forgets grad_scale", "triton/project.py",
         "gradient_factor(direction, grad_scale, None)", "gradient_factor(direction, None, None)",
-        "test_nonfinite.py::test_grad_scale_equals_the_unscaled_gradient[triton-shape2-False]",
+        "test_nonfinite.py::test_grad_scale_equals_the_unscaled_gradient[triton-shape2-8-False]",
     ),
     Mutant(
         "all rank tiles draw the first one's rows", "triton/project.py",
@@ -580,7 +611,8 @@ TRITON = [
         "clip^2 before q", "triton/scale.py",
         "raw * (raw * _total(q_at, c, channels, chunks))",
         "(raw * raw) * _total(q_at, c, channels, chunks)",
-        "test_triton_batch.py::test_a_small_clip_does_not_underflow",
+        "test_clipping.py::test_a_clip_whose_square_vanishes_in_float32_is_no_zero"
+        "[triton-8-channel]",
     ),
     Mutant(
         "squares of a tensor added in float32", "triton/scale.py",
@@ -606,6 +638,27 @@ TRITON = [
         "[fused-0]",
     ),
     Mutant(
+        "alpha is scale itself", "triton/scale.py",
+        "math.sqrt(hyper.scale)", "hyper.scale + 0.0",
+        "test_triton_batch.py::test_a_step_of_every_rank_and_orientation"
+        "[torch.float32-channel-False]",
+    ),
+    Mutant(
+        "disable_nl is forgotten", "triton/scale.py",
+        "LIMITER=not hyper.disable_nl", "LIMITER=True",
+        "test_triton_batch.py::test_the_limiter_s_counter_and_switches",
+    ),
+    Mutant(
+        "the norm may grow by two percent", "triton/scale.py",
+        "/ GROWTH, 1.0)", "/ 1.02, 1.0)",
+        "test_rule.py::test_the_norm_of_the_update_grows_by_at_most_one_percent[triton]",
+    ),
+    Mutant(
+        "every update counts as limited", "triton/scale.py",
+        "(limit_factor < 1.0)", "(limit_factor <= 1.0)",
+        "test_triton_batch.py::test_the_limiter_s_counter_and_switches",
+    ),
+    Mutant(
         "scale_front is forgotten", "triton/scale.py",
         "        u *= alpha\n", "        u *= 1.0\n",
         "test_rule.py::test_scale_front_puts_alpha_into_the_stored_norm[triton]",
@@ -616,6 +669,11 @@ TRITON = [
         "bits = rounding(key, t, c0, k0, BC, BK)",
         "test_triton_kernels.py::test_stochastic_rounding_takes_the_contract_s_bits"
         "[row-major-False]",
+    ),
+    Mutant(
+        "weights beyond the end of K are written", "triton/apply.py",
+        "(by_c < channels) & (by_k < size)", "(by_c < channels) & (by_k >= 0)",
+        "test_triton_kernels.py::test_strides_and_offsets[rows of a wider matrix-contiguous]",
     ),
     Mutant(
         "bits of the step before", "triton/apply.py",
@@ -640,7 +698,7 @@ TRITON = [
         "test_triton_batch.py::test_gradients_move[low-rank]",
     ),
     Mutant(
-        "the step is shared by reading what another row wrote", "triton/step.py",
+        "every row of a batch leads", "triton/step.py",
         "leads=int(item.leads)", "leads=1",
         "test_triton_batch.py::test_expert_matrices_share_a_step_that_one_of_them_advances"
         "[separate-0]",
@@ -655,9 +713,9 @@ MUTANTS = [
 ]
 
 
-def changed(mutant: Mutant) -> str:
+def changed(mutant: Mutant, tree: Path) -> str:
     """The text of the mutant's file with the change."""
-    text = (ROOT / mutant.file).read_text()
+    text = (tree / mutant.file).read_text()
     if (count := text.count(mutant.old)) != 1:
         sys.exit(f"{mutant.name}: {mutant.old!r} stands {count} times in {mutant.file}, not once")
     return text.replace(mutant.old, mutant.new)
@@ -734,7 +792,7 @@ def base(to: Path) -> Path:
 def verdict(mutant: Mutant, unchanged: Path, folder: Path) -> tuple[str, str]:
     """What became of a mutant, in a word or two, and the output of its test."""
     tree = copy_of(unchanged, folder / "mutant")
-    (tree / mutant.file).write_text(changed(mutant))
+    (tree / mutant.file).write_text(changed(mutant, unchanged))
     status, output = run(tree, [mutant.test], LONGEST)
     shutil.rmtree(tree)
     if status is None:
@@ -756,7 +814,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [m for m in MUTANTS if not options.names or any(n in m.name for n in options.names)]
     for mutant in chosen:
-        changed(mutant)
+        changed(mutant, ROOT)
         if options.list:
             print(f"{mutant.name}\n    {mutant.file}   {mutant.test}")
     if options.list or not chosen:
