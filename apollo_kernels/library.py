@@ -91,6 +91,7 @@ def _states(
     return states
 
 
+@torch._disable_dynamo  # an operator's body is not to be traced
 def _step(
     weights: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     steps: list[Tensor], update_norms: list[Tensor], keys: list[int], counters: Tensor,

@@ -224,6 +224,7 @@ class APOLLO(torch.optim.Optimizer):
                 self._eager_step()
         return loss
 
+    @torch._disable_dynamo  # where a trace breaks, what follows is not to be traced piece by piece
     def _eager_step(self) -> None:
         hypers = [self._hyper(index, group) for index, group in enumerate(self.param_groups)]
         gradients = self._gradients()

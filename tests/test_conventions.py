@@ -473,7 +473,7 @@ def test_a_rank_beyond_the_contracted_side_is_clamped_with_one_warning(parameter
     params = [parameter((6, 4)), parameter((4, 6))]
     with pytest.warns(UserWarning, match="rank 50 is clamped") as caught:
         optimizer = APOLLO(params, rank=50)
-        steps(optimizer, params)
+    steps(optimizer, params)
     assert caught[0].filename == __file__  # at the line that asks for it, not inside of torch
     assert len([w for w in caught if "clamped" in str(w.message)]) == 1
     assert optimizer.state[params[0]]["exp_avg"].shape == (6, 4)
