@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test test-sanitizers lint format bench kernel-report gpu-check wheel clean
+.PHONY: help demo test test-sanitizers test-mutants lint format bench kernel-report gpu-check wheel clean
 help:
 	@echo "make demo    pre-train a small LLaMA with AdamW, APOLLO and APOLLO-Mini; a table and a PNG"
 	@echo "make test    the whole suite        make lint   ruff, clang-format, mypy"
@@ -33,6 +33,11 @@ test: $(READY)
 # Minutes: every kernel on the emulated device under sanitizers, and seeded bugs that they must catch.
 test-sanitizers: $(READY)
 	$(BIN)/python tests/sanitizers.py
+
+# Minutes, before a release: single changes to the kernels, each of which a test must notice.
+# MUTANTS="clip found_inf" runs those with one of the words in their name.
+test-mutants: $(READY)
+	$(BIN)/python tests/mutants.py $(MUTANTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

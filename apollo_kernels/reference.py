@@ -298,7 +298,7 @@ class LowRankBatch:
         factor = _gradient_factor(hyper, signals)
         factor *= 1.0 if signals.clip is None else float(signals.clip)
         if factor != 1:
-            r, q = r.mul_(factor), q.mul_(factor**2)
+            r, q = r.mul_(factor), q.mul_(factor).mul_(factor)  # a float32 factor^2 may be 0
         s, u2 = scale(r, q, item.exp_avg, item.exp_avg_sq, hyper)
         alpha = math.sqrt(hyper.scale)
         u = math.sqrt(u2) * (alpha if hyper.scale_front else 1.0)

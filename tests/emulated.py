@@ -23,8 +23,20 @@ def why_not():
     return None
 
 
+def _is_current(target):
+    """Whether an object is newer than everything that it was made of (as g++ -MMD has listed)."""
+    listed = target.with_suffix(".d")
+    if not (target.exists() and listed.exists()):
+        return False
+    _, _, sources = listed.read_text().replace("\\\n", " ").partition(":")
+    made = target.stat().st_mtime
+    paths = [ROOT / source for source in sources.split()]
+    return all(path.exists() and path.stat().st_mtime < made for path in paths)
+
+
 def build(name="plain", flags=("-O2",), defines=()):
-    """The module's path; built again when a source is newer. Two pytest workers may ask at once."""
+    """The module's path; what is older than its sources is built again. Two pytest workers may ask
+    at once."""
     import pybind11
 
     out = ROOT / "build" / "emulated" / name / "apollo_emulated.so"
@@ -36,16 +48,18 @@ def build(name="plain", flags=("-O2",), defines=()):
             return out
         common = [
             "g++", "-std=c++17", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wall",
-            "-Wextra", "-Wno-unknown-pragmas", "-Wno-missing-field-initializers",
-            "-DAPOLLO_EMULATED", *defines, *flags, f"-I{FOLDER}", f"-I{pybind11.get_include()}",
-            f"-I{sysconfig.get_paths()['include']}",
+            "-Wextra", "-Wno-unknown-pragmas", "-Wno-missing-field-initializers", "-MMD",
+            "-DAPOLLO_EMULATED", *defines, *flags, f"-I{FOLDER.relative_to(ROOT)}",
+            f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}",
         ]  # fmt: skip
         objects, running = [], []
         for source in SOURCES:
             target = out.parent / (source.name + ".o")
             objects.append(str(target))
-            command = [*common, "-x", "c++", "-c", str(source), "-o", str(target)]
-            running.append(subprocess.Popen(command))
+            if not _is_current(target):  # paths from ROOT on, so that a copy lists its own
+                path = str(source.relative_to(ROOT))
+                command = [*common, "-x", "c++", "-c", path, "-o", str(target)]
+                running.append(subprocess.Popen(command, cwd=ROOT))
         failed = [p.args for p in running if p.wait() != 0]
         assert not failed, failed
         subprocess.run(

@@ -210,6 +210,21 @@ def test_gradients_whose_norm_float32_cannot_hold_are_clipped_all_the_same(backe
     assert ours.stats()["nonfinite"] == 0
 
 
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+@pytest.mark.parametrize("rank", [4, 8])
+def test_a_clip_whose_square_vanishes_in_float32_is_no_zero(backend, rank, scale_type):
+    """q clip^2 is far from 0, though clip^2 is."""
+    named = {"shapes": [(24, 16)], "rank": rank, "scale_type": scale_type, "max_norm": 1e-6}
+    ours, theirs = pair(backend, **named)
+    for step in range(2):
+        for optimizer in (ours, theirs):
+            fill(all_of(optimizer), backend, step, factor=1e18)
+        clipped_step(theirs, 1e-6)
+        ours.step()
+    close(ours, theirs, torch.float32, steps=2)
+    assert float(ours.state[all_of(ours)[0]]["update_norm"]) > 1e-3
+
+
 @pytest.mark.parametrize("options", [{"rank": 8}, {"rank": 1, "scale_type": "tensor"}], ids=str)
 def test_it_clips_what_grad_scaler_would_have_unscaled(backend, options):
     """The norm is that of the gradient divided by the scale, and so is the factor."""

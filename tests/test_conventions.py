@@ -367,6 +367,37 @@ def test_a_sliced_parameter_leaves_its_neighbours_alone(backend):
     assert (whole[mask] != 0).all() and not whole[~mask].any()
 
 
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_lies_beyond_the_end_of_a_row_is_neither_read_nor_written(
+    backend, transposed, rank, dtype
+):
+    """Rows begin at whole 16 bytes, where kernels may take 8 elements at once, and end within."""
+
+    def padded(x):
+        rows = x.t() if transposed else x
+        m, n = rows.shape
+        room = torch.full((m, n + 12), float("nan"), dtype=dtype, device=backend.device)
+        view = room[:, :n].copy_(rows)
+        return room, view.t() if transposed else view
+
+    shape = (20, 12) if transposed else (12, 20)
+    q = torch.nn.Parameter(randn(shape, backend, dtype))
+    room, view = padded(q.detach())
+    p = torch.nn.Parameter(view)
+    for proj_type in ("std", "reverse_std"):
+        named = {"lr": 0.1, "rank": rank, "scale_type": "tensor", "proj_type": proj_type}
+        a, b = APOLLO([p], **named), APOLLO([q], **named)
+        q.grad = randn(shape, backend, dtype, seed=1)
+        _, p.grad = padded(q.grad)
+        a.step()
+        b.step()
+        # sums over K may be taken in another order
+        torch.testing.assert_close(p, q, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+    assert int(room.isnan().sum()) == room.numel() - p.numel()
+
+
 def test_a_float32_gradient_of_a_bf16_weight_is_used_in_full(backend, parameter):
     p, q = parameter(dtype=torch.bfloat16), parameter(dtype=torch.bfloat16)
     q.data = q.data.float()

@@ -435,6 +435,13 @@ def test_tensor_scaling_adds_squares_beyond_float32(separate, rank):
     assert counters == [1, 0, 0]
 
 
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_more_channels_than_blocks_that_limit_adds_at_once(scale_type):
+    """`scale` leaves one part of u^2 per 256 channels, and `limit` has 256 threads."""
+    h = hyper(scale_type=scale_type, update_proj_gap=200)
+    compare([low_rank((257 * 256, 4), 4, rows=True, weight=BF16, grad=BF16)], h, steps=1)
+
+
 def test_the_bits_of_a_matrix_do_not_depend_on_its_neighbours():
     """Ranks that K holds below 8, or on one tile, beside others that it does not."""
     shapes = [(40, 5), (40, 24), (90, 80), (64, 200)]

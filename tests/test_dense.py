@@ -51,6 +51,23 @@ def test_dense_parameters_follow_the_rule(backend, options, dtype, shape):
     assert int(optimizer.state[p]["step"]) == 20
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_dense_parameter_of_many_tiles_follows_the_rule(backend, dtype):
+    """More elements than a block of any kernel takes, and the last tile is not full."""
+    p = parameter((40_003,), backend, dtype)
+    named = {"lr": 0.01, "weight_decay": 0.1}
+    optimizer, oracle = APOLLO([p], **named), Dense(**named)
+    for step in range(2):
+        fill([p], backend, step)
+        before = numbers(p)
+        exact = oracle.step(before, numbers(p.grad))
+        optimizer.step()
+        # as above
+        eps = torch.finfo(dtype).eps * (0.5 if dtype.itemsize == 2 else 2)
+        store = eps * np.maximum(abs(before), abs(exact))
+        assert (abs(numbers(p) - exact) <= store + 3e-6 * abs(oracle.update).max()).all()
+
+
 def test_eps_is_as_strong_at_the_first_step_as_later(backend):
     """N = M / (sqrt(V) + eps) before the bias correction. torch.optim.AdamW divides sqrt(V) by
     sqrt(1 - b2^t) first, and its eps is a thirtieth as strong at step 1."""

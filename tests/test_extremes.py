@@ -119,6 +119,24 @@ def test_a_channel_of_rank_one_whose_square_overflows_keeps_its_moments(backend,
     assert torch.isfinite(p).all() and not torch.equal(p, weight)
 
 
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_bit_of_a_gradient_reaches_the_moments(backend, dtype, shape, rank):
+    """One entry per channel, so that R is that entry times a sign and r^-1/2: nothing is summed,
+    and whatever a kernel splits a gradient into must hold all of its bits."""
+    p = parameter(shape, backend, dtype)
+    optimizer = APOLLO([p], rank=rank, proj="rademacher", scale_type="tensor", betas=(0.0, 0.9))
+    p.grad = torch.zeros_like(p)
+    channels = p.grad if shape[0] > shape[1] else p.grad.t()  # contracts the shorter side
+    channels[:, 3] = randn((24,), backend, dtype, seed=5)
+    optimizer.step()
+    wanted = abs(numbers(channels[:, 3:4])) / rank**0.5
+    found = abs(numbers(optimizer.state[p]["exp_avg"]))
+    # the root, its product, and a sum of at most three parts
+    np.testing.assert_allclose(found, np.repeat(wanted, rank, axis=1), rtol=2**-22)
+
+
 # ---- sums ----------------------------------------------------------------------------------------
 
 
@@ -205,13 +223,16 @@ def test_eps_may_be_zero_where_gradients_are(backend, shape, rank, dtype, scale_
 # ---- many steps ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", [2**24 - 2, 2**31 - 2, 2**32 + 5])
+@pytest.mark.parametrize(
+    "start, gap", [(2**24 - 2, 1), (2**31 - 2, 1), (2**32 + 5, 1), (2**32 + 5, 3)]
+)
 @pytest.mark.parametrize("rank", [1, 8])
-def test_steps_are_counted_beyond_what_float32_holds(backend, start, rank):
-    """Each step draws its own projection here, from the low 32 bits of the epoch."""
+def test_steps_are_counted_beyond_what_float32_holds(backend, start, gap, rank):
+    """Projections are drawn from the low 32 bits of the epoch, which is not that of the low 32 bits
+    of the step."""
     p, dense = parameter((24, 16), backend), parameter((9,), backend)
     options = {"lr": 0.1, "scale_type": "tensor"}
-    optimizer = APOLLO([p, dense], rank=rank, update_proj_gap=1, proj="rademacher", **options)
+    optimizer = APOLLO([p, dense], rank=rank, update_proj_gap=gap, proj="rademacher", **options)
     fill([p, dense], backend)
     optimizer.step()
     for x in (p, dense):
@@ -222,7 +243,7 @@ def test_steps_are_counted_beyond_what_float32_holds(backend, start, rank):
         state["exp_avg_sq"].zero_()
     optimizer.state[p]["update_norm"].zero_()
     oracle = Apollo(
-        (24, 16), key=key_of(0, 0), rank=rank, update_proj_gap=1, start=start,
+        (24, 16), key=key_of(0, 0), rank=rank, update_proj_gap=gap, start=start,
         distribution="rademacher", **options,
     )  # fmt: skip
     for step in range(1, 5):

@@ -63,13 +63,14 @@ def test_a_bad_entry_of_a_wide_matrix_reaches_its_own_channel_alone(backend, bad
     assert kept == [17]
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (5,)])
 @pytest.mark.parametrize("bad", BAD)
-def test_the_run_goes_on_after_a_bad_step(backend, bad):
-    p, optimizer = make(backend)
+def test_the_run_goes_on_after_a_bad_step(backend, bad, shape):
+    p, optimizer = make(backend, shape)
     p.grad = torch.full_like(p, bad)
     optimizer.step()
     before = p.detach().clone()
-    p.grad = randn((6, 4), backend, seed=9)
+    p.grad = randn(shape, backend, seed=9)
     optimizer.step()
     assert torch.isfinite(p).all() and not torch.equal(p, before)
     stats = optimizer.stats()
@@ -98,6 +99,17 @@ def test_a_bad_dense_element_keeps_its_weight_and_moments(backend, bad):
     for name in ("weight", "exp_avg", "exp_avg_sq"):
         assert (before[name] == after[name]).tolist() == [False, False, False, True, False]
     assert optimizer.stats()["nonfinite"] == 1
+
+
+def test_a_dense_parameter_counts_once_however_many_of_its_elements_are_bad(backend):
+    """They lie in several tiles of the kernels, and in several passes of a tile."""
+    p, optimizer = make(backend, (40_000,), steps=1)
+    before = p.detach().clone()
+    p.grad = torch.full_like(p, float("nan"))
+    optimizer.step()
+    stats = optimizer.stats()
+    assert (stats["updates"], stats["nonfinite"]) == (1, 1)
+    assert torch.equal(p, before)
 
 
 def test_a_large_but_harmless_dense_gradient_counts_as_finite(backend):
@@ -173,11 +185,11 @@ def test_found_inf_at_the_first_step_leaves_the_state_as_before_any(backend, sha
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (24, 16), (5,)])
-def test_grad_scale_equals_the_unscaled_gradient(backend, shape, maximize):
+@pytest.mark.parametrize("shape, rank", [((6, 4), 4), ((4, 6), 4), ((24, 16), 8), ((5,), 4)])
+def test_grad_scale_equals_the_unscaled_gradient(backend, shape, rank, maximize):
     """A power of two divides exactly, so the bits are equal; p.grad itself stays as it is."""
-    p, optimizer = make(backend, shape, maximize=maximize)
-    q, other = make(backend, shape, maximize=maximize)
+    p, optimizer = make(backend, shape, rank=rank, maximize=maximize)
+    q, other = make(backend, shape, rank=rank, maximize=maximize)
     for step in range(3):
         g = randn(shape, backend, seed=step + 9)
         p.grad, q.grad = g * 1024, g.clone()
