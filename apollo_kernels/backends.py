@@ -109,3 +109,9 @@ def load(name: str) -> ModuleType:
     if name == "triton":  # only where it runs: the import takes a second
         return importlib.import_module("apollo_kernels.triton_kernels.step")
     return {"cuda": cuda, "torch": reference}[name]
+
+
+def check_capturable(name: str, device: torch.device, capturable: bool) -> None:
+    """Raises where a step would have to ask the host inside of a CUDA graph."""
+    if name == "torch" and capturable and device.type == "cuda":
+        raise RuntimeError("capturable=True needs a kernel back end; 'torch' reads the host")

@@ -25,6 +25,16 @@ def square_norm(gradients: list[Tensor]) -> Tensor:
     return torch.stack(norms).square().sum()
 
 
+def norm_and_factor(
+    squares: Mapping[torch.device, list[Tensor]],
+    signals: Callable[[torch.device], Signals],
+    max_grad_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """The norm of all gradients, float32 [], and what each is multiplied with, float64 []."""
+    norm = total_norm(squares, signals)
+    return norm.float(), clip_factor(norm, max_grad_norm)
+
+
 def total_norm(
     squares: Mapping[torch.device, list[Tensor]], signals: Callable[[torch.device], Signals]
 ) -> Tensor:
@@ -36,9 +46,9 @@ def total_norm(
     norm = total.sqrt()
     own = signals(first)
     if own.grad_scale is not None:
-        norm = norm / own.grad_scale
+        norm = norm / own.grad_scale.reshape(())
     if own.found_inf is not None:  # nothing was projected then
-        norm = torch.where(own.found_inf != 0, torch.inf, norm)
+        norm = torch.where(own.found_inf.reshape(()) != 0, torch.inf, norm)
     return norm
 
 

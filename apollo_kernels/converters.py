@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import IO, Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apollo_kernels import options
-from apollo_kernels.optimizer import APOLLO
+from apollo_kernels.optimizer import APOLLO, parts_of
 from apollo_kernels.state import check_step, layout_of
 
 
@@ -38,12 +39,7 @@ def load_apollo_torch(
             such state, and for a state that does not fit or holds numbers that cannot be right.
     """
     state_dict = source if isinstance(source, dict) else _read(source, allow_unsafe_pickle)
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
-        raise ValueError(
-            "source must be or hold an optimizer's state_dict (with 'state' and 'param_groups'), "
-            f"got {type(state_dict).__name__}"
-        )
-    optimizer.load_state_dict(_convert(optimizer, state_dict))
+    optimizer.load_state_dict(_convert(optimizer, *parts_of(state_dict, "source")))
 
 
 def _read(source: str | os.PathLike[str] | IO[bytes], allow_unsafe_pickle: bool) -> Any:
@@ -63,9 +59,10 @@ def _read(source: str | os.PathLike[str] | IO[bytes], allow_unsafe_pickle: bool)
         ) from None
 
 
-def _convert(optimizer: APOLLO, state_dict: dict[str, Any]) -> dict[str, Any]:
-    ours = optimizer.state_dict()
-    theirs_groups, our_groups = state_dict["param_groups"], ours["param_groups"]
+def _convert(
+    optimizer: APOLLO, theirs_groups: list[dict[str, Any]], theirs_states: Mapping[Any, Any]
+) -> dict[str, Any]:
+    our_groups = optimizer.state_dict()["param_groups"]
     if [len(g["params"]) for g in theirs_groups] != [len(g["params"]) for g in our_groups]:
         raise ValueError("the parameter groups of the apollo_torch state have other sizes")
     keys = set(optimizer.defaults)
@@ -77,15 +74,17 @@ def _convert(optimizer: APOLLO, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups.append(group)
         params = optimizer.param_groups[index]["params"]
         for place, (p, i) in enumerate(zip(params, theirs["params"], strict=True)):
-            saved = state_dict["state"].get(i)
-            if saved and "exp_avg" in saved:  # apollo_torch writes a seed before the first step
+            saved = theirs_states.get(i)
+            if (
+                isinstance(saved, Mapping) and "exp_avg" in saved
+            ):  # apollo_torch writes a seed before the first step
                 name = optimizer._name_of(index, place)
                 state[mine["params"][place]] = _convert_parameter(optimizer, p, group, saved, name)
     return {"state": state, "param_groups": groups}
 
 
 def _convert_parameter(
-    optimizer: APOLLO, p: Tensor, group: dict[str, Any], saved: dict[str, Any], name: str
+    optimizer: APOLLO, p: Tensor, group: dict[str, Any], saved: Mapping[str, Any], name: str
 ) -> dict[str, Any]:
     moments = {key: _moment(key, saved.get(key), name) for key in ("exp_avg", "exp_avg_sq")}
     if bool((moments["exp_avg_sq"] < 0).any()):

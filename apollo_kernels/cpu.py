@@ -7,8 +7,9 @@ matrices run there instead; reference.py specifies them.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -73,16 +74,16 @@ class ProjectionCache:
 
     It holds at most ``limit`` bytes in the whole process: a float32 P takes 4 * rank * K. Beyond
     the limit P is drawn anew at each step, so a large model costs time, not memory. An entry lives
-    as long as its owner, a matrix's place in a plan; state, checkpoints and pickles never see it.
+    as long as its owner, a tensor of the parameter's state, whatever becomes of plans; checkpoints
+    and pickles never see it. Optimizers of several threads share it.
     """
 
     def __init__(self, limit: int = 256 * 2**20):
         self.limit = limit
-        self._entries: WeakKeyDictionary[object, tuple[tuple, Tensor]] = WeakKeyDictionary()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(p.numel() * p.element_size() for _, p in self._entries.values())
+        self.nbytes = 0
+        self._entries: dict[tuple[int, int], tuple[tuple, Tensor]] = {}  # by owner and key
+        self._owners: dict[int, tuple[weakref.ref, set[int]]] = {}
+        self._lock = threading.RLock()  # an owner may end while this thread is in here
 
     def get(
         self,
@@ -97,15 +98,38 @@ class ProjectionCache:
         prepare: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """``prepare(draw(...))`` from the cache where it is there; ``form`` names what it makes."""
-        wanted = (key, epoch, rank, dim, distribution, device, form)
-        have = self._entries.get(owner)
-        if have is not None and have[0] == wanted:
-            return have[1]
-        self._entries.pop(owner, None)
+        wanted, place = (epoch, rank, dim, distribution, device, form), (id(owner), key)
+        with self._lock:
+            have = self._entries.get(place)
+            if have is not None and have[0] == wanted:
+                return have[1]
+            self._drop(place)
         p = prepare(philox.draw(key, epoch, rank, dim, distribution, device=device))
-        if self.nbytes + p.numel() * p.element_size() <= self.limit:
-            self._entries[owner] = (wanted, p)
+        size = p.numel() * p.element_size()
+        with self._lock:
+            if place not in self._entries and self.nbytes + size <= self.limit:
+                self._entries[place] = (wanted, p)
+                self.nbytes += size
+                self._keys_of(owner).add(key)
         return p
+
+    def _drop(self, place: tuple[int, int]) -> None:
+        entry = self._entries.pop(place, None)
+        if entry is not None:
+            self.nbytes -= entry[1].numel() * entry[1].element_size()
+
+    def _keys_of(self, owner: object) -> set[int]:
+        number = id(owner)
+        if number not in self._owners:
+            end = weakref.ref(owner, lambda _: self._end(number))
+            self._owners[number] = end, set()
+        return self._owners[number][1]
+
+    def _end(self, number: int) -> None:
+        with self._lock:
+            _, keys = self._owners.pop(number)
+            for key in keys:
+                self._drop((number, key))
 
 
 projections = ProjectionCache()

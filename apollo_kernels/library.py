@@ -9,7 +9,7 @@ group's. Eager steps do not come through here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,8 +17,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from apollo_kernels import backends, plan
+from apollo_kernels import backends, options, plan
 from apollo_kernels.batch import Hyper, Signals
+from apollo_kernels.state import layout_of
 
 _library = torch.library.Library("apollo_kernels", "DEF")
 _library.define(
@@ -54,7 +55,7 @@ def packed(
     numbers = [lr, *hyper.betas, hyper.eps, hyper.weight_decay, hyper.scale]
     switches: list[Any] = [hyper.correct_bias, hyper.maximize, hyper.scale_front, hyper.disable_nl]
     switches += [hyper.stochastic_rounding, hyper.update_proj_gap]
-    switches += [group["rank"] or 0, group["batch_dims"]]
+    switches += [group["rank"] or 0, group["batch_dims"], group["capturable"]]
     names = [backend, hyper.scale_type, hyper.distribution, group["proj_type"], store, str(slot)]
     return numbers, [int(s) for s in switches], names
 
@@ -90,6 +91,7 @@ def _states(
     return states
 
 
+@torch._disable_dynamo  # an operator's body is not to be traced
 def _step(
     weights: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     steps: list[Tensor], update_norms: list[Tensor], keys: list[int], counters: Tensor,
@@ -97,9 +99,12 @@ def _step(
     numbers: list[float], switches: list[int], names: list[str],
 ) -> None:  # fmt: skip
     hyper, group = _unpacked(lr, numbers, switches, names)
+    options.check_lr(hyper.lr)
     states = _states(exp_avgs, exp_avg_sqs, steps, update_norms, keys)
     device = counters.device
-    backend = backends.load(backends.choose(names[0], device))
+    chosen = backends.choose(names[0], device)
+    backends.check_capturable(chosen, device, bool(switches[8]))
+    backend = backends.load(chosen)
     key = backend, clip is not None, *group.values()
     store, place = Store.find(names[4]), (names[5], device)
     made = store.plans.get(place)
@@ -108,6 +113,30 @@ def _step(
             weights, grads, states, group, key, {device: backend}, separate=clip is not None
         )
     plan.run_one(made, grads, hyper, Signals(counters, grad_scale, found_inf, clip))
+
+
+def call(
+    params: Sequence[Tensor],
+    group: dict[str, Any],
+    states: Mapping[Tensor, Any],
+    signals: Signals,
+    backend: str,
+    store: str,
+    slot: int,
+) -> None:
+    """The operator over the parameters of a group that live on one device."""
+    hyper = options.hyper_of(group)
+    params = sorted(params, key=lambda p: layout_of(p, group) is None)
+    own = [states[p] for p in params]
+    low_rank = [s for s in own if "update_norm" in s]
+    lr = hyper.lr if isinstance(hyper.lr, Tensor) else None
+    torch.ops.apollo_kernels.step(
+        params, [p.grad for p in params], [s["exp_avg"] for s in own],
+        [s["exp_avg_sq"] for s in own], [s["step"] for s in own],
+        [s["update_norm"] for s in low_rank], [s["seed"] for s in low_rank],
+        signals.counters, lr, signals.grad_scale, signals.found_inf, signals.clip,
+        *packed(hyper, group, backend, store, slot),
+    )  # fmt: skip
 
 
 _library.impl("step", _step, "CompositeExplicitAutograd")

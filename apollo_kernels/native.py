@@ -38,9 +38,9 @@ def tensor_facts(tensors: Sequence[Tensor]) -> tuple[Any, Any]:
     return list(map(torch.Tensor.data_ptr, tensors)), rest
 
 
-def same_values(dicts: list[dict[str, Any]], values: list[Any]) -> bool:
-    """Whether the values of the dicts, one after the other, are these very objects."""
+def same_entries(dicts: list[dict[str, Any]], entries: list[Any]) -> bool:
+    """Whether keys and values of the dicts, one after the other, are these very objects."""
     if _C is not None:
-        return _C.same_values(dicts, values)
-    found = list(chain.from_iterable(map(dict.values, dicts)))
-    return len(found) == len(values) and all(map(is_, found, values))
+        return _C.same_entries(dicts, entries)
+    found = list(chain.from_iterable(chain.from_iterable(map(dict.items, dicts))))
+    return len(found) == len(entries) and all(map(is_, found, entries))

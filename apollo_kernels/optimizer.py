@@ -7,7 +7,6 @@ it is. All checks of a step come before its first write.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_kernels import backends, clipping, library, options, plan, state
+from apollo_kernels import backends, checks, clipping, library, options, plan, state
 from apollo_kernels.batch import Hyper, Signals
 from apollo_kernels.memory import MemoryReport, measure
 from apollo_kernels.state import as_step
@@ -30,7 +29,7 @@ from apollo_kernels.state import as_step
 _OWN_DEFAULTS = ("seed", "backend", "max_grad_norm")  # of the optimizer, not of its groups
 
 # What of a group decides its plan, and what of it decides its Hyper; lr is looked at by itself.
-_structure = itemgetter("rank", "proj_type", "batch_dims", "scale_type", "capturable")
+_structure = itemgetter("rank", "proj_type", "batch_dims", "capturable")
 _CHECKED = {*options.HYPER_KEYS, "proj", "rank", "proj_type", "batch_dims", "differentiable"}
 _settings = itemgetter(*sorted(_CHECKED - {"lr"}))
 
@@ -46,6 +45,12 @@ class _Runtime:
         self.compiled = library.Store()
         self.grad_norm: Tensor | None = None
         self.warned: set[str] = set()
+
+    def forget(self) -> None:
+        """Plans, and with them the state that they own."""
+        self.plans.clear()
+        self.states = [], []
+        self.compiled.plans.clear()
 
 
 class APOLLO(torch.optim.Optimizer):
@@ -170,7 +175,10 @@ class APOLLO(torch.optim.Optimizer):
         for p in added["params"]:
             if p.is_complex():
                 self.param_groups.pop()
-                raise ValueError(f"APOLLO does not support complex parameters, got {p.dtype}")
+                raise ValueError(
+                    f"APOLLO does not support complex parameters; one of shape {tuple(p.shape)} in "
+                    f"group {len(self.param_groups)} is {p.dtype}"
+                )
         self._warn_about_rank(added)
 
     def _warn_about_rank(self, group: Mapping[str, Any]) -> None:
@@ -216,6 +224,7 @@ class APOLLO(torch.optim.Optimizer):
                 self._eager_step()
         return loss
 
+    @torch._disable_dynamo  # where a trace breaks, what follows is not to be traced piece by piece
     def _eager_step(self) -> None:
         hypers = [self._hyper(index, group) for index, group in enumerate(self.param_groups)]
         gradients = self._gradients()
@@ -226,23 +235,29 @@ class APOLLO(torch.optim.Optimizer):
         def signals_of(device: torch.device) -> Signals:
             return signals[device] if device in signals else self._signals(device)
 
-        with _without_autocast(signals):
+        with plan.without_autocast(signals):
             norm = plan.run(parts, signals_of, self.max_grad_norm)
-        if norm is not None:
-            self._runtime.grad_norm = norm
+        self._runtime.grad_norm = norm
 
     def _hyper(self, index: int, group: dict[str, Any]) -> Hyper:
         """The group's Hyper, checked: its values may have been changed by hand since last time."""
-        values, lr, known = _settings(group), group["lr"], self._runtime.hypers
+        where, known = f" (parameter group {index})", self._runtime.hypers
+        try:
+            values, lr = _settings(group), group["lr"]
+        except KeyError as error:
+            raise ValueError(f"key {error} is missing{where}") from None
+        values = tuple(tuple(v) if isinstance(v, list) else v for v in values)  # lists may change
         if index < len(known) and known[index][0] == values:
-            options.check_lr(lr, f" (parameter group {index})")
-            hyper = known[index][1]
-            if hyper.lr is lr:
-                return hyper
+            options.check_lr(lr, where)
+            if known[index][1].lr is lr:
+                return known[index][1]
         else:
-            options.check_group(group, f" (parameter group {index})")
+            options.check_group(group, where)
         hyper = options.hyper_of(group)
-        known[index:] = [(values, hyper), *known[index + 1 :]]
+        if index < len(known):
+            known[index] = values, hyper
+        else:
+            known.append((values, hyper))
         return hyper
 
     def _gradients(self) -> list[list[Tensor]]:
@@ -250,8 +265,8 @@ class APOLLO(torch.optim.Optimizer):
 
         Everything is checked, in all groups, before a plan is built or a state is made.
         """
-        clipping = self.max_grad_norm is not None
-        asked = self.defaults["backend"], os.environ.get(backends.ENVIRONMENT), clipping
+        clip = self.max_grad_norm is not None
+        asked = self.defaults["backend"], os.environ.get(backends.ENVIRONMENT), clip
         keys = [(*asked, *_structure(group)) for group in self.param_groups]
         plans = self._runtime.plans
         plans[:] = plans[: len(keys)] + [None] * (len(keys) - len(plans))
@@ -262,13 +277,13 @@ class APOLLO(torch.optim.Optimizer):
         ]
         stale = [index for index, found in enumerate(gradients) if found is None]
         if stale:
-            self._refuse_duplicates()
-            chosen = [self._check_parameters(index) for index in stale]
-            for index, backends_of in zip(stale, chosen, strict=True):
-                group, key = self.param_groups[index], keys[index]
+            checks.check_groups(self.param_groups, stale, self.state, self._name_of)
+            chosen = [self._choose_backends(self.param_groups[index]) for index in stale]
+            self._make_states([self.param_groups[index] for index in stale])
+            for index, modules in zip(stale, chosen, strict=True):
                 plans[index] = None  # the old one goes before the new one takes its memory
-                plans[index] = self._build(group, key, backends_of, clipping)
-                gradients[index] = [p.grad for p in group["params"] if p.grad is not None]
+                plans[index] = self._build(self.param_groups[index], keys[index], modules)
+                gradients[index] = _gradients_of(self.param_groups[index])
         if stale or not known:
             self._runtime.states = list(self.state), list(self.state.values())
         return gradients  # type: ignore[return-value]
@@ -280,95 +295,54 @@ class APOLLO(torch.optim.Optimizer):
             return False
         return all(map(is_, self.state, keys)) and all(map(is_, self.state.values(), values))
 
-    def _refuse_duplicates(self) -> None:
-        seen: dict[int, str] = {}
-        for index, group in enumerate(self.param_groups):
-            for place, p in enumerate(group["params"]):
-                name = self._name_of(index, place)
-                if id(p) in seen:
-                    raise ValueError(f"{name} is {seen[id(p)]}: it would be stepped twice")
-                seen[id(p)] = name
-
-    def _check_parameters(self, index: int) -> dict[torch.device, ModuleType]:
-        """Raises for a gradient or a state that a step must not rest on; the back ends to use."""
-        group = self.param_groups[index]
+    def _choose_backends(self, group: dict[str, Any]) -> dict[torch.device, ModuleType]:
         chosen: dict[torch.device, ModuleType] = {}
-        for place, p in enumerate(group["params"]):
-            if p.grad is None:
-                continue
-            name = self._name_of(index, place)
-            _check_gradient(p, name)
-            if own := self.state.get(p):
-                state.check(p, group, own, name)
-            if p.device not in chosen:
-                backend = backends.choose(self.defaults["backend"], p.device)
-                if backend == "torch" and group["capturable"] and p.device.type == "cuda":
-                    raise RuntimeError(
-                        "capturable=True needs a kernel back end; 'torch' reads the host"
-                    )
-                chosen[p.device] = backends.load(backend)
+        for device in dict.fromkeys(p.device for p in group["params"] if p.grad is not None):
+            backend = backends.choose(self.defaults["backend"], device)
+            backends.check_capturable(backend, device, group["capturable"])
+            chosen[device] = backends.load(backend)
         return chosen
 
     def _build(
         self,
         group: dict[str, Any],
         key: tuple[Any, ...],
-        chosen: Mapping[torch.device, ModuleType],
-        clipping: bool,
+        modules: Mapping[torch.device, ModuleType],
     ) -> plan.GroupPlan:
-        self._make_states(group)
         params = group["params"]
         states = [self.state[p] for p in params if p.grad is not None]
         gradients = [p.grad for p in params]
-        return plan.build(params, gradients, states, group, key, chosen, separate=clipping)
+        separate = self.max_grad_norm is not None
+        return plan.build(params, gradients, states, group, key, modules, separate=separate)
 
     def _compiled_step(self) -> None:
-        signals: dict[torch.device, Signals] = {}
-        calls = []
-        for index, group in enumerate(self.param_groups):
-            self._make_states(group)
+        """The step as torch.compile traces it: one operator per group and device."""
+        groups = self.param_groups
+        for index, group in enumerate(groups):
+            options.check_group(group, f" (parameter group {index})")
+        checks.check_groups(groups, range(len(groups)), self.state, self._name_of)
+        self._make_states(groups)
+        calls: list[tuple[int, torch.device, list[Tensor]]] = []
+        for index, group in enumerate(groups):
             by_device: dict[torch.device, list[Tensor]] = {}
-            for place, p in enumerate(group["params"]):
+            for p in group["params"]:
                 if p.grad is not None:
-                    _check_gradient(p, self._name_of(index, place))
                     by_device.setdefault(p.device, []).append(p)
-            for device, params in by_device.items():
-                signals.setdefault(device, self._signals(device))
-                calls.append((index, group, device, params))
+            calls += [(index, device, params) for device, params in by_device.items()]
+        signals = {device: self._signals(device) for _, device, _ in calls}
+        self._runtime.grad_norm = None
         if self.max_grad_norm is not None:
             # Here the gradients are read once more: an operator steps one group by itself.
             squares: dict[torch.device, list[Tensor]] = {}
-            for _, _, device, params in calls:
+            for _, device, params in calls:
                 read = [p.grad for p in params if p.grad is not None]
                 squares.setdefault(device, []).append(clipping.square_norm(read))
-            norm = clipping.total_norm(squares, self._signals)
-            self._runtime.grad_norm = norm.float()
-            clip = clipping.clip_factor(norm, self.max_grad_norm)
-            signals = {
-                d: dataclasses.replace(s, clip=clip.to(d))
-                for d, s in signals.items()
-            }
-        for index, group, device, params in calls:
-            self._call_operator(index, group, params, signals[device])
-
-    def _call_operator(
-        self, index: int, group: dict[str, Any], params: list[Tensor], signals: Signals
-    ) -> None:
-        options.check_group(group, f" (parameter group {index})")
-        hyper = options.hyper_of(group)
-        params = sorted(params, key=lambda p: state.layout_of(p, group) is None)
-        states = [self.state[p] for p in params]
-        low_rank = [s for s in states if "update_norm" in s]
-        lr = hyper.lr if isinstance(hyper.lr, Tensor) else None
-        torch.ops.apollo_kernels.step(
-            params, [p.grad for p in params], [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states], [s["step"] for s in states],
-            [s["update_norm"] for s in low_rank], [s["seed"] for s in low_rank],
-            signals.counters, lr, signals.grad_scale, signals.found_inf, signals.clip,
-            *library.packed(
-                hyper, group, self.defaults["backend"], self._runtime.compiled.name, index
-            ),
-        )  # fmt: skip
+            norm, clip = clipping.norm_and_factor(squares, self._signals, self.max_grad_norm)
+            self._runtime.grad_norm = norm
+            signals = {d: dataclasses.replace(s, clip=clip.to(d)) for d, s in signals.items()}
+        for index, device, params in calls:
+            store, backend = self._runtime.compiled.name, self.defaults["backend"]
+            library.call(params, groups[index], self.state, signals[device], backend, store, index)
 
     def _signals(self, device: torch.device) -> Signals:
         """The device's counters, and what torch.amp.GradScaler left on the optimizer."""
@@ -381,34 +355,43 @@ class APOLLO(torch.optim.Optimizer):
 
     # ---- state -----------------------------------------------------------------------------------
 
-    def _make_states(self, group: dict[str, Any]) -> None:
+    def _make_states(self, groups: Iterable[dict[str, Any]]) -> None:
         """State for the parameters that have a gradient and no state yet."""
-        positions: dict[Tensor, int] | None = None
-        taken: set[int] = set()
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            own = self.state[p]
-            if own:
-                continue
-            if positions is None:
-                everything = [q for g in self.param_groups for q in g["params"]]
-                positions = {q: i for i, q in enumerate(everything)}
-                taken = {s["seed"] for s in self.state.values() if "seed" in s}
+        new = [
+            (p, group)
+            for group in groups
+            for p in group["params"]
+            if p.grad is not None and not self.state.get(p)
+        ]
+        if not new:
+            return
+        positions, taken = self._positions(), self._taken_keys()
+        for p, group in new:
+            if self.state[p] is None:
+                self.state[p] = {}
+            own = self.state[p]  # the user's own dict, if he has put an empty one there
             own.update(state.zeros(p, group, p.device))
             if "update_norm" in own:
                 key = state.new_key(self.defaults["seed"], positions[p], len(positions), taken)
                 own["seed"] = key
                 taken.add(key)
 
+    def _positions(self) -> dict[Tensor, int]:
+        everything = [p for group in self.param_groups for p in group["params"]]
+        return {p: position for position, p in enumerate(everything)}
+
+    def _taken_keys(self) -> set[int]:
+        return {own["seed"] for own in self.state.values() if own and "seed" in own}
+
     def key_of(self, p: Tensor) -> int:
         """The Philox key of a parameter: its state's, or the one that its first step gives it."""
-        if own := self.state.get(p):
+        own = self.state.get(p) or {}
+        if "seed" in own:
             return own["seed"]
-        everything = [q for group in self.param_groups for q in group["params"]]
-        position = next(i for i, q in enumerate(everything) if q is p)
-        taken = {s["seed"] for s in self.state.values() if "seed" in s}
-        return state.new_key(self.defaults["seed"], position, len(everything), taken)
+        positions = self._positions()
+        return state.new_key(
+            self.defaults["seed"], positions[p], len(positions), self._taken_keys()
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict(); what does not fit raises ValueError before any change.
@@ -436,27 +419,31 @@ class APOLLO(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+        self._runtime.forget()  # plans and what they own: the state before
 
     def _checked(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         """The states of ``state_dict`` as ours, with the parameters that they belong to."""
-        groups, made = state_dict["param_groups"], []
+        groups, states = parts_of(state_dict)
+        made: list[tuple[Tensor, dict[str, Any]]] = []
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            return []  # torch's own check says so
+            return made  # torch's own check says so
         for index, saved_group in enumerate(groups):
             group = {**self.defaults, **saved_group}
             options.check_group(group, f" (group {index} of the loaded state)")
             params = self.param_groups[index]["params"]
             for place, (p, i) in enumerate(zip(params, saved_group["params"], strict=True)):
-                saved, name = state_dict["state"].get(i), self._name_of(index, place)
+                saved, name = states.get(i), self._name_of(index, place)
                 if not saved:
                     continue
+                if not isinstance(saved, Mapping):
+                    raise ValueError(f"the state of {name} must be a dict, got {saved!r}")
                 if "projector" in saved:
                     raise ValueError(
                         f"the state of {name} was written by apollo_torch: use "
                         "apollo_kernels.load_apollo_torch"
                     )
                 own = state.converted(p, saved, name)
-                state.check(p, group, own, name)
+                state.check(p, group, own, lambda name=name: name)  # type: ignore[misc]
                 made.append((p, own))
         return made
 
@@ -470,7 +457,7 @@ class APOLLO(torch.optim.Optimizer):
                 if key not in _OWN_DEFAULTS:
                     group.setdefault(key, value)
         for p, own in self.state.items():
-            if "step" in own:
+            if isinstance(p, Tensor) and own and "step" in own:
                 own["step"] = as_step(own["step"], p.device)
 
     # ---- reports ---------------------------------------------------------------------------------
@@ -544,26 +531,20 @@ def _levels_to_the_caller() -> int:
     return level + 1
 
 
-def _check_gradient(p: Tensor, name: str) -> None:
-    grad = p.grad
-    assert grad is not None
-    if type(p).__name__ == "DTensor" or type(grad).__name__ == "DTensor":
-        raise NotImplementedError(
-            f"{name} is sharded (a DTensor of shape {tuple(p.shape)}): not supported yet"
-        )
-    if grad.layout != torch.strided:
-        raise RuntimeError(f"APOLLO does not support sparse gradients; that of {name} is one")
-    if grad.device != p.device or grad.shape != p.shape:
-        raise RuntimeError(
-            f"the gradient of {name} has shape {tuple(grad.shape)} on {grad.device}, the parameter "
-            f"{tuple(p.shape)} on {p.device}"
-        )
+def _gradients_of(group: dict[str, Any]) -> list[Tensor]:
+    return [p.grad for p in group["params"] if p.grad is not None]
 
 
-def _without_autocast(devices: Iterable[torch.device]) -> contextlib.AbstractContextManager[Any]:
-    """The step's arithmetic is float32 by contract, also inside of an autocast region."""
-    off = contextlib.ExitStack()
-    for kind in {device.type for device in devices}:
-        if torch.is_autocast_enabled(kind):
-            off.enter_context(torch.autocast(kind, enabled=False))
-    return off
+def parts_of(
+    state_dict: Any, argument: str = "state_dict"
+) -> tuple[list[dict[str, Any]], Mapping[Any, Any]]:
+    """The groups and the states of a state_dict; ValueError if it is none."""
+    whole = state_dict if isinstance(state_dict, dict) else {}
+    groups, states = whole.get("param_groups"), whole.get("state")
+    good = isinstance(groups, list) and all(isinstance(g, dict) and "params" in g for g in groups)
+    if not good or not isinstance(states, Mapping):
+        raise ValueError(
+            f"{argument} must be or hold an optimizer's state_dict, with 'param_groups' (a list of "
+            f"dicts with 'params') and 'state' (a dict), got {type(state_dict).__name__}"
+        )
+    return groups, states  # type: ignore[return-value]

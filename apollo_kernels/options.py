@@ -62,7 +62,8 @@ def _number(value: Any) -> bool:
 def check_lr(lr: Any, where: str = "") -> None:
     """A tensor on a GPU is not read: that would wait for the device."""
     if isinstance(lr, Tensor):
-        ok, expected = lr.numel() == 1, "a number or a tensor of one element"
+        ok = lr.numel() == 1 and lr.device.type != "meta"
+        expected = "a number or a tensor of one element, with memory"
         if ok and lr.device.type == "cpu" and not torch.compiler.is_compiling():
             ok, expected = 0 <= lr.item() < math.inf, "a tensor of one number >= 0"
     else:
@@ -72,10 +73,12 @@ def check_lr(lr: Any, where: str = "") -> None:
 
 
 def check_max_grad_norm(value: Any) -> None:
-    if value is not None and not (_number(value) and value > 0):
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if value is not None and not (number and value > 0):  # infinity only measures
         raise ValueError(f"max_grad_norm must be None or a number > 0, got {value!r}")
 
 
 def hyper_of(group: Mapping[str, Any]) -> Hyper:
     values = {key: group[key] for key in HYPER_KEYS}
+    values["betas"] = tuple(group["betas"])  # a list may change later
     return Hyper(**values, distribution=PROJECTIONS[group["proj"]])

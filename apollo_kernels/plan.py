@@ -10,7 +10,8 @@ dtype. Gradients it never keeps; one that has only moved costs a new table, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import attrgetter, is_
@@ -22,11 +23,12 @@ from torch import Tensor
 
 from apollo_kernels import clipping
 from apollo_kernels.batch import Hyper, Signals
-from apollo_kernels.native import same_values, tensor_facts
+from apollo_kernels.native import same_entries, tensor_facts
 from apollo_kernels.state import layout_of
 from apollo_kernels.work import Builder, Work
 
 _address, _grad = torch.Tensor.data_ptr, attrgetter("grad")
+_captured: list[GroupPlan] = []  # for good, since no one tells when a graph goes
 
 
 @dataclass
@@ -42,8 +44,8 @@ class GroupPlan:
 
     def __post_init__(self) -> None:
         self.owned = [p for p, live in zip(self.params, self.live, strict=True) if live]
-        self.values = _values(self.states)
-        self.tensors = [v for v in self.values if isinstance(v, Tensor)]
+        self.entries = _entries(self.states)
+        self.tensors = [v for v in self.entries if isinstance(v, Tensor)]
         self.watched = [*self.owned, *self.tensors]
         self.watched_facts = tensor_facts(self.watched)
 
@@ -66,7 +68,7 @@ class GroupPlan:
             gradients = [g for g in gradients if g is not None]
         if state is not None and not all(map(is_, map(state.get, self.owned), self.states)):
             return None
-        if not same_values(self.states, self.values):
+        if not same_entries(self.states, self.entries):
             return None
         return gradients if self._unchanged(self.watched, gradients) else None
 
@@ -78,14 +80,20 @@ class GroupPlan:
         states: Sequence[dict[str, Any]],
     ) -> bool:
         """The same for tensors that may be other objects over the same memory (an operator's)."""
-        values = _values(states)
-        if key != self.key or len(values) != len(self.values):
+        entries = _entries(states)
+        if key != self.key or len(entries) != len(self.entries):
             return False
-        pairs = zip(values, self.values, strict=True)
+        pairs = zip(entries, self.entries, strict=True)
         if not all(isinstance(v, Tensor) or v == w for v, w in pairs):
             return False
-        tensors = (v for v in values if isinstance(v, Tensor))
+        tensors = (v for v in entries if isinstance(v, Tensor))
         return self._unchanged([*weights, *tensors], gradients)
+
+    def keep_if_captured(self) -> None:
+        """A CUDA graph reads tables and writes weights and state long after the step."""
+        devices = {work.device for work in self.works if work.device.type == "cuda"}
+        if devices and torch.cuda.is_current_stream_capturing():
+            _captured.append(self)
 
     def _unchanged(self, watched: list[Tensor], gradients: Sequence[Tensor]) -> bool:
         try:
@@ -102,19 +110,22 @@ class GroupPlan:
 
     def _follow(self, gradients: Sequence[Tensor], addresses: Any) -> bool:
         """Whether every Work can follow gradients that have only moved."""
-        if any(type(g) is not Tensor for g in gradients):
-            return False  # a subclass is looked at again, by the checks before a build
+        if any(type(g) is not Tensor or g.is_neg() for g in gradients):
+            return False  # the checks before a build look at them
         # Until all have followed, none may believe that nothing has moved.
         self.gradient_facts = None, self.gradient_facts[1]
         found = list(map(_address, gradients))
+        if any(not address and g.numel() for address, g in zip(found, gradients, strict=True)):
+            return False  # a storage that was resized to nothing
         if not all(work.moved(found) for work in self.works):
             return False
         self.gradient_facts = addresses, self.gradient_facts[1]
         return True
 
 
-def _values(states: Sequence[dict[str, Any]]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, states)))
+def _entries(states: Sequence[dict[str, Any]]) -> list[Any]:
+    """Keys and values of all states, one after the other."""
+    return list(chain.from_iterable(chain.from_iterable(map(dict.items, states))))
 
 
 def build(
@@ -164,6 +175,7 @@ def run(
     if max_grad_norm is not None:
         return _clipped(parts, signals, max_grad_norm)
     for plan, gradients, hyper in parts:
+        plan.keep_if_captured()
         for work in plan.works:
             _step(work, gradients, hyper, signals(work.device))
     return None
@@ -171,8 +183,18 @@ def run(
 
 def run_one(plan: GroupPlan, gradients: list[Tensor], hyper: Hyper, signals: Signals) -> None:
     """The step of one group on one device; ``signals`` may bring a float64 clip."""
-    for work in plan.works:
-        _step(work, gradients, hyper, _for_kernels(work, signals))
+    with without_autocast([signals.counters.device]):
+        for work in plan.works:
+            _step(work, gradients, hyper, _for_kernels(work, signals))
+
+
+def without_autocast(devices: Iterable[torch.device]) -> contextlib.ExitStack:
+    """The step's arithmetic is float32 by contract, also inside of an autocast region."""
+    off = contextlib.ExitStack()
+    for kind in {device.type for device in devices}:
+        if torch.is_autocast_enabled(kind):
+            off.enter_context(torch.autocast(kind, enabled=False))
+    return off
 
 
 def _for_kernels(work: Work, signals: Signals) -> Signals:
@@ -206,6 +228,8 @@ def _clipped(
     parts: Sequence[Part], signals: Callable[[torch.device], Signals], max_grad_norm: float
 ) -> Tensor:
     """All projections first, since their q give the norm without another read of a gradient."""
+    for plan, _, _ in parts:
+        plan.keep_if_captured()
     works = [(work, gradients, hyper) for plan, gradients, hyper in parts for work in plan.works]
     squares: dict[torch.device, list[Tensor]] = {}
     dense: dict[torch.device, list[Tensor]] = {}
@@ -220,12 +244,11 @@ def _clipped(
                 dense.setdefault(work.device, []).extend(read)
         for device, read in dense.items():
             squares.setdefault(device, []).append(clipping.square_norm(read))
-        norm = clipping.total_norm(squares, signals)
-        clip = clipping.clip_factor(norm, max_grad_norm)
+        norm, clip = clipping.norm_and_factor(squares, signals, max_grad_norm)
         for work, _, hyper in works:
             own = replace(signals(work.device), clip=clip.to(work.device))
             _finish(work, hyper, _for_kernels(work, own))
     finally:
         for work, _, _ in works:
             work.release()
-    return norm.float()
+    return norm

@@ -276,7 +276,7 @@ class LowRankBatch:
             item.step.add_(1)
         epoch = (int(item.step) - 1) // hyper.update_proj_gap % 2**32
         rank, dtype = item.exp_avg.shape[1], item.exp_avg.dtype
-        drawn = (self, item.key, epoch, rank, x.shape[1], hyper.distribution, x.device)
+        drawn = (item.step, item.key, epoch, rank, x.shape[1], hyper.distribution, x.device)
         if cpu.supported(x):
             form = cpu.layout(x, rank)
             z = cpu.projections.get(*drawn, form, lambda z: cpu.arrange(z, form))

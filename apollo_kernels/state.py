@@ -9,7 +9,7 @@ step is int64, the others are float32 (float64 for float64 parameters). DESIGN.m
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,9 @@ def zeros(p: Tensor, group: Mapping[str, Any], device: torch.device | str) -> di
     state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
     dtype, dense = compute_dtype(p.dtype), layout_of(p, group) is None
     for key, shape in shapes(p, group).items():
-        if dense:  # in the weight's own memory order
-            state[key] = torch.zeros_like(p, dtype=dtype, device=device, requires_grad=False)
+        if dense:  # in the weight's own memory order, and a plain tensor whatever the weight is
+            like = torch.empty_strided(p.shape, p.stride(), dtype=dtype, device="meta")
+            state[key] = torch.zeros_like(like, device=device)
         else:
             state[key] = torch.zeros(shape, dtype=dtype, device=device)
     return state
@@ -90,43 +91,56 @@ def new_key(seed: int, position: int, parameters: int, taken: Collection[int]) -
     return key
 
 
-def check(p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], name: str) -> None:
+def check(
+    p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], name: Callable[[], str]
+) -> None:
     """Raises ValueError, with the parameter's name, for a state that a step must not rest on."""
     expected = shapes(p, group)
     if missing := {"step", *expected} - set(state):
-        raise ValueError(f"the state of {name} does not fit: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(
+            f"the state of {name()} does not fit: it lacks {', '.join(sorted(missing))}"
+        )
     low_rank = "update_norm" in expected
     if not low_rank and "update_norm" in state:
         raise ValueError(
-            f"the state of {name} does not fit: it is that of a low-rank step, while shape "
+            f"the state of {name()} does not fit: it is that of a low-rank step, while shape "
             f"{tuple(p.shape)}, rank {group['rank']} and batch_dims {group['batch_dims']} ask for "
             "the dense one"
         )
     step = state["step"]
     if not isinstance(step, Tensor) or step.dim() or step.dtype != torch.int64:
-        raise ValueError(f"step of {name} must be an int64 tensor without dimensions, got {step!r}")
+        raise ValueError(
+            f"step of {name()} must be an int64 tensor without dimensions, got {step!r}"
+        )
     if step.device != p.device:
-        raise ValueError(f"step of {name} must be on {p.device}, got {step.device}")
+        raise ValueError(f"step of {name()} must be on {p.device}, got {step.device}")
+    if step.device.type == "cpu" and not torch.compiler.is_compiling() and step < 0:
+        raise ValueError(f"step of {name()} must not be negative, got {int(step)}")
     for key, shape in expected.items():
         _check_tensor(key, state[key], shape, p, group, name)
     if low_rank:
         seed = state.get("seed")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**KEY_BITS:
             raise ValueError(
-                f"the state of {name} needs an integer seed in [0, 2**{KEY_BITS}), got {seed!r}"
+                f"the state of {name()} needs an integer seed in [0, 2**{KEY_BITS}), got {seed!r}"
             )
 
 
 def _check_tensor(
-    key: str, found: Any, shape: tuple[int, ...], p: Tensor, group: Mapping[str, Any], name: str
+    key: str,
+    found: Any,
+    shape: tuple[int, ...],
+    p: Tensor,
+    group: Mapping[str, Any],
+    name: Callable[[], str],
 ) -> None:
     if not isinstance(found, Tensor):
-        raise ValueError(f"{key} of {name} must be a tensor, got {found!r}")
+        raise ValueError(f"{key} of {name()} must be a tensor, got {found!r}")
     if type(found).__name__ == "DTensor" or found.layout != torch.strided:
-        raise ValueError(f"{key} of {name} must be a plain dense tensor, got {type(found)}")
+        raise ValueError(f"{key} of {name()} must be a plain dense tensor, got {type(found)}")
     if tuple(found.shape) != shape:
         raise ValueError(
-            f"{key} of {name} does not fit its group: it has shape {tuple(found.shape)}, while "
+            f"{key} of {name()} does not fit its group: it has shape {tuple(found.shape)}, while "
             f"rank {group['rank']}, proj_type {group['proj_type']!r} and batch_dims "
             f"{group['batch_dims']} need {shape} for a parameter of shape "
             f"{tuple(p.shape)}; none of them changes after step 1"
@@ -134,16 +148,16 @@ def _check_tensor(
     dtype = compute_dtype(p.dtype)
     if found.dtype != dtype or found.device != p.device:
         raise ValueError(
-            f"{key} of {name} must be {dtype} on {p.device}, got {found.dtype} on {found.device}"
+            f"{key} of {name()} must be {dtype} on {p.device}, got {found.dtype} on {found.device}"
         )
 
 
 def check_step(step: Any, name: str) -> int:
     """The number of steps that a saved state has taken; raises ValueError for what can be none."""
-    if isinstance(step, Tensor) and step.numel() == 1:
+    if isinstance(step, Tensor) and step.numel() == 1 and step.device.type != "meta":
         step = step.item()
     number = isinstance(step, (int, float)) and not isinstance(step, bool)
-    if not number or not math.isfinite(step) or step < 0 or step != int(step):
+    if not number or not math.isfinite(step) or not 0 <= step < 2**63 or step != int(step):
         raise ValueError(f"step of {name} must be a whole number of steps >= 0, got {step!r}")
     return int(step)
 
@@ -166,10 +180,18 @@ def converted(p: Tensor, saved: Mapping[str, Any], name: str) -> dict[str, Any]:
         if key == "step":
             value = as_step(check_step(value, name), p.device)
         elif key in ("exp_avg", "exp_avg_sq", "update_norm") and isinstance(value, Tensor):
-            if not value.is_floating_point():
-                raise ValueError(f"{key} of {name} must hold floats, got {value.dtype}")
-            value = value.detach().to(p.device, compute_dtype(p.dtype), copy=True)
+            value = _converted_floats(key, value, p, name)
         elif isinstance(value, Tensor):
             value = value.detach().clone()
         state[key] = value
     return state
+
+
+def _converted_floats(key: str, value: Tensor, p: Tensor, name: str) -> Tensor:
+    if not value.is_floating_point() or value.device.type == "meta":
+        raise ValueError(f"{key} of {name} must hold floats, got {value.dtype} on {value.device}")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{key} of {name} holds NaN or Inf")
+    if key != "exp_avg" and bool((value < 0).any()):
+        raise ValueError(f"{key} of {name} holds negative numbers")
+    return value.detach().to(p.device, compute_dtype(p.dtype), copy=True)

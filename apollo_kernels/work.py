@@ -1,7 +1,7 @@
 """From parameters to batches: what one Batch steps together, and the copies around it.
 
 What is no kernel's business is handled here, once: dtypes that only PyTorch takes, strides that no
-kernel walks, the matrices of an expert weight, graph capture.
+kernel walks, the matrices of an expert weight.
 """
 
 from __future__ import annotations
@@ -60,10 +60,6 @@ class StandIn:
             self.original.copy_(self.copy.view(self.original.shape))
 
 
-# What a CUDA graph reads must outlive it, and no one tells when it goes.
-_captured: list[Any] = []
-
-
 @dataclass
 class Work:
     """Items of one device that one Batch steps together."""
@@ -77,8 +73,6 @@ class Work:
     stored: list[StandIn]  # after it
 
     def begin(self, gradients: Sequence[Tensor]) -> None:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            _captured.append(self)
         for stand_in in self.loaded:
             stand_in.load(gradients)
         if not self.by_address:
@@ -87,7 +81,6 @@ class Work:
     def end(self) -> None:
         for stand_in in self.stored:
             stand_in.store()
-        self.release()
 
     def release(self) -> None:
         if not self.by_address:
@@ -162,14 +155,17 @@ class Builder:
         self.families.setdefault(kind, []).append(_Entry(item, place, loaded, stored))
 
     def _taker(self, item: LowRank | Dense) -> ModuleType:
-        return self.backend if self.backend.takes(item) else reference
+        """reference.py also steps subclasses that wrap tensors, and so have no address."""
+        tensors = item.weight, item.grad, item.exp_avg, item.exp_avg_sq
+        placed = all(t.data_ptr() or not t.numel() for t in tensors)
+        return self.backend if placed and self.backend.takes(item) else reference
 
     def _add_low_rank(
         self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any], layout: Layout
     ) -> None:
         shape = (layout.matrices, *layout.moments[-2:])
         stand_ins: list[StandIn] = []
-        weights, grads = _matrices(p, layout), _matrices(grad, layout)
+        weights, grads = _matrices(p.detach(), layout), _matrices(grad, layout)
         moments = [state[key].reshape(shape) for key in ("exp_avg", "exp_avg_sq")]
         norms, key = state["update_norm"].reshape(-1), state["seed"]
 

@@ -79,18 +79,22 @@ py::tuple tensor_facts(const py::capsule& capsule, const py::list& tensors) {
   return py::make_tuple(bytes_of(addresses, count), bytes_of(facts, end));
 }
 
-// Whether the values of the dicts, one after the other, are these very objects.
-bool same_values(const py::list& dicts, const py::list& values) {
+// Whether keys and values of the dicts, one after the other, are these very objects.
+bool same_entries(const py::list& dicts, const py::list& entries) {
   size_t count = 0;
+  const size_t size = entries.size();
   for (const py::handle dict : dicts) {
     PyObject *key, *value;
     Py_ssize_t place = 0;
     while (PyDict_Next(dict.ptr(), &place, &key, &value)) {
-      if (count == values.size() || PyList_GET_ITEM(values.ptr(), count) != value) return false;
-      ++count;
+      if (count + 2 > size || PyList_GET_ITEM(entries.ptr(), count) != key ||
+          PyList_GET_ITEM(entries.ptr(), count + 1) != value) {
+        return false;
+      }
+      count += 2;
     }
   }
-  return count == values.size();
+  return count == size;
 }
 
 }  // namespace
@@ -100,8 +104,8 @@ void bind_tensor_facts(py::module_& module) {
              "Whether the capsule torch.Tensor.__dlpack_c_exchange_api__ has what tensor_facts needs.");
   module.def("tensor_facts", &tensor_facts, py::arg("api"), py::arg("tensors"),
              "(addresses, everything else that a table is made from) of a list of tensors, as bytes.");
-  module.def("same_values", &same_values, py::arg("dicts"), py::arg("values"),
-             "Whether the values of the dicts, one after the other, are these very objects.");
+  module.def("same_entries", &same_entries, py::arg("dicts"), py::arg("entries"),
+             "Whether keys and values of the dicts, one after the other, are these very objects.");
 }
 
 }  // namespace apollo

@@ -1,5 +1,8 @@
 """What many tests do: make parameters and gradients, look at what a step has changed."""
 
+import copy
+
+import pytest
 import torch
 
 from apollo_kernels import APOLLO
@@ -68,6 +71,17 @@ def changed(before, after):
 
 def _same_at(before, after, key):
     return key in before and key in after and same(before[key], after[key])
+
+
+def refuses(optimizer, call, error=ValueError, match=""):
+    """``call`` raises ``error``; weights, state and reports are as they were."""
+    before, stats = snapshot(optimizer), optimizer.stats()
+    settings = copy.deepcopy([{**g, "params": None} for g in optimizer.param_groups])
+    with pytest.raises(error, match=match):
+        call()
+    assert changed(before, snapshot(optimizer)) == set()
+    assert optimizer.stats() == stats
+    assert [{**g, "params": None} for g in optimizer.param_groups] == settings
 
 
 def in_place(t):

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from helpers import all_of, changed, fill, parameter, parameters, randn, snapshot, train
+from helpers import all_of, changed, fill, parameter, parameters, randn, refuses, snapshot, train
 
 from apollo_kernels import APOLLO, load_apollo_torch
 
@@ -26,17 +26,6 @@ def trained(backend, steps=2, **options):
     train(params, optimizer, backend, range(steps))
     fill(params, backend, steps)
     return params, optimizer
-
-
-def refuses(optimizer, call, error=ValueError, match=""):
-    """``call`` raises ``error``; weights, state and reports are as they were."""
-    before, stats = snapshot(optimizer), optimizer.stats()
-    settings = copy.deepcopy([{**g, "params": None} for g in optimizer.param_groups])
-    with pytest.raises(error, match=match):
-        call()
-    assert changed(before, snapshot(optimizer)) == set()
-    assert optimizer.stats() == stats
-    assert [{**g, "params": None} for g in optimizer.param_groups] == settings
 
 
 # ---- a step ------------------------------------------------------------------------------------

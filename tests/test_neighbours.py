@@ -39,7 +39,7 @@ def test_a_parameter_has_the_same_bits_in_any_company(backend, shape, neighbours
 
 @pytest.mark.parametrize(
     "shape, rank, neighbour",
-    [((8, 5000), 12, (40, 20)), ((24, 4), 300, (310, 301)), ((24, 16), 300, (310, 301))],
+    [((8, 2100), 12, (40, 20)), ((24, 4), 300, (310, 301)), ((24, 16), 300, (310, 301))],
     ids=str,
 )
 def test_a_parameter_has_the_same_bits_beside_one_of_another_size(backend, shape, rank, neighbour):

@@ -1,0 +1,109 @@
+"""What is looked at before a step writes anything: parameters, gradients and states of all groups.
+
+Only where something has changed, so that it may take its time. Names are made when they are needed:
+a ``name`` here is a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_kernels import state
+
+NameOf = Callable[[int, int], str]  # of the parameter at a place of a group
+
+
+def check_groups(
+    groups: Sequence[Mapping[str, Any]],
+    indices: Sequence[int],
+    states: Mapping[Tensor, Any],
+    name_of: NameOf,
+) -> None:
+    """Raises for what no step may rest on, in the groups at ``indices``; duplicates in all groups.
+
+    Raises
+        ValueError, RuntimeError, NotImplementedError: with the name of the parameter.
+    """
+    _refuse_duplicates(groups, name_of)
+    for index in indices:
+        where: dict[int, str] = {}
+        for place, p in enumerate(groups[index]["params"]):
+            if p.grad is not None:
+                name = partial(name_of, index, place)
+                _check_one(p, groups[index], states.get(p), name, where)
+
+
+def _refuse_duplicates(groups: Sequence[Mapping[str, Any]], name_of: NameOf) -> None:
+    seen: dict[int, tuple[int, int]] = {}
+    for index, group in enumerate(groups):
+        for place, p in enumerate(group["params"]):
+            if seen.setdefault(id(p), (index, place)) != (index, place):
+                raise ValueError(
+                    f"{name_of(index, place)} is {name_of(*seen[id(p)])}: it would be stepped twice"
+                )
+
+
+def _check_one(
+    p: Tensor,
+    group: Mapping[str, Any],
+    own: Any,
+    name: Callable[[], str],
+    where: dict[int, str],
+) -> None:
+    _check_gradient(p, name)
+    tensors = {"weight": p}
+    if own:
+        if not isinstance(own, dict):
+            raise ValueError(f"the state of {name()} must be a dict, got {type(own).__name__}")
+        state.check(p, group, own, name)
+        tensors.update((key, value) for key, value in own.items() if isinstance(value, Tensor))
+    for key, t in tensors.items():
+        if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)):
+            raise ValueError(f"the {key} of {name()} overlaps itself: strides {t.stride()}")
+        address = _address(t, key, name)
+        if address and t.numel() and not torch.compiler.is_compiling():
+            if address in where:
+                raise ValueError(f"the {key} of {name()} lies in the memory of {where[address]}")
+            where[address] = f"the {key} of this group's parameter of shape {tuple(p.shape)}"
+
+
+def _check_gradient(p: Tensor, name: Callable[[], str]) -> None:
+    grad = p.grad
+    assert grad is not None
+    if type(p).__name__ == "DTensor" or type(grad).__name__ == "DTensor":
+        raise NotImplementedError(
+            f"{name()} is sharded (a DTensor of shape {tuple(p.shape)}): not supported yet"
+        )
+    if p.is_complex():
+        raise ValueError(f"APOLLO does not support complex parameters; {name()} is {p.dtype}")
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"APOLLO does not support sparse gradients; that of {name()} is one")
+    if not torch.compiler.is_compiling() and (grad.is_neg() or p.is_neg()):
+        raise RuntimeError(f"{name()} or its gradient is a negative view: call resolve_neg() on it")
+    if grad.device != p.device or grad.shape != p.shape:
+        raise RuntimeError(
+            f"the gradient of {name()} has shape {tuple(grad.shape)} on {grad.device}, the "
+            f"parameter {tuple(p.shape)} on {p.device}"
+        )
+    _address(grad, "gradient", name)
+
+
+def _address(t: Tensor, what: str, name: Callable[[], str]) -> int:
+    """Where a tensor lies; 0 for a subclass that wraps others, which PyTorch steps."""
+    if torch.compiler.is_compiling():
+        return 0
+    if t.device.type == "meta":
+        raise RuntimeError(f"the {what} of {name()} is on the meta device, without memory")
+    try:
+        address = t.data_ptr()
+    except RuntimeError as error:
+        raise RuntimeError(f"the {what} of {name()} has no memory: {error}") from error
+    plain = type(t) in (Tensor, torch.nn.Parameter)
+    if plain and t.numel() and not address:
+        raise RuntimeError(f"the {what} of {name()} has no memory: its storage was resized to 0")
+    return address
