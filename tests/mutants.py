@@ -719,7 +719,10 @@ def changed(mutant: Mutant, tree: Path) -> str:
     text = (tree / mutant.file).read_text()
     if (count := text.count(mutant.old)) != 1:
         sys.exit(f"{mutant.name}: {mutant.old!r} stands {count} times in {mutant.file}, not once")
-    return text.replace(mutant.old, mutant.new)
+    text = text.replace(mutant.old, mutant.new)
+    if mutant.file.endswith(".py"):
+        compile(text, f"{mutant.file} ({mutant.name})", "exec")  # a test should not fail for that
+    return text
 
 
 class Passed:
