@@ -1,7 +1,7 @@
 // Addresses, shapes, strides and dtypes of a list of tensors, as bytes that compare with memcmp.
 //
-// plan.py asks this of every tensor before every step. PyTorch answers through the C exchange API of
-// DLPack (version 1), so nothing is linked for it; one tensor takes some 15 ns, while the Python
+// plan.py asks this of every tensor before every step. PyTorch answers through the C exchange API
+// of DLPack (version 1), so nothing is linked for it; one tensor takes some 15 ns, while the Python
 // properties take 240 ns together.
 #include "tensor_facts.h"
 
@@ -100,10 +100,12 @@ bool same_entries(const py::list& dicts, const py::list& entries) {
 }  // namespace
 
 void bind_tensor_facts(py::module_& module) {
-  module.def("exchange_api_usable", &usable, py::arg("api"),
-             "Whether the capsule torch.Tensor.__dlpack_c_exchange_api__ has what tensor_facts needs.");
-  module.def("tensor_facts", &tensor_facts, py::arg("api"), py::arg("tensors"),
-             "(addresses, everything else that a table is made from) of a list of tensors, as bytes.");
+  module.def(
+      "exchange_api_usable", &usable, py::arg("api"),
+      "Whether the capsule torch.Tensor.__dlpack_c_exchange_api__ has what tensor_facts needs.");
+  module.def(
+      "tensor_facts", &tensor_facts, py::arg("api"), py::arg("tensors"),
+      "(addresses, everything else that a table is made from) of a list of tensors, as bytes.");
   module.def("same_entries", &same_entries, py::arg("dicts"), py::arg("entries"),
              "Whether keys and values of the dicts, one after the other, are these very objects.");
 }

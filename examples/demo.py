@@ -67,7 +67,7 @@ def announce(settings: Settings, data: tuple[torch.Tensor, torch.Tensor]) -> Non
     print(f"LLaMA {settings.preset}: hidden {hidden}, MLP {mlp}, {heads} heads, {layers} layers,")
     print(f"  {settings.dtype} on {settings.device}, {torch.get_num_threads()} threads")
     print(
-        f"Text: {len(data[0]) / 1e6:.1f} MB, {len(data[1]) / 1e6:.1f} MB held out; one token per byte"
+        f"Text: {len(data[0]) / 1e6:.1f} MB, {len(data[1]) / 1e6:.1f} MB held out; a token per byte"
     )
     rates = ", ".join(f"{LABELS[n]} {LEARNING_RATES[n]:g}" for n in LABELS)
     print(f"{settings.steps} steps of {settings.batch_size} x {settings.seq_len} bytes")
