@@ -1,8 +1,8 @@
 // The entries z(j, k) as kernels draw them, and the tile of Z that project_mma.cuh multiplies.
 //
-// A distribution is a struct like Gaussian and Signs, with begin(k0) and pairs(k0): four entries of
-// rank row j per call of the generator, k = k0 + {2t, 2t+1, 2t+8, 2t+9}, which is what one lane
-// holds of the 16-deep A operand of mma.m16n8k16. A new one joins here, in `with_distribution` of
+// A distribution is a struct like Gaussian and Signs, with begin and pairs: four entries of rank
+// row j per call of the generator, k = 16 b + {2t, 2t+1, 2t+8, 2t+9}, which is what one lane holds
+// of the 16-deep A operand of mma.m16n8k16. A new one joins here, in `with_distribution` of
 // launch.cu, with a number of its own in philox.cuh's enum Distribution and in DISTRIBUTIONS of
 // cuda.py; on the host, in `draw` of philox.cuh.
 #pragma once
@@ -31,7 +31,7 @@ APOLLO_DEVICE uint32_t epoch_of(const Matrix& p, const Launch& launch) {
   return uint32_t(*p.step / launch.hyper.update_proj_gap);
 }
 
-// Two bf16x2: k0 + {2t, 2t+1} and k0 + {2t+8, 2t+9}.
+// Two bf16x2 of a block of 16 k, the `block`-th from k0 on: {2t, 2t+1} and {2t+8, 2t+9}.
 struct Pairs {
   uint32_t low, high;
 };
@@ -40,8 +40,8 @@ struct Gaussian {
   static constexpr uint32_t kRun = 16;  // `begin` is needed at each multiple of it
 
   APOLLO_DEVICE void begin(const Stream&, uint32_t) {}
-  APOLLO_DEVICE Pairs pairs(const Stream& stream, uint32_t k0) const {
-    const Words w = stream.call(k0 / 16, kGaussian);
+  APOLLO_DEVICE Pairs pairs(const Stream& stream, uint32_t k0, uint32_t block) const {
+    const Words w = stream.call(k0 / 16 + block, kGaussian);
     return {normal_pair_fast(w.w[0], w.w[1]), normal_pair_fast(w.w[2], w.w[3])};
   }
 };
@@ -53,8 +53,8 @@ struct Signs {
   APOLLO_DEVICE void begin(const Stream& stream, uint32_t k0) {
     word = sign_word(stream.call(k0 / 512, kRademacher), k0);
   }
-  APOLLO_DEVICE Pairs pairs(const Stream&, uint32_t k0) const {
-    return {sign_pair(word, k0), sign_pair(word, k0 + 8)};
+  APOLLO_DEVICE Pairs pairs(const Stream&, uint32_t k0, uint32_t block) const {
+    return {sign_pair(word, k0 + 16 * block), sign_pair(word, k0 + 16 * block + 8)};
   }
 };
 
@@ -89,7 +89,7 @@ struct Drawing {
     for (int i = 0; i < kCalls; ++i) {
       const int block = kCalls == 2 ? i : int(threadIdx.x) / (4 * RANKS);
       Pairs z = {0, 0};
-      if (inside) z = distribution.pairs(stream, k0 + 16 * block);
+      if (inside) z = distribution.pairs(stream, k0, uint32_t(block));
       *reinterpret_cast<uint32_t*>(z_smem + (at_smem ^ 32 * block)) = z.low;
       *reinterpret_cast<uint32_t*>(z_smem + (at_smem ^ 32 * block ^ 16)) = z.high;
     }
@@ -101,7 +101,7 @@ template <class DISTRIBUTION>
 APOLLO_DEVICE void draw_call(float* z, const Stream& stream, uint32_t k0) {
   DISTRIBUTION distribution;
   distribution.begin(stream, k0);
-  const Pairs pairs = distribution.pairs(stream, k0);
+  const Pairs pairs = distribution.pairs(stream, k0, 0);
   const uint32_t t = stream.t;
   z[2 * t] = low_bf16(pairs.low);
   z[2 * t + 1] = high_bf16(pairs.low);

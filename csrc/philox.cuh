@@ -104,7 +104,7 @@ inline void draw(uint16_t* out, uint64_t key, uint32_t epoch, int64_t rank, int6
 APOLLO_DEVICE uint32_t normal_pair_fast(uint32_t w0, uint32_t w1) {
   const float u1 = __uint_as_float((w0 >> 9) | 0x3F800000u) - 0x1.fffffep-1f;
   const float x = (__uint_as_float((w1 >> 9) | 0x3F800000u) - 1.5f) * 6.283185307179586f;
-  const float rho = -approx_sqrt(fabsf(-1.3862943611198906f * approx_log2(u1)));  // -2 ln u1
+  const float rho = -approx_sqrt(1.3862943611198906f * fabsf(approx_log2(u1)));  // -2 ln u1
   return pack_bf16(rho * approx_cos(x), rho * approx_sin(x));
 }
 
