@@ -46,6 +46,12 @@ void draw(uintptr_t out, uint64_t key, uint32_t epoch, int64_t rank, int64_t dim
   apollo::draw(reinterpret_cast<uint16_t*>(out), key, epoch, rank, dim, start, kind);
 }
 
+void sparse(uintptr_t row, uintptr_t sign, uint64_t key, uint32_t epoch, int64_t rank, int64_t dim,
+            int64_t start) {
+  apollo::sparse(reinterpret_cast<int64_t*>(row), reinterpret_cast<int8_t*>(sign), key, epoch, rank,
+                 dim, start);
+}
+
 void cpu_project(uintptr_t x, int64_t channels, int64_t k, int64_t ld, bool rows, uintptr_t z,
                  int64_t rank, int64_t padded, float scale, uintptr_t r, uintptr_t q, int threads) {
   apollo::cpu_project({reinterpret_cast<const uint16_t*>(x), channels, k, ld, rows,
@@ -73,6 +79,10 @@ PYBIND11_MODULE(_C, module) {
              py::call_guard<py::gil_scoped_release>(),
              "Writes z [rank, dim] (bf16 bits, row-major) for k from start to the address out; "
              "distribution 0 is gaussian, 1 rademacher.");
+  module.def("sparse", &sparse, py::arg("row"), py::arg("sign"), py::arg("key"), py::arg("epoch"),
+             py::arg("rank"), py::arg("dim"), py::arg("start"),
+             py::call_guard<py::gil_scoped_release>(),
+             "Writes the row (int64) and the sign (int8) of each column of the sparse projection.");
   module.def("cpu_bf16_supported", &apollo::cpu_bf16_supported,
              "Whether this processor can run cpu_project and cpu_apply.");
   module.def("cpu_project", &cpu_project, py::call_guard<py::gil_scoped_release>(),
