@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu_bf16.h"
+#include "cpu_sparse.h"
 #include "kernel_bindings.h"
 #include "philox.cuh"
 #include "tensor_facts.h"
@@ -60,6 +61,15 @@ void cpu_project(uintptr_t x, int64_t channels, int64_t k, int64_t ld, bool rows
                       threads);
 }
 
+void cpu_project_sparse(uintptr_t x, int element, int64_t channels, int64_t k, int64_t ld, bool rows,
+                        uintptr_t places, int64_t rank, uintptr_t r, uintptr_t q, int threads) {
+  apollo::cpu_project_sparse(
+      {reinterpret_cast<const void*>(x), static_cast<apollo::CpuElement>(element), channels, k, ld,
+       rows, reinterpret_cast<const uint32_t*>(places), rank, reinterpret_cast<float*>(r),
+       reinterpret_cast<float*>(q)},
+      threads);
+}
+
 void cpu_apply(uintptr_t w, uintptr_t x, int64_t outer, int64_t inner, int64_t w_ld, int64_t x_ld,
                uintptr_t coefficient, bool by_row, double decay, int threads) {
   apollo::cpu_apply({reinterpret_cast<uint16_t*>(w), reinterpret_cast<const uint16_t*>(x), outer,
@@ -89,6 +99,10 @@ PYBIND11_MODULE(_C, module) {
              "R and q of a bf16 matrix; the arguments are CpuProject's (cpu_bf16.h).");
   module.def("cpu_apply", &cpu_apply, py::call_guard<py::gil_scoped_release>(),
              "The update of a bf16 matrix; the arguments are CpuApply's (cpu_bf16.h).");
+  module.def("cpu_sparse_supported", &apollo::cpu_sparse_supported,
+             "Whether this processor can run cpu_project_sparse.");
+  module.def("cpu_project_sparse", &cpu_project_sparse, py::call_guard<py::gil_scoped_release>(),
+             "R and q by the sparse projection; the arguments are CpuSparse's (cpu_sparse.h).");
   apollo::bind_tensor_facts(module);
 #if APOLLO_HAS_KERNELS
   apollo::bind_kernels(module);
