@@ -85,11 +85,11 @@ def project_sparse(
     for part, sums, squares in _parts(x, r, q):
         wide = _widen(part, dtype)
         if wide.stride(1) == 1:
-            blocks = wide.index_select(1, order).mul_(sign[order]).view(len(part), -1, rank)
-            torch.sum(blocks, dim=1, out=sums)
+            blocks = wide.index_select(1, order).mul_(sign[order])
+            sums.copy_(blocks.view(len(part), -1, rank).sum(1))
         else:
             blocks = wide.t().index_select(0, order).mul_(sign[order, None])
-            torch.sum(blocks.view(-1, rank, len(part)), dim=0, out=sums.t())
+            sums.copy_(blocks.view(-1, rank, len(part)).sum(0).t())
         sums.index_add_(1, row[whole:], wide[:, whole:] * sign[whole:])
         torch.sum(wide * wide, dim=1, out=squares)
     return r, q
