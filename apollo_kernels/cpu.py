@@ -98,8 +98,9 @@ class ProjectionCache:
     """The current P of each matrix, since on a CPU drawing P costs more than reading it.
 
     It holds at most ``limit`` bytes in the whole process: a float32 P takes 4 * rank * K, a sparse
-    one 4 K. Beyond the limit P is drawn anew at each step, so a large model costs time, not memory. An entry lives
-    as long as its owner, a matrix's place in a plan; state, checkpoints and pickles never see it.
+    one 4 * K. Beyond the limit P is drawn anew at each step, so a large model costs time, not
+    memory. An entry lives as long as its owner, a matrix's place in a plan; state, checkpoints and
+    pickles never see it.
     """
 
     def __init__(self, limit: int = 256 * 2**20):

@@ -345,10 +345,7 @@ class APOLLO(torch.optim.Optimizer):
             norm = clipping.total_norm(squares, self._signals)
             self._runtime.grad_norm = norm.float()
             clip = clipping.clip_factor(norm, self.max_grad_norm)
-            signals = {
-                d: dataclasses.replace(s, clip=clip.to(d))
-                for d, s in signals.items()
-            }
+            signals = {d: dataclasses.replace(s, clip=clip.to(d)) for d, s in signals.items()}
         for index, group, device, params in calls:
             self._call_operator(index, group, params, signals[device])
 

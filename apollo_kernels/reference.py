@@ -64,8 +64,9 @@ def project_sparse(
 ) -> tuple[Tensor, Tensor]:
     """``project`` where P has one nonzero per column: each k is added to its row of R, by its sign.
 
-    Whole blocks of ``rank`` columns are permutations of the rows of R: they are put into that order
-    and added up. So the cost does not depend on the rank, and a NaN reaches its own entry of R only.
+    Whole blocks of ``rank`` columns are permutations of the rows of R: they are put into that
+    order and added up. So the cost does not depend on the rank, and a NaN reaches no other entry
+    of R than its own.
 
     Args
         x: gradient [C, K], any float dtype and strides.
@@ -326,8 +327,8 @@ class LowRankBatch:
             if cpu.sparse_supported(x):
                 places = kept("places", lambda: cpu.places(*sparse(*drawn)))
                 return cpu.project_sparse(x, places, rank)
-            pair = kept("pair", lambda: torch.stack(sparse(*drawn, device=x.device)))
-            return project_sparse(x, *pair, rank, dtype)
+            row, sign = kept("pair", lambda: torch.stack(sparse(*drawn, device=x.device)))
+            return project_sparse(x, row, sign, rank, dtype)
 
         def z() -> Tensor:
             return draw(*drawn, distribution, device=x.device)

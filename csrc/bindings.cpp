@@ -61,8 +61,9 @@ void cpu_project(uintptr_t x, int64_t channels, int64_t k, int64_t ld, bool rows
                       threads);
 }
 
-void cpu_project_sparse(uintptr_t x, int element, int64_t channels, int64_t k, int64_t ld, bool rows,
-                        uintptr_t places, int64_t rank, uintptr_t r, uintptr_t q, int threads) {
+void cpu_project_sparse(uintptr_t x, int element, int64_t channels, int64_t k, int64_t ld,
+                        bool rows, uintptr_t places, int64_t rank, uintptr_t r, uintptr_t q,
+                        int threads) {
   apollo::cpu_project_sparse(
       {reinterpret_cast<const void*>(x), static_cast<apollo::CpuElement>(element), channels, k, ld,
        rows, reinterpret_cast<const uint32_t*>(places), rank, reinterpret_cast<float*>(r),

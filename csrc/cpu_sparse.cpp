@@ -52,9 +52,9 @@ APOLLO_AVX512 inline void add(float* sums, __m512 x) {
   _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), x));
 }
 
-// M contiguous channels. A block of `rank` columns is at most two stretches of R, and inside of each
-// 8 places are swapped alike (DESIGN.md, "Random numbers"), so its first column says everything.
-// Lanes beyond a stretch hold zeros, and may be added to whatever is there.
+// M contiguous channels. A block of `rank` columns is at most two stretches of R, and inside of
+// each 8 places are swapped alike (DESIGN.md, "Random numbers"), so its first column says
+// everything. Lanes beyond a stretch hold zeros, and may be added to whatever is there.
 template <class Element, int M>
 APOLLO_AVX512 void project_rows(const CpuSparse& a, int64_t c, float* sums, int64_t width) {
   const auto* x = static_cast<const typename Element::Stored*>(a.x) + c * a.ld;
@@ -172,9 +172,12 @@ bool cpu_sparse_supported() {
 void cpu_project_sparse(const CpuSparse& a, int threads) {
   if (a.channels * a.k < (1 << 17)) threads = 1;  // a thread costs microseconds
   switch (a.element) {
-    case CpuElement::kFloat32: return project<Float32>(a, threads);
-    case CpuElement::kBfloat16: return project<Bfloat16>(a, threads);
-    case CpuElement::kFloat16: return project<Float16>(a, threads);
+    case CpuElement::kFloat32:
+      return project<Float32>(a, threads);
+    case CpuElement::kBfloat16:
+      return project<Bfloat16>(a, threads);
+    case CpuElement::kFloat16:
+      return project<Float16>(a, threads);
   }
 }
 

@@ -113,7 +113,8 @@ APOLLO_HOST_DEVICE int64_t sparse_row(int64_t i, uint32_t place, int64_t rank) {
 
 // The signs of 8 rows j from 8 j8 on, for the 16 blocks of b: bit b mod 16 + 16 (j mod 2) of word
 // j mod 8 div 2; a set bit means -1.
-APOLLO_HOST_DEVICE Words sparse_signs(uint32_t b, uint32_t j8, uint32_t epoch, uint32_t key0, uint32_t key1) {
+APOLLO_HOST_DEVICE Words sparse_signs(uint32_t b, uint32_t j8, uint32_t epoch, uint32_t key0,
+                                      uint32_t key1) {
   return philox4x32({{b / 16, j8, epoch, kSparse}}, key0, key1);
 }
 APOLLO_HOST_DEVICE uint32_t sparse_minus(const Words& signs, uint32_t b, uint32_t j) {
