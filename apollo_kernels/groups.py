@@ -40,7 +40,7 @@ def param_groups(
 
     Args
         rank, scale_type, scale, proj, proj_type, update_proj_gap: of the low-rank group, as in
-            APOLLO.
+            APOLLO; proj="sparse" projects at a cost that does not grow with the rank.
         targets: what takes the low-rank step:
             "linear": weights of nn.Linear and Hugging Face Conv1D, but not the output head (as in
                 the paper: attention and MLP matrices);
@@ -83,7 +83,7 @@ def apollo(model: nn.Module, rank: int | None = None, **options: Any) -> list[di
     """The paper's APOLLO: channel scaling, scale 1, rank a quarter of the hidden size, at most 256.
 
     The hidden size is ``model.config.hidden_size`` (Hugging Face), or else the median smaller side
-    of the low-rank matrices. ``options`` go to ``param_groups``.
+    of the low-rank matrices. ``options`` go to ``param_groups``: ``proj="sparse"``, say.
     """
     if rank is None:
         rank = max(1, min(256, _hidden_size(model, options) // 4))

@@ -65,7 +65,8 @@ class APOLLO(torch.optim.Optimizer):
         betas, eps: of Adam, on the projected gradient.
         weight_decay: decoupled, as in AdamW.
         rank: rows of the random projection; clamped to the contracted side. None: dense AdamW.
-        proj: "random" (the same as "gaussian") or "rademacher".
+        proj: "random" (the same as "gaussian"), "rademacher" (signs), or "sparse": one sign per
+            contracted index, for a cost that does not grow with the rank (take it from rank 16 on).
         scale_type: "channel", or "tensor" for APOLLO-Mini.
         scale: the square of the paper's alpha; 128 for Mini with rank 1.
         update_proj_gap: steps between two draws of the projection (T).

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from apollo_kernels.batch import Hyper
 
-PROJECTIONS = {"random": "gaussian", "gaussian": "gaussian", "rademacher": "rademacher"}
+# What `proj` may be, and the distribution (philox.DISTRIBUTIONS) that it asks for.
+PROJECTIONS = {"random": "gaussian", "gaussian": "gaussian"}
+PROJECTIONS |= {"rademacher": "rademacher", "sparse": "sparse"}
 SCALE_TYPES = ("channel", "tensor")
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 

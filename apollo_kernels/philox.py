@@ -16,11 +16,11 @@ from torch import Tensor
 
 from apollo_kernels.native import _C
 
-DISTRIBUTIONS = ("gaussian", "rademacher")
+DISTRIBUTIONS = ("gaussian", "rademacher", "sparse")
 
 ROUNDS = 7
 # The counter's last word: no two uses of the generator share a counter.
-GAUSSIAN, RADEMACHER, ROUNDING = 0, 1, 2
+GAUSSIAN, RADEMACHER, ROUNDING, SPARSE = 0, 1, 2, 4
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -114,17 +114,22 @@ def draw(
     """z(j, k) for j < ``rank`` and ``start`` <= k < ``start + dim``.
 
     Returns
-        z [rank, dim] bfloat16, not yet divided by sqrt(rank): standard normals, or signs (-1, +1).
+        z [rank, dim] bfloat16, not yet divided by sqrt(rank): standard normals, signs (-1, +1), or
+        for "sparse", which is never divided, one sign per column and zeros.
     Raises
         ValueError: for an unknown distribution or a negative size.
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
-    for name, value in (("epoch", epoch), ("rank", rank), ("dim", dim), ("start", start)):
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
-    code = DISTRIBUTIONS.index(distribution)
+    _check_sizes(epoch=epoch, rank=rank, dim=dim, start=start)
     device = torch.device(device)
+    if distribution == "sparse":
+        z = torch.zeros((rank, dim), dtype=torch.bfloat16, device=device)
+        if rank == 0:
+            return z
+        row, sign = sparse(key, epoch, rank, dim, start=start, device=device)
+        return z.scatter_(0, row.view(1, -1), sign.to(z.dtype).view(1, -1))
+    code = DISTRIBUTIONS.index(distribution)
     if _C is not None and device.type == "cpu":
         z = torch.empty((rank, dim), dtype=torch.bfloat16, device="cpu")
         _C.draw(z.data_ptr(), key, epoch, rank, dim, start, code)
@@ -136,6 +141,59 @@ def draw(
     w = words(key, c0, c1, epoch, code)
     z = _normals(w, rank) if distribution == "gaussian" else _signs(w, rank)
     return z[:, start - block * first :][:, :dim].float().bfloat16()
+
+
+def sparse(
+    key: int,
+    epoch: int,
+    rank: int,
+    dim: int,
+    *,
+    start: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """The one nonzero of each column k of the sparse projection, ``start`` <= k < ``start + dim``.
+
+    Returns
+        row [dim] int64: h(k) in [0, rank), which never meets itself inside a block of ``rank``.
+        sign [dim] int8: sigma(k), -1 or +1.
+    Raises
+        ValueError: for a negative size, or for rank 0 with columns to place.
+    """
+    _check_sizes(epoch=epoch, rank=rank, dim=dim, start=start)
+    device = torch.device(device)
+    if rank == 0 and dim:
+        raise ValueError(f"rank must be at least 1 to place {dim} columns, got 0")
+    if _C is not None and device.type == "cpu":
+        row = torch.empty((dim,), dtype=torch.int64, device="cpu")
+        sign = torch.empty((dim,), dtype=torch.int8, device="cpu")
+        _C.sparse(row.data_ptr(), sign.data_ptr(), key, epoch, rank, dim, start)
+        return row, sign
+    k = torch.arange(start, start + dim, device=device)
+    if dim == 0:
+        return k, k.to(torch.int8)
+    block, i = k // rank, k % rank
+    place = _word_half(words(key, block // 8, _MASK32, epoch, SPARSE), block % 8)
+    turn, turns = place % 8, place // 8
+    if rank % 8 == 0:  # whole groups of 8 rotate, and inside of a group places are swapped
+        groups = rank // 8
+        row = 8 * ((i // 8 + (turns * groups >> 13)) % groups) + (i % 8 ^ turn)
+    else:
+        row = (i + (turns * rank >> 13)) % rank
+    half = _word_half(words(key, block // 16, row // 8, epoch, SPARSE), row % 8)
+    return row, (1 - 2 * (half >> block % 16 & 1)).to(torch.int8)
+
+
+def _word_half(w: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Of the words of each call, the 16 bits number ``index`` (0 to 7), low halves first."""
+    word = torch.stack(list(w)).gather(0, (index // 2).view(1, -1)).view(-1)
+    return word >> 16 * (index % 2) & 0xFFFF
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
 
 
 def rounding_bits(
@@ -165,7 +223,7 @@ def projection_matrix(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """P = z / sqrt(rank) of the parameter whose key is ``seed`` (paper, section 4.1, Theorem A.1).
+    """P of the parameter whose key is ``seed``: z / sqrt(rank) (paper, section 4.1, Theorem A.1).
 
     For tests and for reading: the kernels draw it on the fly and never store it.
 
@@ -173,11 +231,13 @@ def projection_matrix(
         seed: the parameter's 64-bit key, ``optimizer.state[p]["seed"]``.
         epoch: how many times P has been redrawn, ``(step - 1) // update_proj_gap``.
         rank, dim: the projected and the contracted size.
-        distribution: "gaussian" (N(0, 1/rank)) or "rademacher" (+-1/sqrt(rank)).
+        distribution: "gaussian" (N(0, 1/rank)), "rademacher" (+-1/sqrt(rank)), or "sparse" (one
+            +1 or -1 per column, and zeros).
     Returns
         P [rank, dim] ``dtype``. z is rounded to bf16 first, whatever the dtype: all back ends do.
     """
-    return scaled(draw(seed, epoch, rank, dim, distribution, device=device), dtype)
+    z = draw(seed, epoch, rank, dim, distribution, device=device)
+    return z.to(dtype) if distribution == "sparse" else scaled(z, dtype)
 
 
 def scaled(z: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ are the back end itself, one matrix or one dense parameter each.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from apollo_kernels import cpu
 from apollo_kernels.batch import NORM_GROWTH, TINY, Dense, Hyper, LowRank, Signals
-from apollo_kernels.philox import rounding_bits, scaled
+from apollo_kernels.philox import draw, rounding_bits, scaled, sparse
 
 _CHUNK = 2**20  # elements widened at a time: bounds the temporaries and keeps them in cache
 
@@ -57,6 +57,43 @@ def project(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         r.append(torch.sum(wide * p, dim=1, keepdim=True) if thin else torch.mm(wide, p.t()))
         q.append(torch.sum(wide * wide, dim=1))
     return (r[0], q[0]) if len(r) == 1 else (torch.cat(r), torch.cat(q))
+
+
+def project_sparse(
+    x: Tensor, row: Tensor, sign: Tensor, rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``project`` where P has one nonzero per column: each k is added to its row of R, by its sign.
+
+    Whole blocks of ``rank`` columns are permutations of the rows of R: they are put into that
+    order and added up. So the cost does not depend on the rank, and a NaN reaches no other entry
+    of R than its own.
+
+    Args
+        x: gradient [C, K], any float dtype and strides.
+        row, sign: [K], integers, of philox.sparse.
+        dtype: of the result and of its sums.
+    Returns
+        R [C, r] and q [C].
+    """
+    channels, k = x.shape
+    whole = k // rank * rank
+    column = torch.arange(whole, device=x.device)
+    place = column - column % rank + row[:whole]
+    order = torch.empty_like(column).scatter_(0, place, column)  # k by (block, row of R)
+    sign = sign.to(dtype)
+    r = torch.empty((channels, rank), dtype=dtype, device=x.device)
+    q = torch.empty((channels,), dtype=dtype, device=x.device)
+    for part, sums, squares in _parts(x, r, q):
+        wide = _widen(part, dtype)
+        if wide.stride(1) == 1:
+            blocks = wide.index_select(1, order).mul_(sign[order])
+            sums.copy_(blocks.view(len(part), -1, rank).sum(1))
+        else:
+            blocks = wide.t().index_select(0, order).mul_(sign[order, None])
+            sums.copy_(blocks.view(-1, rank, len(part)).sum(0).t())
+        sums.index_add_(1, row[whole:], wide[:, whole:] * sign[whole:])
+        torch.sum(wide * wide, dim=1, out=squares)
+    return r, q
 
 
 def scale(
@@ -275,15 +312,32 @@ class LowRankBatch:
         if item.leads:
             item.step.add_(1)
         epoch = (int(item.step) - 1) // hyper.update_proj_gap % 2**32
+        self.r, self.q = self._projected(x, epoch, hyper.distribution)
+
+    def _projected(self, x: Tensor, epoch: int, distribution: str) -> tuple[Tensor, Tensor]:
+        """R and q, by the pass that suits x, with whatever of the projection is kept."""
+        item = self.item
         rank, dtype = item.exp_avg.shape[1], item.exp_avg.dtype
-        drawn = (item.step, item.key, epoch, rank, x.shape[1], hyper.distribution, x.device)
+        drawn = (item.key, epoch, rank, x.shape[1])
+
+        def kept(form: str, make: Callable[[], Tensor]) -> Tensor:
+            wanted = (*drawn, distribution, x.device, form)
+            return cpu.projections.get(item.step, item.key, wanted, make)
+
+        if distribution == "sparse" and rank > 1:  # at rank 1 it is a dense row of signs
+            if cpu.sparse_supported(x):
+                places = kept("places", lambda: cpu.places(*sparse(*drawn)))
+                return cpu.project_sparse(x, places, rank)
+            row, sign = kept("pair", lambda: torch.stack(sparse(*drawn, device=x.device)))
+            return project_sparse(x, row, sign, rank, dtype)
+
+        def z() -> Tensor:
+            return draw(*drawn, distribution, device=x.device)
+
         if cpu.supported(x):
             form = cpu.layout(x, rank)
-            z = cpu.projections.get(*drawn, form, lambda z: cpu.arrange(z, form))
-            self.r, self.q = cpu.project(x, z, rank)
-        else:
-            p = cpu.projections.get(*drawn, str(dtype), lambda z: scaled(z, dtype))
-            self.r, self.q = project(x, p)
+            return cpu.project(x, kept(form, lambda: cpu.arrange(z(), form)), rank)
+        return project(x, kept(str(dtype), lambda: scaled(z(), dtype)))
 
     def square_norm(self) -> Tensor:
         if self.q is None:

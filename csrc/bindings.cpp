@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu_bf16.h"
+#include "cpu_sparse.h"
 #include "kernel_bindings.h"
 #include "philox.cuh"
 #include "tensor_facts.h"
@@ -46,12 +47,28 @@ void draw(uintptr_t out, uint64_t key, uint32_t epoch, int64_t rank, int64_t dim
   apollo::draw(reinterpret_cast<uint16_t*>(out), key, epoch, rank, dim, start, kind);
 }
 
+void sparse(uintptr_t row, uintptr_t sign, uint64_t key, uint32_t epoch, int64_t rank, int64_t dim,
+            int64_t start) {
+  apollo::sparse(reinterpret_cast<int64_t*>(row), reinterpret_cast<int8_t*>(sign), key, epoch, rank,
+                 dim, start);
+}
+
 void cpu_project(uintptr_t x, int64_t channels, int64_t k, int64_t ld, bool rows, uintptr_t z,
                  int64_t rank, int64_t padded, float scale, uintptr_t r, uintptr_t q, int threads) {
   apollo::cpu_project({reinterpret_cast<const uint16_t*>(x), channels, k, ld, rows,
                        reinterpret_cast<const uint16_t*>(z), rank, padded, scale,
                        reinterpret_cast<float*>(r), reinterpret_cast<float*>(q)},
                       threads);
+}
+
+void cpu_project_sparse(uintptr_t x, int element, int64_t channels, int64_t k, int64_t ld,
+                        bool rows, uintptr_t places, int64_t rank, uintptr_t r, uintptr_t q,
+                        int threads) {
+  apollo::cpu_project_sparse(
+      {reinterpret_cast<const void*>(x), static_cast<apollo::CpuElement>(element), channels, k, ld,
+       rows, reinterpret_cast<const uint32_t*>(places), rank, reinterpret_cast<float*>(r),
+       reinterpret_cast<float*>(q)},
+      threads);
 }
 
 void cpu_apply(uintptr_t w, uintptr_t x, int64_t outer, int64_t inner, int64_t w_ld, int64_t x_ld,
@@ -73,12 +90,20 @@ PYBIND11_MODULE(_C, module) {
              py::call_guard<py::gil_scoped_release>(),
              "Writes z [rank, dim] (bf16 bits, row-major) for k from start to the address out; "
              "distribution 0 is gaussian, 1 rademacher.");
+  module.def("sparse", &sparse, py::arg("row"), py::arg("sign"), py::arg("key"), py::arg("epoch"),
+             py::arg("rank"), py::arg("dim"), py::arg("start"),
+             py::call_guard<py::gil_scoped_release>(),
+             "Writes the row (int64) and the sign (int8) of each column of the sparse projection.");
   module.def("cpu_bf16_supported", &apollo::cpu_bf16_supported,
              "Whether this processor can run cpu_project and cpu_apply.");
   module.def("cpu_project", &cpu_project, py::call_guard<py::gil_scoped_release>(),
              "R and q of a bf16 matrix; the arguments are CpuProject's (cpu_bf16.h).");
   module.def("cpu_apply", &cpu_apply, py::call_guard<py::gil_scoped_release>(),
              "The update of a bf16 matrix; the arguments are CpuApply's (cpu_bf16.h).");
+  module.def("cpu_sparse_supported", &apollo::cpu_sparse_supported,
+             "Whether this processor can run cpu_project_sparse.");
+  module.def("cpu_project_sparse", &cpu_project_sparse, py::call_guard<py::gil_scoped_release>(),
+             "R and q by the sparse projection; the arguments are CpuSparse's (cpu_sparse.h).");
   apollo::bind_tensor_facts(module);
 #if APOLLO_HAS_KERNELS
   apollo::bind_kernels(module);

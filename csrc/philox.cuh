@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "device.h"
 
@@ -17,7 +18,7 @@ struct Words {
 };
 
 // The counter's last word says what the numbers are for, so no two uses share a counter.
-enum Distribution : uint32_t { kGaussian = 0, kRademacher = 1, kRounding = 2 };
+enum Distribution : uint32_t { kGaussian = 0, kRademacher = 1, kRounding = 2, kSparse = 4 };
 
 APOLLO_HOST_DEVICE Words philox4x32(Words c, uint32_t key0, uint32_t key1, int rounds = kRounds) {
   for (int i = 0; i < rounds; ++i) {
@@ -91,6 +92,57 @@ inline void draw(uint16_t* out, uint64_t key, uint32_t epoch, int64_t rank, int6
       const int64_t end = first + width < start + dim ? first + width : start + dim;
       std::memcpy(out + j * dim + (begin - start), z + (begin - first),
                   sizeof(uint16_t) * size_t(end - begin));
+    }
+  }
+}
+
+// Where block b of the sparse projection lies: 16 bits that say how far its `rank` columns are
+// rotated and how places inside of a group of 8 are swapped.
+APOLLO_HOST_DEVICE uint32_t sparse_place(uint32_t b, uint32_t epoch, uint32_t key0, uint32_t key1) {
+  const Words v = philox4x32({{b / 8, 0xFFFFFFFFu, epoch, kSparse}}, key0, key1);
+  return (v.w[b % 8 / 2] >> (16 * (b % 2))) & 0xFFFFu;
+}
+
+// The row of R that column i of a block at `place` is added to.
+APOLLO_HOST_DEVICE int64_t sparse_row(int64_t i, uint32_t place, int64_t rank) {
+  const int64_t turns = place / 8;
+  if (rank % 8 != 0) return (i + (turns * rank >> 13)) % rank;
+  const int64_t groups = rank / 8;
+  return 8 * ((i / 8 + (turns * groups >> 13)) % groups) + (i % 8 ^ place % 8);
+}
+
+// The signs of 8 rows j from 8 j8 on, for the 16 blocks of b: bit b mod 16 + 16 (j mod 2) of word
+// j mod 8 div 2; a set bit means -1.
+APOLLO_HOST_DEVICE Words sparse_signs(uint32_t b, uint32_t j8, uint32_t epoch, uint32_t key0,
+                                      uint32_t key1) {
+  return philox4x32({{b / 16, j8, epoch, kSparse}}, key0, key1);
+}
+APOLLO_HOST_DEVICE uint32_t sparse_minus(const Words& signs, uint32_t b, uint32_t j) {
+  return (signs.w[j % 8 / 2] >> (b % 16 + 16 * (j % 2))) & 1u;
+}
+
+// The one nonzero of each column k from start on: its row, and +1 or -1. One call of the generator
+// serves 8 rows of 16 blocks, so the signs of 16 blocks are kept.
+inline void sparse(int64_t* row, int8_t* sign, uint64_t key, uint32_t epoch, int64_t rank,
+                   int64_t dim, int64_t start) {
+  const uint32_t key0 = uint32_t(key), key1 = uint32_t(key >> 32);
+  const int64_t end = start + dim;
+  std::vector<Words> signs;
+  int64_t band = -1;
+  for (int64_t k = start; k < end;) {
+    const int64_t b = k / rank;
+    if (b / 16 != band) {
+      band = b / 16;
+      signs.clear();
+      for (int64_t j = 0; j < rank; j += 8) {
+        signs.push_back(sparse_signs(uint32_t(b), uint32_t(j / 8), epoch, key0, key1));
+      }
+    }
+    const uint32_t place = sparse_place(uint32_t(b), epoch, key0, key1);
+    for (int64_t i = k % rank; i < rank && k < end; ++i, ++k) {
+      const int64_t j = sparse_row(i, place, rank);
+      row[k - start] = j;
+      sign[k - start] = sparse_minus(signs[size_t(j / 8)], uint32_t(b), uint32_t(j)) ? -1 : 1;
     }
   }
 }

@@ -53,6 +53,26 @@ def sign(key, epoch, j, k):
     return -1.0 if w[p // 16] >> (p % 16 + 16 * (k % 2)) & 1 else 1.0
 
 
+def half_of(words, n):
+    """The n-th of the eight 16-bit halves of four words, low half first."""
+    return words[n // 2] >> 16 * (n % 2) & 0xFFFF
+
+
+def nonzero(key, epoch, rank, k):
+    """The row and the sign of column k's one nonzero in the sparse projection."""
+    b, i = divmod(k, rank)
+    place = half_of(philox((b // 8, MASK, epoch, 4), key), b % 8)
+    if rank % 8:
+        row = (i + (place // 8 * rank >> 13)) % rank
+    else:
+        groups = rank // 8
+        group = (i // 8 + (place // 8 * groups >> 13)) % groups
+        row = 8 * group + (i % 8 ^ place % 8)
+    signs = philox((b // 16, row // 8, epoch, 4), key)
+    bit = b % 16 + 16 * (row % 2)
+    return row, -1.0 if signs[row % 8 // 2] >> bit & 1 else 1.0
+
+
 def to_bfloat16(x):
     """The nearest bf16, ties to even (normal range)."""
     mantissa, exponent = math.frexp(x)
@@ -60,6 +80,12 @@ def to_bfloat16(x):
 
 
 def projection(key, epoch, rank, dim, distribution):
+    if distribution == "sparse":
+        p = np.zeros((rank, dim))
+        for k in range(dim):
+            row, p_k = nonzero(key, epoch, rank, k)
+            p[row, k] = p_k
+        return p  # not divided by sqrt(rank)
     if distribution == "rademacher":
         z = [[sign(key, epoch, j, k) for k in range(dim)] for j in range(rank)]
     else:

@@ -44,7 +44,28 @@ def test_signs_are_golden(generator):
     assert [500 + i for i, x in enumerate(z.tolist()) if x < 0] == golden.NEGATIVE_SIGNS
 
 
-@pytest.mark.parametrize("distribution, dim", [("gaussian", 70), ("rademacher", 1100)])
+def test_nonzeros_are_golden(generator):
+    for (rank, k), (row, sign) in golden.NONZEROS.items():
+        found = philox.sparse(golden.KEY, 5, rank, 1, start=k)
+        assert tuple(int(x) for x in found) == (row, sign), (rank, k)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 20, 64, 130, 1000])
+@pytest.mark.parametrize("start, dim", [(0, 700), (5, 999), (33 * 64, 70)])
+def test_every_path_places_the_same_nonzeros(rank, start, dim, monkeypatch):
+    """Keys and epochs up to their last bit, past the 16 blocks of a call, from the middle on."""
+    drawn = (2**63 - 25, 2**32 - 1, rank, dim)
+    native = philox.sparse(*drawn, start=start)
+    monkeypatch.setattr(philox, "_C", None)
+    for one, other in zip(native, philox.sparse(*drawn, start=start), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    plain = [restatement.nonzero(*drawn[:3], start + k) for k in range(dim)]
+    assert list(zip(*(x.tolist() for x in native), strict=True)) == plain
+
+
+@pytest.mark.parametrize(
+    "distribution, dim", [("gaussian", 70), ("rademacher", 1100), ("sparse", 70)]
+)
 def test_layout_is_the_contract_s(generator, distribution, dim):
     p = projection_matrix(77, 3, 4, dim, distribution, dtype=torch.float64)
     expected = torch.from_numpy(restatement.projection(77, 3, 4, dim, distribution))
@@ -67,7 +88,8 @@ def test_native_and_torch_draw_the_same_bits(distribution, monkeypatch):
 
 
 def test_rank_zero_is_empty(generator):
-    assert philox.draw(1, 0, 0, 5).shape == (0, 5)
+    for distribution in philox.DISTRIBUTIONS:
+        assert philox.draw(1, 0, 0, 5, distribution).shape == (0, 5)
 
 
 def test_bad_arguments_are_named():
@@ -75,6 +97,8 @@ def test_bad_arguments_are_named():
         philox.draw(1, 0, 2, 2, "uniform")
     with pytest.raises(ValueError, match="dim must not be negative, got -1"):
         philox.draw(1, 0, 2, -1)
+    with pytest.raises(ValueError, match="rank must be at least 1 to place 3 columns, got 0"):
+        philox.sparse(1, 0, 0, 3)
 
 
 def test_normals_have_the_moments_of_a_normal():
@@ -93,7 +117,7 @@ def test_signs_are_fair():
     assert abs(z.mean()) < 5 / math.sqrt(z.numel())
 
 
-@pytest.mark.parametrize("distribution", philox.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_rows_epochs_keys_and_neighbours_are_uncorrelated(distribution):
     def z(key, epoch):
         return philox.draw(key, epoch, 64, 4096, distribution).double()

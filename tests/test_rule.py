@@ -39,7 +39,7 @@ def check_run(backend, config, dtype, steps, seed=3, shapes=SHAPES):
     rng = np.random.default_rng(0)
     named = {**config, "lr": 0.02, "eps": 1e-6, "betas": (0.9, 0.99)}
     distribution = named.pop("distribution")
-    named["proj"] = "rademacher" if distribution == "rademacher" else "random"
+    named["proj"] = "random" if distribution == "gaussian" else distribution
     params = [
         torch.nn.Parameter(torch.from_numpy(rng.normal(size=s)).to(backend.device, dtype))
         for s in shapes
