@@ -4,7 +4,7 @@
 // row j per call of the generator, k = 16 b + {2t, 2t+1, 2t+8, 2t+9}, which is what one lane holds
 // of the 16-deep A operand of mma.m16n8k16. A new one joins here, in `with_distribution` of
 // launch.cu, with a number of its own in philox.cuh's enum Distribution and in DISTRIBUTIONS of
-// cuda.py; on the host, in `draw` of philox.cuh.
+// cuda.py; on the host, in `draw` of philox.cuh. The sparse distribution has kernels of its own.
 #pragma once
 
 #include "common.cuh"
@@ -95,6 +95,40 @@ struct Drawing {
     }
   }
 };
+
+// The sparse distribution has one entry per k, so project_dot.cuh draws it by columns.
+struct OneSign {};
+
+// The places of blocks 8 call to 8 call + 7, as 16-bit halves.
+APOLLO_DEVICE Words sparse_place_call(uint32_t call, uint32_t epoch, uint32_t key0, uint32_t key1) {
+  return philox4x32({{call, 0xFFFFFFFFu, epoch, kSparse}}, key0, key1);
+}
+// Half i mod 8 of a call, low halves first; an index into registers would send them to memory.
+APOLLO_DEVICE uint32_t sparse_half(const Words& words, uint32_t i) {
+  const uint32_t low = i & 2 ? words.w[1] : words.w[0], high = i & 2 ? words.w[3] : words.w[2];
+  return ((i & 4 ? high : low) >> (16 * (i & 1))) & 0xFFFFu;
+}
+// By how many of `count` a block's groups of 8, or its rows, are rotated.
+APOLLO_DEVICE uint32_t sparse_rotation(uint32_t place, uint32_t count) {
+  return uint32_t((uint64_t{place / 8} * count) >> 13);
+}
+
+// Column k of a slab for a rank below 8: z[j] lies `stride` floats from z[j - 1].
+template <int R>
+APOLLO_DEVICE void draw_column(float* z, int stride, const Matrix& p, uint32_t epoch, uint32_t k) {
+  const uint32_t key0 = uint32_t(p.key), key1 = uint32_t(p.key >> 32);
+  const uint32_t rank = R == 1 ? 1 : uint32_t(p.rank), b = k / rank;
+  uint32_t row = 0;
+  if constexpr (R > 1) {
+    const Words places = sparse_place_call(b / 8, epoch, key0, key1);
+    row = k - b * rank + sparse_rotation(sparse_half(places, b), rank);
+    if (row >= rank) row -= rank;
+  }
+  const Words signs = philox4x32({{b / 16, 0, epoch, kSparse}}, key0, key1);
+  const float sign = sparse_half(signs, row) >> b % 16 & 1 ? -1.0f : 1.0f;
+#pragma unroll
+  for (int j = 0; j < R; ++j) z[j * stride] = uint32_t(j) == row ? sign : 0.0f;
+}
 
 // z(j, k) for the stream's row j and call t, and 16 k from k0 (a multiple of 16), as floats.
 template <class DISTRIBUTION>

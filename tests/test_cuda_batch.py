@@ -117,7 +117,8 @@ class Restated:
         rank = self.m.shape[1]
         z = philox.draw(item.key, self.t // h.update_proj_gap, rank, x.shape[1], h.distribution)
         self.t += 1
-        r, q = x @ z.double().t() / math.sqrt(max(rank, 1)) * factor, x.square().sum(1) * factor**2
+        norm = 1 if h.distribution == "sparse" else math.sqrt(max(rank, 1))
+        r, q = x @ z.double().t() / norm * factor, x.square().sum(1) * factor**2
         ok = torch.isfinite((r * r).float())
         self.m = torch.where(ok, b1 * self.m + (1 - b1) * r, self.m)
         self.v = torch.where(ok, b2 * self.v + (1 - b2) * r * r, self.v)
@@ -524,6 +525,48 @@ def test_the_plan_refuses_what_no_kernel_could_run(module):
     assert plan.size == 1
     with pytest.raises(ValueError, match="lie apart"):
         cuda.build([low_rank((8, 8), 2, gradient=torch.zeros(8, 8).t())])
+
+
+# The sparse projection
+
+
+def sparse_law(key, epoch, rank, k):
+    """Row and sign of each k < ``k`` by DESIGN.md's contract, one index after the other."""
+    drawn, signs = {}, []
+
+    def half(c0, c1, i):
+        if (c0, c1) not in drawn:
+            drawn[c0, c1] = [int(w) for w in philox.words(key, c0, c1, epoch, 4)]
+        return drawn[c0, c1][i % 8 // 2] >> 16 * (i % 2) & 0xFFFF
+
+    rows = []
+    for b, i in (divmod(index, rank) for index in range(k)):
+        place = half(b // 8, 2**32 - 1, b)
+        if rank % 8 == 0:
+            groups = rank // 8
+            group = (i // 8 + ((place // 8) * groups >> 13)) % groups
+            row = 8 * group + (i % 8 ^ place % 8)
+        else:
+            row = (i + ((place // 8) * rank >> 13)) % rank
+        rows.append(row)
+        signs.append(-1 if half(b // 16, row // 8, row) >> b % 16 & 1 else 1)
+    return rows, signs
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 7, 8, 20, 64, 130, 256, 320])
+def test_the_identity_shows_every_position_and_sign_of_the_sparse_projection(rank):
+    """R of the identity is P transposed. b1 = 0 makes the first moment R itself."""
+    k, start = 1123 if rank < 256 else 2 * rank + 7, 2**33 + 5
+    rows, signs = sparse_law(7, start % 2**32, rank, k)
+    exact = torch.zeros(k, rank).index_put((torch.arange(k), torch.tensor(rows)), torch.tensor(signs).float())
+    h = hyper(distribution="sparse", betas=(0.0, 0.9), update_proj_gap=1)
+    for order, dtype in (("rows", BF16), ("columns", F32)):
+        item = low_rank((k, k), rank, True, grad=dtype, gradient=torch.eye(k).to(dtype), order=order)
+        item.step.fill_(start)
+        for batch in batches([item], False):
+            batch.project(h, signals())
+            batch.scale(h, signals())
+        assert torch.equal(item.exp_avg, exact), (order, dtype)
 
 
 # Dense parameters
