@@ -4,7 +4,8 @@
 // row j per call of the generator, k = 16 b + {2t, 2t+1, 2t+8, 2t+9}, which is what one lane holds
 // of the 16-deep A operand of mma.m16n8k16. A new one joins here, in `with_distribution` of
 // launch.cu, with a number of its own in philox.cuh's enum Distribution and in DISTRIBUTIONS of
-// cuda.py; on the host, in `draw` of philox.cuh. The sparse distribution has kernels of its own.
+// cuda.py; on the host, in `draw` of philox.cuh. The sparse distribution has one entry per k and a
+// kernel of its own, project_sparse.cuh, but at rank 1 it is a row of signs, too.
 #pragma once
 
 #include "common.cuh"
@@ -58,6 +59,21 @@ struct Signs {
   }
 };
 
+// Rank 1 of the sparse distribution, where each block of K is a single k: bit k mod 16 of a call's
+// first word.
+struct SparseSigns {
+  static constexpr uint32_t kRun = 16;
+
+  APOLLO_DEVICE void begin(const Stream&, uint32_t) {}
+  APOLLO_DEVICE Pairs pairs(const Stream& s, uint32_t k0, uint32_t block) const {
+    const Words words = philox4x32({{k0 / 16 + block, 0, s.epoch, kSparse}}, s.key0, s.key1);
+    const uint32_t bits = words.w[0] >> (2 * s.t);
+    const uint32_t low = (bits & 1) << 15 | (bits & 2) << 30;
+    const uint32_t high = (bits & 0x100) << 7 | (bits & 0x200) << 22;
+    return {low | 0x3F803F80u, high | 0x3F803F80u};
+  }
+};
+
 // Where 16-byte chunk `chunk` of row `row` lies, so that 8 rows of a matrix meet all banks.
 template <int ROW_BYTES>
 APOLLO_DEVICE int swizzled(int row, int chunk) {
@@ -95,40 +111,6 @@ struct Drawing {
     }
   }
 };
-
-// The sparse distribution has one entry per k, so project_dot.cuh draws it by columns.
-struct OneSign {};
-
-// The places of blocks 8 call to 8 call + 7, as 16-bit halves.
-APOLLO_DEVICE Words sparse_place_call(uint32_t call, uint32_t epoch, uint32_t key0, uint32_t key1) {
-  return philox4x32({{call, 0xFFFFFFFFu, epoch, kSparse}}, key0, key1);
-}
-// Half i mod 8 of a call, low halves first; an index into registers would send them to memory.
-APOLLO_DEVICE uint32_t sparse_half(const Words& words, uint32_t i) {
-  const uint32_t low = i & 2 ? words.w[1] : words.w[0], high = i & 2 ? words.w[3] : words.w[2];
-  return ((i & 4 ? high : low) >> (16 * (i & 1))) & 0xFFFFu;
-}
-// By how many of `count` a block's groups of 8, or its rows, are rotated.
-APOLLO_DEVICE uint32_t sparse_rotation(uint32_t place, uint32_t count) {
-  return uint32_t((uint64_t{place / 8} * count) >> 13);
-}
-
-// Column k of a slab for a rank below 8: z[j] lies `stride` floats from z[j - 1].
-template <int R>
-APOLLO_DEVICE void draw_column(float* z, int stride, const Matrix& p, uint32_t epoch, uint32_t k) {
-  const uint32_t key0 = uint32_t(p.key), key1 = uint32_t(p.key >> 32);
-  const uint32_t rank = R == 1 ? 1 : uint32_t(p.rank), b = k / rank;
-  uint32_t row = 0;
-  if constexpr (R > 1) {
-    const Words places = sparse_place_call(b / 8, epoch, key0, key1);
-    row = k - b * rank + sparse_rotation(sparse_half(places, b), rank);
-    if (row >= rank) row -= rank;
-  }
-  const Words signs = philox4x32({{b / 16, 0, epoch, kSparse}}, key0, key1);
-  const float sign = sparse_half(signs, row) >> b % 16 & 1 ? -1.0f : 1.0f;
-#pragma unroll
-  for (int j = 0; j < R; ++j) z[j * stride] = uint32_t(j) == row ? sign : 0.0f;
-}
 
 // z(j, k) for the stream's row j and call t, and 16 k from k0 (a multiple of 16), as floats.
 template <class DISTRIBUTION>

@@ -80,16 +80,10 @@ int with_project(RankClass rank, Use use) {
 }
 template <class T, class Use>
 int with_sparse(RankClass rank, Use use) {
-  switch (rank) {
-    case kRankOne:
-      return use(project_dots<T, 1, OneSign>, kDotThreads, kDotShared<1>);
-    case kRankTo4:
-      return use(project_dots<T, 4, OneSign>, kDotThreads, kDotShared<4>);
-    case kRankTo7:
-      return use(project_dots<T, 7, OneSign>, kDotThreads, kDotShared<7>);
-    default:
-      return use(project_sparse<T>, kSparseThreads, SparseColumns<T>::kShared);
+  if (!uses_sparse_kernel(rank)) {
+    return use(project_dots<T, 1, SparseSigns>, kDotThreads, kDotShared<1>);
   }
+  return use(project_sparse<T>, kSparseThreads, SparseColumns<T>::kShared);
 }
 template <class Use>
 int with_project(const Launch& launch, int distribution, Use use) {

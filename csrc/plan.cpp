@@ -54,7 +54,8 @@ Tiling sparse_tiling(int64_t channels, int64_t k, int64_t rank, int grad_dtype, 
 
 Tiling tiling(int64_t channels, int64_t k, int64_t rank, int grad_dtype, bool by_row, bool sparse) {
   const RankClass ranks = rank_class(rank);
-  if (sparse && !uses_dots(ranks)) return sparse_tiling(channels, k, rank, grad_dtype, by_row);
+  if (sparse && uses_sparse_kernel(ranks))
+    return sparse_tiling(channels, k, rank, grad_dtype, by_row);
   const int64_t channel_tile =
       uses_dots(ranks) ? (by_row ? kDotChannels : kDotColumns) : mma_channels(grad_dtype);
   Tiling t{};
@@ -108,14 +109,15 @@ void LowRankPlan::add(Matrix m) {
 }
 
 void LowRankPlan::add(Layout& layout, Matrix m, const Tiling& t) {
-  const bool summed = separate_ || uses_dots(rank_class(m.rank)) || t.chunks > 1;
+  const RankClass ranks = rank_class(m.rank);
+  const bool sparse = &layout == &layouts_[1] && uses_sparse_kernel(ranks);
+  const bool summed = separate_ || (uses_dots(ranks) && !sparse) || t.chunks > 1;
   if (summed) m.flags |= kSummed;
   m.chunks = t.chunks;
   m.chunk_length = t.chunk_length;
   m.rank_tiles = t.rank_tiles;
   // Rank tiles of the dense kernels each see the whole of X, those of the sparse one a part of it.
-  const bool shared = &layout == &layouts_[1] && !uses_dots(rank_class(m.rank));
-  m.q_rows = t.chunks * (shared ? t.rank_tiles : 1);
+  m.q_rows = t.chunks * (sparse ? t.rank_tiles : 1);
   m.first_project = layout.blocks;
   if (m.channels > 0 && m.k > 0) layout.blocks += t.channel_tiles * t.rank_tiles * t.chunks;
   m.q = layout.q_size;

@@ -2,8 +2,6 @@
 // goes to the workspace.
 #pragma once
 
-#include <type_traits>
-
 #include "common.cuh"
 #include "draw.cuh"
 
@@ -80,8 +78,9 @@ struct Dots {
 
   // Adds up what lanes or warps hold, in fixed order; `scratch` holds 256 floats per warp.
   APOLLO_DEVICE void finish(const Matrix& p, const Launch& launch, int64_t c0, int64_t chunk,
-                            float factor, float* scratch) {
+                            float* scratch) {
     const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+    const float factor = rsqrtf(float(p.rank)) * sign_and_scale(launch.hyper);
     float *r_workspace = r_of(p, launch, chunk), *q = q_of(p, launch, chunk);
 #pragma unroll
     for (int j = 0; j <= R; ++j) {
@@ -123,7 +122,6 @@ template <class T, int R, class DISTRIBUTION, bool BY_ROW>
 APOLLO_DEVICE void project_dot(const Matrix& p, const Launch& launch, int64_t block,
                                float* shared) {
   constexpr int kChannels = BY_ROW ? kDotChannels : kDotColumns;
-  constexpr bool kOneSign = std::is_same_v<DISTRIBUTION, OneSign>;
   const int64_t tiles = (p.channels + kChannels - 1) / kChannels;
   const int64_t c0 = block % tiles * kChannels, chunk = block / tiles;
   const int64_t k_begin = chunk * p.chunk_length;
@@ -132,26 +130,18 @@ APOLLO_DEVICE void project_dot(const Matrix& p, const Launch& launch, int64_t bl
   const bool wide = aligned16(static_cast<const T*>(p.grad), p.grad_ld);
   Dots<T, R, BY_ROW> dots;
   for (int64_t k = k_begin; k < k_end; k += kDotSlab) {
-    // Beyond K too: x is zero there, and z has to be finite.
-    if constexpr (kOneSign) {
-      for (int i = int(threadIdx.x); i < kDotSlab; i += kDotThreads) {
-        draw_column<R>(shared + i, kDotSlab, p, epoch, uint32_t(k + i));
-      }
-    } else {
-      for (int i = int(threadIdx.x); i < R * kDotSlab / 4; i += kDotThreads) {
-        const int j = i / (kDotSlab / 4), call = i % (kDotSlab / 4), slab_k = call / 4 * 16;
-        if (j < p.rank) {
-          const Stream stream = Stream::of(p, epoch, uint32_t(j), uint32_t(call % 4));
-          draw_call<DISTRIBUTION>(shared + j * kDotSlab + slab_k, stream, uint32_t(k + slab_k));
-        }
+    for (int i = int(threadIdx.x); i < R * kDotSlab / 4; i += kDotThreads) {
+      const int j = i / (kDotSlab / 4), call = i % (kDotSlab / 4), slab_k = call / 4 * 16;
+      if (j < p.rank) {  // beyond K too: x is zero there, and z has to be finite
+        const Stream stream = Stream::of(p, epoch, uint32_t(j), uint32_t(call % 4));
+        draw_call<DISTRIBUTION>(shared + j * kDotSlab + slab_k, stream, uint32_t(k + slab_k));
       }
     }
     __syncthreads();  // the slab of z is there
     dots.add(p, c0, k, k_end, shared, wide);
     __syncthreads();  // and was read by all
   }
-  const float norm = kOneSign ? 1.0f : rsqrtf(float(p.rank));
-  dots.finish(p, launch, c0, chunk, norm * sign_and_scale(launch.hyper), shared);
+  dots.finish(p, launch, c0, chunk, shared);
 }
 
 template <class T, int R, class DISTRIBUTION>

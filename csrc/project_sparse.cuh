@@ -1,4 +1,4 @@
-// project for the sparse distribution and rank >= 8: R[c, h(k)] += sigma(k) X[c, k], and q. Each k
+// project for the sparse distribution and rank >= 2: R[c, h(k)] += sigma(k) X[c, k], and q. Each k
 // meets one row of R, so every element of X is read once whatever the rank, and sums stay in the
 // registers of the lane (channels by row) or of the warp (channels by column) that holds the row.
 // A block of K, r long, is a turned permutation of the rows (philox.cuh): a holder of rows reads
@@ -70,6 +70,12 @@ struct Unit<T, 1> {
   APOLLO_DEVICE void get(float (&x)[1], uint32_t) const { x[0] = to_float(value); }
 };
 
+// Half i mod 8 of a call, low halves first; an index into registers would send them to memory.
+APOLLO_DEVICE uint32_t half_of(const Words& words, uint32_t i) {
+  const uint32_t low = i & 2 ? words.w[1] : words.w[0], high = i & 2 ? words.w[3] : words.w[2];
+  return ((i & 4 ? high : low) >> (16 * (i & 1))) & 0xFFFFu;
+}
+
 // How far the blocks of K are rotated, in groups of 8 or, for other ranks, in rows; and `turn`,
 // which swaps places inside of a group. One call of the generator serves 8 blocks.
 struct Places {
@@ -81,11 +87,11 @@ struct Places {
   APOLLO_DEVICE void move_to(uint32_t b) {
     if (b / 8 != held) {
       held = b / 8;
-      words = sparse_place_call(held, epoch, key0, key1);
+      words = philox4x32({{held, 0xFFFFFFFFu, epoch, kSparse}}, key0, key1);
     }
-    const uint32_t place = sparse_half(words, b);
+    const uint32_t place = half_of(words, b);
     turn = place % 8;
-    rotation = sparse_rotation(place, count);
+    rotation = uint32_t((uint64_t{place / 8} * count) >> 13);
   }
   // Which of the block's groups (or columns) is turned onto the i-th group (or row) of R.
   APOLLO_DEVICE uint32_t source(uint32_t i) const {
@@ -111,7 +117,7 @@ struct RowSigns {
         words[0] = j % 8 < 4 ? all.w[0] : all.w[2];
         words[1] = j % 8 < 4 ? all.w[1] : all.w[3];
       } else {
-        words[0] = sparse_half(all, j);
+        words[0] = half_of(all, j);
       }
     }
 #pragma unroll
@@ -179,6 +185,7 @@ APOLLO_DEVICE void finish_sparse(const Matrix& p, const Launch& launch, const Sp
           v[i] = exp_avg_sq[entry + row];
         }
         float sum = from_smem[row];
+#pragma unroll 1
         for (int slot = 1; slot < slots; ++slot) sum += from_smem[slot * rows + row];
         r[i] = factor * sum;
       }

@@ -6,6 +6,9 @@
 
 namespace apollo {
 
+// At rank 1 every entry is a sign, and project_dots draws them.
+constexpr bool uses_sparse_kernel(RankClass rank) { return rank != kRankOne; }
+
 // How project_sparse.cuh deals the rank rows of a matrix out: `holders` (lanes, or warps) hold a
 // unit of neighbouring rows each. Where all units fit several times, so many slots share the blocks
 // of r between them; where they do not fit, rank tiles of `width` units divide them, and each reads
