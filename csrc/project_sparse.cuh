@@ -76,10 +76,20 @@ APOLLO_DEVICE uint32_t half_of(const Words& words, uint32_t i) {
   return ((i & 4 ? high : low) >> (16 * (i & 1))) & 0xFFFFu;
 }
 
+// The words of a matrix and epoch.
+struct SparseWords {
+  uint32_t key0, key1, epoch;
+
+  APOLLO_DEVICE Words call(uint32_t c0, uint32_t c1) const {
+    return philox4x32({{c0, c1, epoch, kSparse}}, key0, key1);
+  }
+};
+
 // How far the blocks of K are rotated, in groups of 8 or, for other ranks, in rows; and `turn`,
 // which swaps places inside of a group. One call of the generator serves 8 blocks.
 struct Places {
-  uint32_t key0, key1, epoch, count;  // of what is rotated: groups or rows
+  SparseWords numbers;
+  uint32_t count;  // of what is rotated: groups or rows
   Words words = {};
   uint32_t held = ~0u;
   uint32_t rotation = 0, turn = 0;
@@ -87,7 +97,7 @@ struct Places {
   APOLLO_DEVICE void move_to(uint32_t b) {
     if (b / 8 != held) {
       held = b / 8;
-      words = philox4x32({{held, 0xFFFFFFFFu, epoch, kSparse}}, key0, key1);
+      words = numbers.call(held, 0xFFFFFFFFu);
     }
     const uint32_t place = half_of(words, b);
     turn = place % 8;
@@ -103,14 +113,15 @@ struct Places {
 template <int E>
 struct RowSigns {
   static constexpr int kWords = E == 1 ? 1 : E / 2;
-  uint32_t key0, key1, epoch, j;
+  SparseWords numbers;
+  uint32_t j;
   uint32_t words[kWords] = {};
   uint32_t held = ~0u;
 
   APOLLO_DEVICE void get(float (&z)[E], uint32_t b) {
     if (b / 16 != held) {
       held = b / 16;
-      const Words all = philox4x32({{held, j / 8, epoch, kSparse}}, key0, key1);
+      const Words all = numbers.call(held, j / 8);
       if constexpr (E == 8) {
         for (int i = 0; i < 4; ++i) words[i] = all.w[i];
       } else if constexpr (E == 4) {
@@ -128,10 +139,11 @@ struct RowSigns {
   }
 };
 
-// What a block computes: channels from c0 on, the rows of R of one rank tile, a chunk of K.
+// What a block computes: channels from c0 on, the rows of R of one rank tile, a chunk of K, which
+// is `length` long from k_begin on.
 struct SparsePlace {
   RankShare share;
-  uint32_t tile, chunk;
+  uint32_t tile, chunk, k_begin, length;
   int64_t c0;
 
   APOLLO_DEVICE static SparsePlace of(const Matrix& p, uint32_t unit, uint32_t holders,
@@ -144,6 +156,9 @@ struct SparsePlace {
     at.tile = block % at.share.tiles;
     at.chunk = rest / channel_tiles;
     at.c0 = int64_t(rest % channel_tiles) * channels;
+    at.k_begin = at.chunk * uint32_t(p.chunk_length);
+    const uint32_t left = uint32_t(p.k) - at.k_begin;
+    at.length = left < uint32_t(p.chunk_length) ? left : uint32_t(p.chunk_length);
     return at;
   }
 };
@@ -233,24 +248,14 @@ APOLLO_DEVICE void sparse_by_row(const Launch& launch, float* sums_smem) {
   const bool idle = slot >= slots || unit >= rank / E;
   if (slot >= slots) slot = 0;
   if (unit >= rank / E) unit = rank / E - 1;
-  const uint32_t k_begin = at.chunk * uint32_t(p.chunk_length);
-  const uint32_t left = uint32_t(p.k) - k_begin;
-  const uint32_t length = left < uint32_t(p.chunk_length) ? left : uint32_t(p.chunk_length);
-  const uint32_t k_end = k_begin + length;
+  const uint32_t length = at.length, k_end = at.k_begin + length;
   const bool wide = E == 1 || aligned16(static_cast<const T*>(p.grad), p.grad_ld);
   const int64_t c0 = at.c0 + warp * kChannels, ld = p.grad_ld;
   const int channels = p.channels - c0 < kChannels ? int(p.channels - c0) : kChannels;
   const T* src_gmem = static_cast<const T*>(p.grad) + c0 * ld;
-  Places places;
-  places.key0 = uint32_t(p.key);
-  places.key1 = uint32_t(p.key >> 32);
-  places.epoch = epoch_of(p, launch);
-  places.count = E == 1 ? rank : rank / 8;
-  RowSigns<E> signs;
-  signs.key0 = places.key0;
-  signs.key1 = places.key1;
-  signs.epoch = places.epoch;
-  signs.j = unit * E;
+  const SparseWords numbers = {uint32_t(p.key), uint32_t(p.key >> 32), epoch_of(p, launch)};
+  Places places = {numbers, E == 1 ? rank : rank / 8};
+  RowSigns<E> signs = {numbers, unit * E};
 
   float sums[kChannels][E] = {}, squares[kChannels] = {};
   // The first of this lane's k in block b, whose turn is left in `places`.
@@ -275,7 +280,7 @@ APOLLO_DEVICE void sparse_by_row(const Launch& launch, float* sums_smem) {
     }
   };
 
-  uint32_t b = k_begin / rank + slot, k = 0;
+  uint32_t b = at.k_begin / rank + slot, k = 0;
   const uint32_t rounds = (length + rank * slots - 1) / (rank * slots);
   const bool complete = wide && channels == kChannels;
   const uint32_t whole = complete ? length / rank / slots / kAhead * kAhead : 0;
@@ -352,24 +357,14 @@ APOLLO_DEVICE void sparse_by_column(const Launch& launch, float* sums_smem) {
   const uint32_t slot = uint32_t(warp) / at.share.width;
   const uint32_t j0 = (at.tile * at.share.width + uint32_t(warp) % at.share.width) * kRows;
   const bool idle = slot >= slots || j0 >= rank;
-  const uint32_t k_begin = at.chunk * uint32_t(p.chunk_length);
-  const uint32_t left = uint32_t(p.k) - k_begin;
-  const uint32_t length = left < uint32_t(p.chunk_length) ? left : uint32_t(p.chunk_length);
-  const uint32_t k_end = k_begin + length;
+  const uint32_t length = at.length, k_end = at.k_begin + length;
   const bool wide = aligned16(static_cast<const T*>(p.grad), p.grad_ld);
   const int64_t channels_left = p.channels - at.c0 - lane * kLoad, ld = p.grad_ld;
   const T* src_gmem = static_cast<const T*>(p.grad) + at.c0 + lane * kLoad;
   const bool eighths = rank % 8 == 0;
-  Places places;
-  places.key0 = uint32_t(p.key);
-  places.key1 = uint32_t(p.key >> 32);
-  places.epoch = epoch_of(p, launch);
-  places.count = eighths ? rank / 8 : rank;
-  RowSigns<kRows> signs;
-  signs.key0 = places.key0;
-  signs.key1 = places.key1;
-  signs.epoch = places.epoch;
-  signs.j = j0;
+  const SparseWords numbers = {uint32_t(p.key), uint32_t(p.key >> 32), epoch_of(p, launch)};
+  Places places = {numbers, eighths ? rank / 8 : rank};
+  RowSigns<kRows> signs = {numbers, j0};
 
   float sums[kRows][kLoad] = {}, squares[kLoad] = {};
   // The k of row j0 + i in block b, after places.move_to(b).
@@ -392,7 +387,7 @@ APOLLO_DEVICE void sparse_by_column(const Launch& launch, float* sums_smem) {
     }
   };
 
-  uint32_t b = k_begin / rank + slot;
+  uint32_t b = at.k_begin / rank + slot;
   const uint32_t rounds = idle ? 0 : (length + rank * slots - 1) / (rank * slots);
   const bool complete = wide && at.c0 + Shape::kChannels <= p.channels && j0 + kRows <= rank;
   const uint32_t whole = complete && !idle ? length / rank / slots / kAhead * kAhead : 0;

@@ -603,6 +603,18 @@ def test_full_tiles_of_the_sparse_projection_meet_their_tails():
     compare(items, hyper(distribution="sparse"))
 
 
+@pytest.mark.parametrize("rank", [8, 64, 256, 512])
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_the_sparse_projection_reads_each_element_once_in_16_bytes(module, rank, order):
+    for dtype in (F32, BF16, F16):
+        item = low_rank((72, 1040), rank, True, grad=dtype, order=order)
+        (batch,) = batches([item], False)
+        size = item.grad.numel() * item.grad.element_size()
+        module.watch(item.grad.data_ptr(), size)
+        batch.project(hyper(distribution="sparse"), signals())
+        assert module.watched_bytes() == size
+
+
 def test_every_switch_takes_sparse_steps_too():
     h = hyper(
         distribution="sparse", maximize=True, correct_bias=False, scale=4.0, scale_front=True,
