@@ -22,7 +22,7 @@ from apollo_kernels.native import _C as _native
 
 # What the kernels read and write; csrc/apollo.h says what else a new dtype needs.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1}  # as csrc/philox.cuh numbers them
+DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1, "sparse": 4}  # as csrc/philox.cuh numbers them
 
 BY_ADDRESS = True  # plan.py lends no gradients
 SAME_ORDER = True  # the kernels walk weight and gradient together
@@ -205,14 +205,15 @@ class LowRankBatch(_Placed):
                 leads=item.leads,
             )
         super().__init__(plan, first.weight.device)
-        begin, end = plan.q
-        self._q = self.workspace[begin:end]
+        self._q = {code: self.workspace[slice(*plan.q(code))] for code in DISTRIBUTIONS.values()}
+        self._drawn = 0  # the distribution of the last projection
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
+        self._drawn = DISTRIBUTIONS[hyper.distribution]
         self.plan.project(self._hyper(hyper, signals), self._stream())
 
     def square_norm(self) -> Tensor:
-        return self._q.sum(dtype=torch.float64)
+        return self._q[self._drawn].sum(dtype=torch.float64)
 
     def scale(self, hyper: Hyper, signals: Signals) -> None:
         self.plan.scale(self._hyper(hyper, signals), self._stream())

@@ -71,11 +71,12 @@ struct Matrix {
   int64_t flags;
   int64_t chunks, chunk_length;  // of K, each summed by a block of its own
   int64_t rank_tiles;
-  int64_t q;      // squared norms [chunks, channels] of X as it is
-  int64_t s;      // [channels]
-  int64_t r;      // R of each chunk [chunks, channels, rank] if kSummed; else |R_c|^2 and |N_c|^2
-                  // of each rank tile [2, rank tiles, channels]
-  int64_t parts;  // double [3, blocks], of `scale`'s blocks
+  int64_t q_rows;  // parts that a channel's q comes in: chunks, or chunks x rank tiles
+  int64_t q;       // squared norms [q_rows, channels] of X as it is
+  int64_t s;       // [channels]
+  int64_t r;       // R of each chunk [chunks, channels, rank] if kSummed; else |R_c|^2 and |N_c|^2
+                   // of each rank tile [2, rank tiles, channels]
+  int64_t parts;   // double [3, blocks], of `scale`'s blocks
   int64_t first_project, first_scale, first_apply;
 };
 

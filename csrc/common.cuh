@@ -105,9 +105,9 @@ APOLLO_DEVICE Record& record_of(const Launch& launch, int64_t matrix) {
   return reinterpret_cast<Record*>(launch.workspace)[matrix];
 }
 
-// Where a block of `project` puts a chunk's q [channels] and, if summed, its R [channels, rank].
-APOLLO_DEVICE float* q_of(const Matrix& p, const Launch& launch, int64_t chunk) {
-  return launch.workspace + p.q + chunk * p.channels;
+// Where a block of `project` puts its q [channels] and, if summed, a chunk's R [channels, rank].
+APOLLO_DEVICE float* q_of(const Matrix& p, const Launch& launch, int64_t row) {
+  return launch.workspace + p.q + row * p.channels;
 }
 APOLLO_DEVICE float* r_of(const Matrix& p, const Launch& launch, int64_t chunk) {
   return launch.workspace + p.r + chunk * p.channels * p.rank;

@@ -4,7 +4,8 @@
 // row j per call of the generator, k = 16 b + {2t, 2t+1, 2t+8, 2t+9}, which is what one lane holds
 // of the 16-deep A operand of mma.m16n8k16. A new one joins here, in `with_distribution` of
 // launch.cu, with a number of its own in philox.cuh's enum Distribution and in DISTRIBUTIONS of
-// cuda.py; on the host, in `draw` of philox.cuh.
+// cuda.py; on the host, in `draw` of philox.cuh. The sparse distribution has one entry per k and a
+// kernel of its own, project_sparse.cuh, but at rank 1 it is a row of signs, too.
 #pragma once
 
 #include "common.cuh"
@@ -55,6 +56,21 @@ struct Signs {
   }
   APOLLO_DEVICE Pairs pairs(const Stream&, uint32_t k0, uint32_t block) const {
     return {sign_pair(word, k0 + 16 * block), sign_pair(word, k0 + 16 * block + 8)};
+  }
+};
+
+// Rank 1 of the sparse distribution, where each block of K is a single k: bit k mod 16 of a call's
+// first word.
+struct SparseSigns {
+  static constexpr uint32_t kRun = 16;
+
+  APOLLO_DEVICE void begin(const Stream&, uint32_t) {}
+  APOLLO_DEVICE Pairs pairs(const Stream& s, uint32_t k0, uint32_t block) const {
+    const Words words = philox4x32({{k0 / 16 + block, 0, s.epoch, kSparse}}, s.key0, s.key1);
+    const uint32_t bits = words.w[0] >> (2 * s.t);
+    const uint32_t low = (bits & 1) << 15 | (bits & 2) << 30;
+    const uint32_t high = (bits & 0x100) << 7 | (bits & 0x200) << 22;
+    return {low | 0x3F803F80u, high | 0x3F803F80u};
   }
 };
 

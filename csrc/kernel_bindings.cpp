@@ -159,8 +159,9 @@ std::string probe_device(int device) {
   return "";
 }
 
-py::tuple tiling_tuple(int64_t channels, int64_t k, int64_t rank, int grad_dtype, bool by_row) {
-  const Tiling t = tiling(channels, k, rank, grad_dtype, by_row);
+py::tuple tiling_tuple(int64_t channels, int64_t k, int64_t rank, int grad_dtype, bool by_row,
+                       bool sparse) {
+  const Tiling t = tiling(channels, k, rank, grad_dtype, by_row, sparse);
   return py::make_tuple(t.channel_tiles, t.rank_tiles, t.chunks, t.chunk_length);
 }
 
@@ -187,9 +188,12 @@ void bind_kernels(py::module_& module) {
            py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("update_norm"), py::arg("step"),
            py::arg("key"), py::arg("channels"), py::arg("k"), py::arg("rank"), py::arg("weight_ld"),
            py::arg("grad_ld"), py::arg("by_row"), py::arg("row_major"), py::arg("leads"))
-      .def_property_readonly(
-          "q", [](const PlacedLowRank& p) { return py::make_tuple(p.q_begin(), p.q_end()); },
-          "Begin and end of all squared channel norms in the workspace.")
+      .def(
+          "q",
+          [](const PlacedLowRank& p, int distribution) {
+            return py::make_tuple(p.q_begin(), p.q_end(distribution));
+          },
+          py::arg("distribution"), "Begin and end of all squared channel norms in the workspace.")
       .def("project", verb<PlacedLowRank>(&LowRankPlan::project, "project"), unlocked)
       .def("scale", verb<PlacedLowRank>(&LowRankPlan::scale, "scale"), unlocked)
       .def("apply", verb<PlacedLowRank>(&LowRankPlan::apply, "apply"), unlocked);
@@ -207,7 +211,7 @@ void bind_kernels(py::module_& module) {
       "rank_class", [](int64_t rank) { return int(rank_class(rank)); },
       "Matrices of one plan are of one class.");
   module.def("tiling", &tiling_tuple, py::kw_only(), py::arg("channels"), py::arg("k"),
-             py::arg("rank"), py::arg("grad_dtype"), py::arg("by_row"),
+             py::arg("rank"), py::arg("grad_dtype"), py::arg("by_row"), py::arg("sparse") = false,
              "(channel tiles, rank tiles, chunks of K, chunk length) of `project`.");
   module.attr("NORM_GROWTH") = kNormGrowth;
   module.attr("TINY") = kTiny;

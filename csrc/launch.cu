@@ -3,6 +3,7 @@
 #include "apply.cuh"
 #include "project_dot.cuh"
 #include "project_mma.cuh"
+#include "project_sparse.cuh"
 #include "scale.cuh"
 
 namespace apollo {
@@ -77,9 +78,17 @@ int with_project(RankClass rank, Use use) {
       return use(project_tiles<T, 128, DISTRIBUTION>, kTileThreads, TileLayout<T, 128>::kShared);
   }
 }
+template <class T, class Use>
+int with_sparse(RankClass rank, Use use) {
+  if (!uses_sparse_kernel(rank)) {
+    return use(project_dots<T, 1, SparseSigns>, kDotThreads, kDotShared<1>);
+  }
+  return use(project_sparse<T>, kSparseThreads, SparseColumns<T>::kShared);
+}
 template <class Use>
 int with_project(const Launch& launch, int distribution, Use use) {
   return with_dtype(launch.grad_dtype, [&](auto g) {
+    if (distribution == kSparse) return with_sparse<decltype(g)>(launch.rank, use);
     return with_distribution(distribution, [&](auto d) {
       return with_project<decltype(g), decltype(d)>(launch.rank, use);
     });
@@ -121,7 +130,7 @@ int launch_advance(const Launch& launch) {
 }
 
 int load_low_rank(const Launch& launch) {
-  for (const int distribution : {kGaussian, kRademacher}) {
+  for (const int distribution : {kGaussian, kRademacher, kSparse}) {
     const auto loaded = [](Kernel kernel, int, int shared) { return load(kernel, shared); };
     if (const int error = with_project(launch, distribution, loaded)) return error;
   }

@@ -3,6 +3,7 @@
 // and in which order the launches go. Plain C++, shared with the tests' emulated device.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -17,11 +18,11 @@ struct Memory {
   void* workspace = nullptr;
 };
 
-// How `project` cuts a matrix into blocks.
+// How `project` cuts a matrix into blocks: one way for dense distributions, one for the sparse one.
 struct Tiling {
   int64_t channel_tiles, rank_tiles, chunks, chunk_length;
 };
-Tiling tiling(int64_t channels, int64_t k, int64_t rank, int grad_dtype, bool by_row);
+Tiling tiling(int64_t channels, int64_t k, int64_t rank, int grad_dtype, bool by_row, bool sparse);
 
 // The low-rank matrices of one family: dtypes and rank class are equal.
 class LowRankPlan {
@@ -34,13 +35,17 @@ class LowRankPlan {
   void add(Matrix matrix);
   void set_gradients(const std::vector<uintptr_t>& addresses);
 
-  int64_t size() const { return int64_t(rows_.size()); }
-  int64_t table_words() const { return size() * int64_t(sizeof(Matrix) / 8); }
-  int64_t map_size() const { return project_blocks_ + scale_blocks_ + apply_blocks_; }
-  int64_t workspace_floats() const { return r_begin() + r_size_; }
-  // All q of the plan, in floats of the workspace.
+  int64_t size() const { return int64_t(rows().size()); }
+  int64_t table_words() const { return 2 * size() * int64_t(sizeof(Matrix) / 8); }
+  int64_t map_size() const {
+    return layouts_[0].blocks + layouts_[1].blocks + scale_blocks_ + apply_blocks_;
+  }
+  int64_t workspace_floats() const {
+    return r_begin() + std::max(layouts_[0].r_size, layouts_[1].r_size);
+  }
+  // All q of the plan under a distribution, in floats of the workspace.
   int64_t q_begin() const { return parts_begin() + parts_size_; }
-  int64_t q_end() const { return q_begin() + q_size_; }
+  int64_t q_end(int distribution) const { return q_begin() + layout(distribution).q_size; }
 
   void write_table(void* table) const;
   void write_maps(int32_t* maps) const;
@@ -53,16 +58,28 @@ class LowRankPlan {
 
  private:
   int64_t parts_begin() const { return size() * kRecordFloats; }
-  int64_t s_begin() const { return q_end(); }
+  int64_t s_begin() const { return q_begin() + std::max(layouts_[0].q_size, layouts_[1].q_size); }
   int64_t r_begin() const { return s_begin() + s_size_; }
   Launch launch(const Hyper& hyper, void* stream, int64_t map, int64_t blocks) const;
+
+  // The rows as a distribution's kernels want them. A group may change its distribution between two
+  // steps, so the table holds both layouts, and a launch takes the one of its distribution. Tiling,
+  // places of q and R and first_project differ; all else is equal.
+  struct Layout {
+    std::vector<Matrix> rows;  // offsets count from the beginning of their part of the workspace
+    int64_t blocks = 0, q_size = 0, r_size = 0;
+  };
+  void add(Layout& layout, Matrix matrix, const Tiling& tiling);
+  static bool is_sparse(int distribution);
+  const Layout& layout(int distribution) const { return layouts_[is_sparse(distribution)]; }
+  const std::vector<Matrix>& rows() const { return layouts_[0].rows; }
 
   int weight_dtype_, grad_dtype_;
   bool separate_;
   Memory memory_;
-  std::vector<Matrix> rows_;  // offsets count from the beginning of their part of the workspace
-  int64_t parts_size_ = 0, q_size_ = 0, s_size_ = 0, r_size_ = 0;
-  int64_t project_blocks_ = 0, scale_blocks_ = 0, apply_blocks_ = 0;
+  Layout layouts_[2];  // dense, sparse
+  int64_t parts_size_ = 0, s_size_ = 0;
+  int64_t scale_blocks_ = 0, apply_blocks_ = 0;
 };
 
 // The dense parameters of one family: dtypes are equal. The workspace holds an int32 for each.

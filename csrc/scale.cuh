@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kScaleChannels) scale_channels(Launch launch) 
   }
   if (c < p.channels) {
     const float factor = sign_and_scale(h) * clip;
-    for (int64_t i = 0; i < p.chunks; ++i) q += q_of(p, launch, i)[c];
+    for (int64_t i = 0; i < p.q_rows; ++i) q += q_of(p, launch, i)[c];
     q = factor * (factor * q);  // the square alone could underflow
   }
   double* parts = parts_of(p, launch) + block;

@@ -117,7 +117,8 @@ class Restated:
         rank = self.m.shape[1]
         z = philox.draw(item.key, self.t // h.update_proj_gap, rank, x.shape[1], h.distribution)
         self.t += 1
-        r, q = x @ z.double().t() / math.sqrt(max(rank, 1)) * factor, x.square().sum(1) * factor**2
+        norm = 1 if h.distribution == "sparse" else math.sqrt(max(rank, 1))
+        r, q = x @ z.double().t() / norm * factor, x.square().sum(1) * factor**2
         ok = torch.isfinite((r * r).float())
         self.m = torch.where(ok, b1 * self.m + (1 - b1) * r, self.m)
         self.v = torch.where(ok, b2 * self.v + (1 - b2) * r * r, self.v)
@@ -531,6 +532,171 @@ def test_the_plan_refuses_what_no_kernel_could_run(module):
     assert plan.size == 1
     with pytest.raises(ValueError, match="lie apart"):
         cuda.build([low_rank((8, 8), 2, gradient=torch.zeros(8, 8).t())])
+
+
+# The sparse projection
+
+
+def sparse_law(key, epoch, rank, k):
+    """Row and sign of each k < ``k`` by DESIGN.md's contract, one index after the other."""
+    drawn, signs = {}, []
+
+    def half(c0, c1, i):
+        if (c0, c1) not in drawn:
+            drawn[c0, c1] = [int(w) for w in philox.words(key, c0, c1, epoch, 4)]
+        return drawn[c0, c1][i % 8 // 2] >> 16 * (i % 2) & 0xFFFF
+
+    rows = []
+    for b, i in (divmod(index, rank) for index in range(k)):
+        place = half(b // 8, 2**32 - 1, b)
+        if rank % 8 == 0:
+            groups = rank // 8
+            group = (i // 8 + ((place // 8) * groups >> 13)) % groups
+            row = 8 * group + (i % 8 ^ place % 8)
+        else:
+            row = (i + ((place // 8) * rank >> 13)) % rank
+        rows.append(row)
+        signs.append(-1 if half(b // 16, row // 8, row) >> b % 16 & 1 else 1)
+    return rows, signs
+
+
+@pytest.mark.parametrize("k", [568, 563])  # rows that 16-byte loads meet, and rows askew
+@pytest.mark.parametrize("rank", [1, 3, 8, 20, 64, 130, 256, 320])
+def test_the_identity_shows_every_position_and_sign_of_the_sparse_projection(rank, k):
+    """R of the identity is P transposed, and b1 = 0 makes the first moment R itself."""
+    start = 2**33 + 5
+    rows, signs = sparse_law(7, start % 2**32, rank, k)
+    exact = torch.zeros(k, rank)
+    exact[torch.arange(k), torch.tensor(rows)] = torch.tensor(signs).float()
+    h = hyper(distribution="sparse", betas=(0.0, 0.9), update_proj_gap=1)
+    for order, dtype in (("rows", BF16), ("rows", F32), ("columns", F16), ("columns", F32)):
+        gradient = torch.eye(k).to(dtype)
+        item = low_rank((k, k), rank, True, order=order, gradient=gradient)
+        item.step.fill_(start)
+        for batch in batches([item], False):
+            batch.project(h, signals())
+            batch.scale(h, signals())
+        assert torch.equal(item.exp_avg, exact), (order, dtype)
+
+
+SPARSE_RANKS = [1, 3, 8, 20, 64, 130, 256, 304]
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("rows", [True, False])
+def test_sparse_steps_are_those_of_the_restatement(separate, rows):
+    """Every rank, dtype of a gradient and order in memory; K ends within a block of most ranks."""
+    orders, dtypes = itertools.cycle(["rows", "columns", "sliced"]), [F32, BF16, F16]
+    items = []
+    for i, (rank, dtype, side) in enumerate(itertools.product(SPARSE_RANKS, dtypes, (304, 301))):
+        shape = (70, side) if rows else (side, 70)
+        items.append(low_rank(shape, rank, rows, grad=dtype, key=i, order=next(orders)))
+    for rank, dtype in itertools.product((3, 20, 64), dtypes):  # K is cut
+        shape = (9, 4100) if rows else (4100, 9)
+        items.append(low_rank(shape, rank, rows, grad=dtype, order=next(orders)))
+    counters = compare(items, hyper(distribution="sparse"), separate=separate, steps=1)
+    assert counters[::2] == [len(items), 0]
+
+
+def test_full_tiles_of_the_sparse_projection_meet_their_tails():
+    """Channels beyond one tile, the last one not full; every slot of a tile has a part of K."""
+    items = [
+        low_rank((channels, 1040) if order == "rows" else (channels, 1000), rank, True, grad=dtype,
+                 order=order)
+        for order, channels in (("rows", 70), ("columns", 264))
+        for rank in (8, 24, 64, 256, 384)
+        for dtype in (F32, BF16, F16)
+    ]  # fmt: skip
+    compare(items, hyper(distribution="sparse"))
+
+
+@pytest.mark.parametrize("rank", [8, 64, 256, 512])
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_the_sparse_projection_reads_each_element_once_in_16_bytes(module, rank, order):
+    for dtype in (F32, BF16, F16):
+        item = low_rank((72, 1040), rank, True, grad=dtype, order=order)
+        (batch,) = batches([item], False)
+        size = item.grad.numel() * item.grad.element_size()
+        module.watch(item.grad.data_ptr(), size)
+        batch.project(hyper(distribution="sparse"), signals())
+        assert module.watched_bytes() == size
+
+
+def test_every_switch_takes_sparse_steps_too():
+    h = hyper(
+        distribution="sparse", maximize=True, correct_bias=False, scale=4.0, scale_front=True,
+        disable_nl=True, scale_type="tensor", betas=(0.0, 0.9),
+    )  # fmt: skip
+    items = [low_rank((40, 90), rank, rows) for rank in (1, 8, 20) for rows in (True, False)]
+    compare(items, h, signals(grad_scale=1024.0), steps=3)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 20])
+def test_clip_multiplies_sparse_sums_and_squares(rank):
+    items = [low_rank((70, 40), rank), low_rank((40, 90), rank)]
+    s = signals(clip=0.25, grad_scale=8.0)
+    compare(items, hyper(distribution="sparse"), s, separate=True, steps=2)
+
+
+def test_separate_moments_of_sparse_sums_are_the_fused_ones_bit_for_bit():
+    items = [
+        low_rank((70, 300), rank, rows, key=rank) for rank in (8, 20, 256) for rows in (True, False)
+    ]
+    others = [clone(item) for item in items]
+    h = hyper(distribution="sparse")
+    for _ in range(2):
+        step(items, h, separate=False)
+        step(others, h, separate=True)
+    for a, b in zip(items, others, strict=True):
+        assert torch.equal(a.exp_avg, b.exp_avg)
+        assert torch.equal(a.exp_avg_sq, b.exp_avg_sq)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_expert_matrices_share_a_step_under_the_sparse_projection(separate):
+    shared = torch.tensor(3)
+    items = [low_rank((300, 24), 8, key=i, step=shared, leads=i == 1) for i in range(3)]
+    alone = [dataclasses.replace(clone(i), step=torch.tensor(3), leads=True) for i in items]
+    h = hyper(distribution="sparse")
+    assert step(items, h, separate=separate) == [3, 0, 0]
+    for a, b in zip(items, alone, strict=True):
+        step([b], h, separate=separate)
+        assert torch.equal(a.weight, b.weight)
+        assert torch.equal(a.exp_avg, b.exp_avg)
+    assert int(shared) == 4
+
+
+def test_a_plan_follows_its_group_to_another_distribution_and_back():
+    """The squared norms of one layout are no part of the other's sum."""
+    item = low_rank((9, 300), 264, True)
+    spec, s = Restated(item), signals()
+    (batch,) = batches([item], True)
+    exact = float(item.grad.double().square().sum())
+    for distribution in ("rademacher", "sparse", "rademacher", "sparse"):
+        h = hyper(distribution=distribution)
+        spec.step(h, s)
+        batch.project(h, s)
+        assert float(batch.square_norm()) == pytest.approx(exact, rel=2**-20)
+        batch.scale(h, s)
+        batch.apply(h, s)
+    spec.check()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_a_bad_gradient_spoils_one_sparse_sum_alone(bad, rank):
+    h = hyper(distribution="sparse")
+    for order in ("rows", "columns"):
+        item = low_rank((40, 64), rank, True, order=order)
+        step([item], h)
+        before = clone(item)
+        item.grad[3, 5] = bad
+        assert step([item], h) == [0, 0, 1]
+        assert torch.equal(item.weight, before.weight)
+        kept = (item.exp_avg == before.exp_avg).nonzero()
+        assert kept.shape == (1, 2)
+        assert kept[0, 0] == 3
+        assert torch.isfinite(item.exp_avg_sq).all()
 
 
 # Dense parameters

@@ -83,7 +83,9 @@ Hyper make_hyper(long long* counters, const float* clip) {
 }
 
 struct Options {
-  bool by_row, signs, tensor_scale, separate;
+  bool by_row;
+  Distribution distribution;
+  bool tensor_scale, separate;
 };
 
 // Three matrices, an empty one among them, that share a step which the last one advances.
@@ -122,7 +124,7 @@ void low_rank(int64_t channels, int64_t k, int64_t rank, int weight_dtype, int g
   const Placed placed(plan);
   const float* clipped = options.separate ? clip.as<float>() : nullptr;
   Hyper hyper = make_hyper(counters.as<long long>(), clipped);
-  hyper.distribution = options.signs ? kRademacher : kGaussian;
+  hyper.distribution = options.distribution;
   hyper.tensor_scale = options.tensor_scale;
   hyper.stochastic_rounding = 1;
   for (int i = 0; i < 2; ++i) {
@@ -158,11 +160,15 @@ int main(int argc, char**) {
   if (argc > 1) {  // any argument: a few minutes less, for the slow ThreadSanitizer
     for (const int64_t rank : {1, 8}) {
       const bool one = rank == 1;
-      low_rank(130, 70, rank, kBfloat16, kBfloat16, {true, false, one, false});
-      low_rank(130, 70, rank, kBfloat16, kBfloat16, {false, true, one, false});
-      low_rank(300, 1100, rank, kBfloat16, kBfloat16, {true, true, !one, true});
+      low_rank(130, 70, rank, kBfloat16, kBfloat16, {true, kGaussian, one, false});
+      low_rank(130, 70, rank, kBfloat16, kBfloat16, {false, kRademacher, one, false});
+      low_rank(300, 1100, rank, kBfloat16, kBfloat16, {true, kRademacher, !one, true});
     }
-    low_rank(130, 70, 2, kBfloat16, kBfloat16, {false, false, false, false});
+    low_rank(130, 70, 2, kBfloat16, kBfloat16, {false, kGaussian, false, false});
+    for (const bool by_row : {true, false}) {
+      low_rank(300, 70, 8, kBfloat16, kBfloat16, {by_row, kSparse, by_row, false});
+      low_rank(300, 70, 20, kBfloat16, kBfloat16, {by_row, kSparse, by_row, true});
+    }
     dense(103, kBfloat16, kBfloat16);
   } else {
     const int pairs[][2] = {{kFloat32, kFloat32}, {kBfloat16, kBfloat16}, {kFloat32, kFloat16}};
@@ -173,7 +179,14 @@ int main(int argc, char**) {
           for (const bool by_row : {true, false}) {
             const bool separate = (rank == 8) == by_row;
             low_rank(shape[0], shape[1], rank, pair[0], pair[1],
-                     {by_row, rank == 8, rank == 1, separate});
+                     {by_row, rank == 8 ? kRademacher : kGaussian, rank == 1, separate});
+          }
+        }
+        for (const int64_t rank : {1, 3, 8, 64, 70, 264}) {
+          for (const bool by_row : {true, false}) {
+            const bool separate = (rank == 8) == by_row;
+            low_rank(shape[0], shape[1], rank, pair[0], pair[1],
+                     {by_row, kSparse, rank == 1, separate});
           }
         }
       }
