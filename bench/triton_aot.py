@@ -152,8 +152,18 @@ def fused_after_shuffles(sass: str) -> int:
             shuffled.add(registers[0])
             continue
         found += operation.startswith("FFMA") and not shuffled.isdisjoint(registers[1:])
-        shuffled.difference_update(registers[:1])
+        shuffled.difference_update(overwritten(operation, registers))
     return found
+
+
+def overwritten(operation: str, registers: list[str]) -> list[str]:
+    """The registers that an operation writes: two or four in a row where its result is wide."""
+    if not registers:
+        return []
+    wide = 4 if ".128" in operation else 2 if re.search(r"\.64|\.WIDE", operation) else 1
+    loads = operation.startswith(("LD", "IMAD"))
+    first = int(registers[0][1:])
+    return [f"R{first + i}" for i in range(wide if loads else 1)]
 
 
 def dump(tool: str, option: str, path: Path) -> str:

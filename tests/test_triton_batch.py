@@ -301,21 +301,23 @@ def identity(k, dtype, vectors):
     return torch.zeros(k, k if vectors else k + 1, dtype=dtype)[:, :k].fill_diagonal_(1)
 
 
-# (rank, K): several blocks per turn of a loop and one, both forms of h, tails of blocks and of K,
-# two tiles of rank rows, and ranks of K. At rank 1 and 16 there are more than 16 blocks.
-PLACES = [(1, 48), (3, 40), (8, 144), (16, 272), (20, 90), (64, 144), (130, 140), (264, 272),
-          (48, 48), (41, 41)]  # fmt: skip
+# (rank, K): several blocks per turn of a loop and one, both forms of h, more than 16 blocks, tails
+# of blocks and of K, two tiles of rank rows, and ranks of K.
+PLACES = [(1, 48), (3, 40), (8, 144), (20, 90), (64, 144), (130, 140), (264, 272), (48, 48), (9, 9)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("k_unit", [True, False], ids=["rows", "columns"])
+@pytest.mark.parametrize(
+    "dtype, k_unit",
+    [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)],
+    ids=["float32 rows", "bfloat16 rows", "float16 columns"],
+)
 def test_an_identity_shows_every_place_and_sign(dtype, k_unit):
     """With beta1 = 0, M is R, bit for bit."""
     h = hyper(distribution="sparse", betas=(0.0, 0.999), update_proj_gap=2)
     items = []
     for rank, k in PLACES:
         g = identity(k, dtype, vectors=k % 16 == 0 and rank != 48)
-        moments = dict(exp_avg=torch.zeros(k, min(rank, k)), exp_avg_sq=torch.zeros(k, min(rank, k)))
+        moments = {name: torch.zeros(k, min(rank, k)) for name in ("exp_avg", "exp_avg_sq")}
         w = torch.zeros(k, k)
         items.append(low_rank(w, g if k_unit else g.t(), True, rank, 2**62 + rank, t=7, **moments))
     take(step.build(items, separate=k_unit), h, signals())
@@ -325,23 +327,26 @@ def test_an_identity_shows_every_place_and_sign(dtype, k_unit):
         assert torch.equal(item.exp_avg.double(), torch.from_numpy(p).t()), (rank, k)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("separate", [False, True], ids=["fused", "separate"])
+# The K of each rank.
+SPARSE = {1: 40, 3: 40, 8: 48, 20: 105, 130: 279, 9: 7, 64: 2067, 16: 144, 256: 272}
+
+
+@pytest.mark.parametrize(
+    "dtype, separate",
+    [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)],
+    ids=["float32 fused", "bfloat16 separate", "float16 separate"],
+)
 def test_a_sparse_step_of_every_rank_and_orientation(dtype, separate):
-    """Ranks beside those of the tiles, ragged and clamped K, tails of channels, and a K that is cut.
-    Half of the gradients are read in vectors."""
+    """Ranks beside those of the tiles, a ragged and a clamped K, tails of channels, and a K that is
+    cut. Where K is a multiple of 16, gradients are read in vectors."""
     h = hyper(
         distribution="sparse", scale_type="tensor" if separate else "channel", maximize=separate
     )
-    ranks = {1: 40, 3: 40, 8: 48, 20: 105, 130: 279, 9: 7, 64: 2064 + 3, 16: 32, 256: 512}
     items = []
-    for rank, k in ranks.items():
-        for rows in (True, False):
-            channels = 35 if k < 1000 else 3
-            if k % 16 == 0 and rank > 3:
-                channels = 48
-            shape = (channels, k) if rows else (k, channels)
-            items.append(low_rank(*data(shape, dtype), rows, rank, key=rank + 7))
+    for rank, k in SPARSE.items():
+        channels = 16 if k % 16 == 0 else 3 if k > 1000 else 21
+        for shape in ((channels, k), (k, channels)):
+            items.append(low_rank(*data(shape, dtype), shape[1] == k, rank, key=rank + 7))
     given = dict(clip=0.3, grad_scale=4.0) if separate else dict(grad_scale=4.0)
     expected = [restated(item, h, given.get("clip", 1.0) / 4) for item in items]
     batch, s = step.build(items, separate=separate), signals(**given)
@@ -358,15 +363,15 @@ def test_a_sparse_step_of_every_rank_and_orientation(dtype, separate):
 
 def test_one_batch_takes_every_distribution_in_turn():
     """Hyper decides at each step; the maps and the workspace are there for both kinds."""
-    items = [low_rank(*data(shape), True, rank) for shape, rank in (((40, 20), 8), ((3, 2100), 16))]
+    items = [low_rank(*data(shape), True, rank) for shape, rank in (((12, 20), 8), ((3, 2100), 1))]
     batch = step.build(items, separate=True)
-    for distribution in ("rademacher", "sparse", "sparse", "rademacher"):
+    norm = sum(item.grad.double().pow(2).sum() for item in items)
+    for distribution in ("sparse", "rademacher", "sparse"):
         h = hyper(distribution=distribution)
         expected = [restated(item, h) for item in items]
         take(batch, h, signals())
         for item, right in zip(items, expected, strict=True):
-            check(item, right, rtol=3e-5)
-        norm = sum(item.grad.double().pow(2).sum() for item in items)
+            check(item, right)
         torch.testing.assert_close(batch.square_norm(), norm, rtol=1e-6, atol=0)
 
 

@@ -111,8 +111,8 @@ def sparse_places(key, epoch, b8):
 @triton.jit
 def sparse_place(places, b, size):
     """(turn, rotation) of block b: a number below 8, and one below ``size``."""
-    half = pick(places[0], places[1], places[2], places[3], b % 8 // 2) >> (b % 2 * 16).to(tl.uint32)
-    place = (half & 0xFFFF).to(tl.int32)
+    word = pick(places[0], places[1], places[2], places[3], b % 8 // 2)
+    place = (word >> (b % 2 * 16).to(tl.uint32) & 0xFFFF).to(tl.int32)
     return place % 8, ((place // 8).to(tl.int64) * size >> 13).to(tl.int32)
 
 

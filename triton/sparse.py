@@ -74,13 +74,15 @@ def _project_sparse(
     acc = tl.zeros((BC, N) if K_UNIT else (N, BC), tl.float32)
     q = tl.zeros((BC, N // UNIT) if K_UNIT else (N, BC), tl.float32)
     first = begin // rank  # a multiple of AROUND
-    for around in range(0, tl.cdiv(end - begin, rank * AROUND)):
+    count = tl.cdiv(end - begin, rank)
+    for around in range(0, tl.cdiv(count, AROUND)):
         b0 = first + around * AROUND
         k0 = begin + around * (AROUND * rank)
         signs = sparse_signs(key, epoch, b0 // 16 + block // 16, j)
         if BR > 1:
             places = sparse_places(key, epoch, b0 // 8)
-        for u in tl.range(0, AROUND, BLOCKS, loop_unroll_factor=AHEAD):
+        blocks = tl.minimum(AROUND, count - around * AROUND)
+        for u in tl.range(0, blocks, BLOCKS, loop_unroll_factor=AHEAD):
             b = b0 + u + block
             # k within k0's blocks: the inverse of h at j, and its unit's begin, which decides masks
             if BR == 1:
@@ -107,8 +109,8 @@ def _project_sparse(
                 x = widen(tl.load(x_at + (k0 + k)[:, None] * ld, mask=mask, other=0))
             if UNIT > 1 and BR > 1:
                 m = tl.arange(0, N // UNIT) // (BR // UNIT)
-                turns = sparse_place(places, b0 + u + m, 1)[0]
-                x = tl.reshape(_swap(tl.reshape(x, (BC, N // UNIT, UNIT)), turns, UNIT), (BC, N))
+                odd = sparse_place(places, b0 + u + m, 1)[0]
+                x = tl.reshape(_swap(tl.reshape(x, (BC, N // UNIT, UNIT)), odd, UNIT), (BC, N))
             sign = (((signs >> (b % 16).to(tl.uint32) & 1) << 31) | 0x3F800000).to(
                 tl.float32, bitcast=True
             )
@@ -162,7 +164,7 @@ def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
     else:
         blocks = max(1, min(8 if rows < 8 else 4, 128 // rows))
     unit = 16 // g.dtype.itemsize if g.k_unit and g.aligned and (eights or rows == 1) else 1
-    channels = min(512, 16384 // (rows * blocks * g.dtype.itemsize))
+    channels = min(256, 16384 // (rows * blocks * g.dtype.itemsize))
     return Tiling(
         element(g.dtype), g.k_unit, g.aligned, layout.r_aligned, eights, unit, rows, blocks,
         channels,
