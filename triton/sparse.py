@@ -65,7 +65,8 @@ def _project_sparse(
     N: tl.constexpr = BLOCKS * BR
     AROUND: tl.constexpr = max(8, BLOCKS)  # blocks per call for their places
     # Two turns of the loop have their loads in flight, where registers are left for them.
-    AHEAD: tl.constexpr = 2 if BLOCKS == 1 and (UNIT > 1 or not K_UNIT) else 1
+    WIDE: tl.constexpr = T == tl.float32 or (K_UNIT and UNIT == 1)
+    AHEAD: tl.constexpr = 2 if BLOCKS == 1 and not WIDE else 1
     n, c = tl.arange(0, N), c_tile * BC + tl.arange(0, BC)
     block, j = n // BR, r_tile * BR + n % BR
     ld = tables.load_number(row, tables.LOW_RANK.grad_ld, ALIGNED)
