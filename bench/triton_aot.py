@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from apollo_kernels.triton_kernels import adamw, apply, project, scale, table
+from apollo_kernels.triton_kernels import adamw, apply, project, scale, sparse, table
 from apollo_kernels.triton_kernels.element import element
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx942")
@@ -58,6 +58,12 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
                     rest = {"STORE": bool(store), "SIGNS": bool(signs), "FAST": True}
                     name = f"project {side} rank {rank}{' signs' * signs}{' stored' * store}"
                     yield name, project._project, {**tiling._asdict(), **rest}
+            for rank in (1, 3, 8, 20, 64, 128, 256) if everything else (1, 20, 128):
+                tiling = sparse.choose(layout(dtype, k_unit, rank), arch in ("90", "100"))
+                for store in (0, 1) if everything else (0,):
+                    rest = {"STORE": bool(store), "num_warps": 8}
+                    name = f"project_sparse {side} rank {rank}{' stored' * store}"
+                    yield name, sparse._project_sparse, {**tiling._asdict(), **rest}
             tiling = apply.choose(layout(dtype, k_unit, 64))._asdict()
             for by_chance in (False, True) if dtype == torch.bfloat16 else (False,):
                 name = f"apply {side}{' stochastic' * by_chance}"
@@ -65,7 +71,9 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
                 yield name, apply._apply, {**tiling, **rest}
         tiling = adamw.Tiling(element(dtype), element(dtype), True)._asdict()
         yield f"adamw {NAMES[dtype]}", adamw._adamw, {**tiling, "num_warps": 8}
-    yield "combine", scale._combine, {"ALIGNED": True, "BR": 128, "BC": scale.COMBINE}
+    yield "combine", scale._combine, {
+        "ALIGNED": True, "BR": 128, "BC": scale.COMBINE, "SPARSE": False,
+    }  # fmt: skip
     flags = {"CORRECT": True, "FRONT": False, "LIMITER": True, "BLOCK": 1024}
     for tensor in (False, True):
         name = f"limit {'tensor' if tensor else 'channel'}"
@@ -78,7 +86,7 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
     flags = {"TENSOR": False, "CORRECT": False, "FRONT": True, "LIMITER": False, "BLOCK": 1024}
     yield "limit, signals", scale._limit, {**flags, **given}
     for rank in (1, 16):  # one lane per rank row: the sums over them go through shuffles alone
-        tile = {"ALIGNED": False, "BR": rank, "BC": scale.COMBINE}
+        tile = {"ALIGNED": False, "BR": rank, "BC": scale.COMBINE, "SPARSE": rank == 1}
         yield f"combine rank {rank}, signals", scale._combine, {**tile, **given}
     tiling = adamw.Tiling(element(torch.float16), element(torch.float16), True)._asdict()
     yield "adamw f16, signals", adamw._adamw, {**tiling, "num_warps": 8, **given}
@@ -144,8 +152,18 @@ def fused_after_shuffles(sass: str) -> int:
             shuffled.add(registers[0])
             continue
         found += operation.startswith("FFMA") and not shuffled.isdisjoint(registers[1:])
-        shuffled.difference_update(registers[:1])
+        shuffled.difference_update(overwritten(operation, registers))
     return found
+
+
+def overwritten(operation: str, registers: list[str]) -> list[str]:
+    """The registers that an operation writes: two or four in a row where its result is wide."""
+    if not registers:
+        return []
+    wide = 4 if ".128" in operation else 2 if re.search(r"\.64|\.WIDE", operation) else 1
+    loads = operation.startswith(("LD", "IMAD"))
+    first = int(registers[0][1:])
+    return [f"R{first + i}" for i in range(wide if loads else 1)]
 
 
 def dump(tool: str, option: str, path: Path) -> str:

@@ -27,12 +27,14 @@ def test_every_kernel_compiles_without_spills(architecture, tmp_path):
     subprocess.run(command, env=environment, check=True, timeout=280)
     rows = json.loads((tmp_path / "triton.json").read_text())
     kernels = {row["kernel"].split()[0].rstrip(",") for row in rows}
-    assert kernels == {"project", "combine", "limit", "apply", "begin", "adamw"}
+    assert kernels == {"project", "project_sparse", "combine", "limit", "apply", "begin", "adamw"}
     for row in rows:
         assert row["spills"] == 0 and row["stack"] == 0 and row["fused"] == 0, row
         uses_dots = re.match(r"project .* rank (?!1\b)", row["kernel"]) is not None
         assert (row["tensor"] > 0) == uses_dots, row
-        if row["kernel"].startswith(("apply", "adamw", "project")):
+        # K is contiguous and the rank is no multiple of 8: h leaves no runs to be read at once.
+        gathers = re.match(r"project_sparse .* rows rank 20\b", row["kernel"])
+        if row["kernel"].startswith(("apply", "adamw", "project")) and not gathers:
             assert row["load 16"] > 0, row  # 16-byte accesses wherever the layout allows them
         if row["kernel"].startswith("combine rank 1,"):
             assert row["barriers"] > 0, row  # several warps read what one of them stores

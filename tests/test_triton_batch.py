@@ -10,6 +10,8 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("with a GPU, tests/test_gpu.py runs the kernels", allow_module_level=True)
 
+import restatement
+
 from apollo_kernels import philox
 from apollo_kernels.batch import Dense, Hyper, LowRank, Signals
 from apollo_kernels.triton_kernels import step
@@ -54,7 +56,7 @@ def restated(item, h, factor=1.0):
     rank = item.exp_avg.shape[1]
     epoch = (t - 1) // h.update_proj_gap % 2**32
     z = philox.draw(item.key, epoch, rank, x.shape[1], h.distribution).double()
-    r = x @ z.t() / math.sqrt(max(rank, 1))
+    r = x @ z.t() / (1 if h.distribution == "sparse" else math.sqrt(max(rank, 1)))
     m, v, n, _ = adam(item, r, h)
     dim = (1,) if h.scale_type == "channel" else (0, 1)
     s = n.pow(2).sum(dim, keepdim=True).sqrt() / (r.pow(2).sum(dim, keepdim=True).sqrt() + 1e-8)
@@ -291,6 +293,89 @@ def test_expert_matrices_share_a_step_that_one_of_them_advances(separate, leader
             assert torch.equal(getattr(i, name), getattr(twin, name)), name
 
 
+# ---- the sparse projection -----------------------------------------------------------------------
+
+
+def identity(k, dtype, vectors):
+    """An identity as a gradient, so that R^T is P; ``vectors``: in a layout of 16-byte loads."""
+    return torch.zeros(k, k if vectors else k + 1, dtype=dtype)[:, :k].fill_diagonal_(1)
+
+
+# (rank, K): several blocks per turn of a loop and one, both forms of h, more than 16 blocks, tails
+# of blocks and of K, two tiles of rank rows, and ranks of K.
+PLACES = [(1, 48), (3, 40), (8, 144), (20, 90), (64, 144), (130, 140), (264, 272), (48, 48), (9, 9)]
+
+
+@pytest.mark.parametrize(
+    "dtype, k_unit",
+    [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)],
+    ids=["float32 rows", "bfloat16 rows", "float16 columns"],
+)
+def test_an_identity_shows_every_place_and_sign(dtype, k_unit):
+    """With beta1 = 0, M is R, bit for bit."""
+    h = hyper(distribution="sparse", betas=(0.0, 0.999), update_proj_gap=2)
+    items = []
+    for rank, k in PLACES:
+        g = identity(k, dtype, vectors=k % 16 == 0 and rank != 48)
+        moments = {name: torch.zeros(k, min(rank, k)) for name in ("exp_avg", "exp_avg_sq")}
+        w = torch.zeros(k, k)
+        items.append(low_rank(w, g if k_unit else g.t(), True, rank, 2**62 + rank, t=7, **moments))
+    take(step.build(items, separate=k_unit), h, signals())
+    for item in items:
+        k, rank = item.exp_avg.shape
+        p = restatement.projection(item.key, 3, rank, k, "sparse")
+        assert torch.equal(item.exp_avg.double(), torch.from_numpy(p).t()), (rank, k)
+
+
+# The K of each rank.
+SPARSE = {1: 40, 3: 40, 8: 48, 20: 105, 130: 279, 9: 7, 64: 2067, 16: 144, 256: 272}
+
+
+@pytest.mark.parametrize(
+    "dtype, separate",
+    [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)],
+    ids=["float32 fused", "bfloat16 separate", "float16 separate"],
+)
+def test_a_sparse_step_of_every_rank_and_orientation(dtype, separate):
+    """Ranks beside those of the tiles, a ragged and a clamped K, tails of channels, and a K that is
+    cut. Where K is a multiple of 16, gradients are read in vectors."""
+    h = hyper(
+        distribution="sparse", scale_type="tensor" if separate else "channel", maximize=separate
+    )
+    items = []
+    for rank, k in SPARSE.items():
+        channels = 16 if k % 16 == 0 else 3 if k > 1000 else 21
+        for shape in ((channels, k), (k, channels)):
+            items.append(low_rank(*data(shape, dtype), shape[1] == k, rank, key=rank + 7))
+    given = dict(clip=0.3, grad_scale=4.0) if separate else dict(grad_scale=4.0)
+    expected = [restated(item, h, given.get("clip", 1.0) / 4) for item in items]
+    batch, s = step.build(items, separate=separate), signals(**given)
+    batch.project(h, s)
+    if separate:
+        norm = sum(item.grad.double().pow(2).sum() for item in items)
+        torch.testing.assert_close(batch.square_norm(), norm, rtol=1e-6, atol=0)
+    batch.scale(h, s)
+    batch.apply(h, s)
+    for item, right in zip(items, expected, strict=True):
+        check(item, right)
+    assert s.counters.tolist()[0::2] == [len(items), 0]
+
+
+def test_one_batch_takes_every_distribution_in_turn():
+    """Hyper decides at each step; the maps and the workspace are there for both kinds, which cut the
+    first matrix otherwise."""
+    items = [low_rank(*data((140, 12)), False, 130), low_rank(*data((3, 2100)), True, 1)]
+    batch = step.build(items, separate=True)
+    norm = sum(item.grad.double().pow(2).sum() for item in items)
+    for distribution in ("sparse", "rademacher", "sparse"):
+        h = hyper(distribution=distribution)
+        expected = [restated(item, h) for item in items]
+        take(batch, h, signals())
+        for item, right in zip(items, expected, strict=True):
+            check(item, right)
+        torch.testing.assert_close(batch.square_norm(), norm, rtol=1e-6, atol=0)
+
+
 STRIDES = {  # of a gradient [1, n]; the first one belongs to a side of size 1 and means nothing
     "0": (0, 1),
     "2": (2, 1),
@@ -360,7 +445,8 @@ def test_gradients_move(sort):
     old_table = batch._table.tensor.clone()
     moved = type(item)(**{**vars(item), "grad": aligned(g[1], 4)})
     assert batch.set_gradients([moved.grad.data_ptr()]) is True
-    assert int((batch._table.tensor != old_table).sum()) == 1
+    # A low-rank matrix has a row for a dense projection and one for a sparse one.
+    assert int((batch._table.tensor != old_table).sum()) == (1 if sort == "dense" else 2)
     expected = restate(moved, h)
     take(batch, h, signals())
     check(item, expected)

@@ -15,6 +15,7 @@ ROUNDS = tl.constexpr(contract.ROUNDS)
 GAUSSIAN = tl.constexpr(contract.GAUSSIAN)
 RADEMACHER = tl.constexpr(contract.RADEMACHER)
 ROUNDING = tl.constexpr(contract.ROUNDING)
+SPARSE = tl.constexpr(contract.SPARSE)
 FAST = torch.version.cuda is not None and not INTERPRET.value  # PTX instead of Triton's functions
 
 
@@ -49,6 +50,12 @@ def words(key, c0, j, epoch, KIND: tl.constexpr):
 
 
 @triton.jit
+def pick(w0, w1, w2, w3, v):
+    """Word v of four."""
+    return tl.where(v < 2, tl.where(v == 0, w0, w1), tl.where(v == 2, w2, w3))
+
+
+@triton.jit
 def normals(key, epoch, j0, k0, R: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr):
     """z [R, BK] float32, not yet rounded; k0 and BK are multiples of 16."""
     BLOCKS: tl.constexpr = BK // 16
@@ -68,8 +75,7 @@ def signs(key, epoch, j0, k0, R: tl.constexpr, BK: tl.constexpr):
     c0 = (4 * (k0 // 512) + t).to(tl.uint32)[None, :]
     j = (j0 + tl.arange(0, R)).to(tl.uint32)[:, None]
     w0, w1, w2, w3 = words(key, c0, j, epoch, RADEMACHER)
-    v = k0 % 512 // 128
-    w = tl.where(v < 2, tl.where(v == 0, w0, w1), tl.where(v == 2, w2, w3))  # [R, t]
+    w = pick(w0, w1, w2, w3, k0 % 512 // 128)  # [R, t]
     i = k0 % 128 // 8 + tl.arange(0, BK // 8)  # the run of 8 within the word's 128
     shift = i[:, None] + 16 * tl.arange(0, 2)[None, :]  # [run, e]
     bits = (w[:, None, :, None] >> shift.to(tl.uint32)[None, :, None, :]) & 1
@@ -86,6 +92,28 @@ def draw(
         return signs(key, epoch, j0, k0, R, BK)
     else:
         return normals(key, epoch, j0, k0, R, BK, FAST)
+
+
+@triton.jit
+def sparse_signs(key, epoch, b16, j):
+    """The signs of row j of R in the 16 blocks from 16 b16 on: one per bit, the lowest first."""
+    w0, w1, w2, w3 = words(key, b16.to(tl.uint32), (j // 8).to(tl.uint32), epoch, SPARSE)
+    return pick(w0, w1, w2, w3, j % 8 // 2) >> (j % 2 * 16).to(tl.uint32)
+
+
+@triton.jit
+def sparse_places(key, epoch, b8):
+    """Four words that say how the 8 blocks from 8 b8 on are placed."""
+    no_row = tl.full((), 0xFFFFFFFF, tl.uint32)
+    return words(key, b8.to(tl.uint32), no_row, epoch, SPARSE)
+
+
+@triton.jit
+def sparse_place(places, b, size):
+    """(turn, rotation) of block b: a number below 8, and one below ``size``."""
+    word = pick(places[0], places[1], places[2], places[3], b % 8 // 2)
+    place = (word >> (b % 2 * 16).to(tl.uint32) & 0xFFFF).to(tl.int32)
+    return place % 8, ((place // 8).to(tl.int64) * size >> 13).to(tl.int32)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from apollo_kernels.triton_kernels import table as tables
 from apollo_kernels.triton_kernels.adamw import adam, gradient_factor
 from apollo_kernels.triton_kernels.element import INTERPRET, element, to_bf16, widen
 from apollo_kernels.triton_kernels.philox import FAST, draw
-from apollo_kernels.triton_kernels.scale import moments
+from apollo_kernels.triton_kernels.scale import moments, over_root_of_rank
 
 
 @triton.jit
@@ -41,6 +41,44 @@ def _dot(z, x, acc):
         return tl.dot(z.to(x.dtype), x, acc)
 
 
+@triton.jit
+def find_tile(table, items, K_UNIT: tl.constexpr, ALIGNED: tl.constexpr):
+    """This program's row, its channels, its tiles of rank rows, of K and of channels, where its
+    contracted indices begin and end, and the size of K."""
+    row, _, tile = tables.find_work(table, items, tables.LOW_RANK_WIDTH)
+    channels = tables.load_number(row, tables.LOW_RANK.channels, ALIGNED and not K_UNIT).to(
+        tl.int32
+    )
+    size = tables.load_number(row, tables.LOW_RANK.k, ALIGNED and K_UNIT).to(tl.int32)
+    r_tiles = tl.load(row + tables.LOW_RANK.r_tiles).to(tl.int32)
+    chunks = tl.load(row + tables.LOW_RANK.chunks).to(tl.int32)
+    r_tile, chunk, c_tile = tile % r_tiles, tile // r_tiles % chunks, tile // r_tiles // chunks
+    length = tables.load_number(row, tables.LOW_RANK.chunk, True)
+    begin = (chunk * length).to(tl.int32)
+    end = tl.minimum(size, begin + length.to(tl.int32))
+    return row, channels, r_tile, chunk, c_tile, begin, end, size
+
+
+@triton.jit
+def find_epoch(table, items, clock, gap):
+    """The key and the epoch of this program's row, whose first tile leaves t for ``limit``."""
+    row, number, tile = tables.find_work(table, items, tables.LOW_RANK_WIDTH)
+    step = tl.load(tables.load_pointer(row, tables.LOW_RANK.step, tl.int64, False))
+    if tile == 0:
+        tl.store(clock + number, step + 1)
+    return tl.load(row + tables.LOW_RANK.key), step // gap
+
+
+@triton.jit
+def store(row, space, r, c, j, chunk, ALIGNED: tl.constexpr):
+    """r [BR, BC], the sums of one chunk of K, into the workspace: _combine adds them up."""
+    channels = tl.load(row + tables.LOW_RANK.channels).to(tl.int32)
+    rank = tables.load_number(row, tables.LOW_RANK.rank, ALIGNED)
+    to = space + tables.load_number(row, tables.LOW_RANK.partial, True) + chunk * channels * rank
+    inside = (c < channels)[None, :] & (j < rank)[:, None]
+    tl.store(to + c[None, :] * rank + j[:, None], r, mask=inside)
+
+
 # Reads G once: 2 bytes per bf16 weight, 4 per float32. It is read again for each further tile
 # of rank rows; its neighbour finds it in L2. Without STORE the moments are read and written, 16 r/K
 # bytes more; with it R is written, 4 r/K per chunk.
@@ -54,22 +92,10 @@ def _project(
     if not STORE:  # noqa: SIM102  (else it writes the workspace alone, and square_norm needs q)
         if tables.is_skipped(found_inf):
             return
-    row, number, tile = tables.find_work(table, items, tables.LOW_RANK_WIDTH)
-    channels = tables.load_number(row, tables.LOW_RANK.channels, ALIGNED and not K_UNIT).to(
-        tl.int32
+    row, channels, r_tile, chunk, c_tile, begin, end, size = find_tile(
+        table, items, K_UNIT, ALIGNED
     )
-    size = tables.load_number(row, tables.LOW_RANK.k, ALIGNED and K_UNIT).to(tl.int32)
-    r_tiles = tl.load(row + tables.LOW_RANK.r_tiles).to(tl.int32)
-    chunks = tl.load(row + tables.LOW_RANK.chunks).to(tl.int32)
-    r_tile, chunk, c_tile = tile % r_tiles, tile // r_tiles % chunks, tile // r_tiles // chunks
-    length = tables.load_number(row, tables.LOW_RANK.chunk, True)
-    begin = (chunk * length).to(tl.int32)
-    end = tl.minimum(size, begin + length.to(tl.int32))
-    key = tl.load(row + tables.LOW_RANK.key)
-    step = tl.load(tables.load_pointer(row, tables.LOW_RANK.step, tl.int64, False))
-    if tile == 0:
-        tl.store(clock + number, step + 1)
-    epoch = step // gap
+    key, epoch = find_epoch(table, items, clock, gap)
 
     c, k = c_tile * BC + tl.arange(0, BC), tl.arange(0, BK)
     ld = tables.load_number(row, tables.LOW_RANK.grad_ld, ALIGNED)
@@ -98,13 +124,9 @@ def _project(
         q_at = space + tl.load(row + tables.LOW_RANK.q) + chunk * channels.to(tl.int64) + c
         tl.store(q_at, tl.sum(q, 0), mask=c < channels)
     if STORE:
-        rank = tables.load_number(row, tables.LOW_RANK.rank, R_ALIGNED)
-        to = space + tables.load_number(row, tables.LOW_RANK.partial, True)
-        to += chunk * channels * rank
-        inside = (c < channels)[None, :] & (j < rank)[:, None]
-        tl.store(to + c[None, :] * rank + j[:, None], acc, mask=inside)
+        store(row, space, acc, c, j, chunk, R_ALIGNED)
     else:
-        factor = gradient_factor(direction, grad_scale, None)
+        factor = over_root_of_rank(row, gradient_factor(direction, grad_scale, None))
         if BR < 128:
             moments(row, space, acc, c, j, r_tile, factor, b1, w1, b2, w2, eps, R_ALIGNED)
         else:  # in halves: R, M and V of a whole tile would spill

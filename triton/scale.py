@@ -37,14 +37,21 @@ GROWTH = tl.constexpr(batch.NORM_GROWTH)
 
 
 @triton.jit
+def over_root_of_rank(row, factor):
+    """factor r^-1/2, which makes rows of z those of P. A sparse projection needs none."""
+    rank = tl.load(row + tables.LOW_RANK.rank)
+    return factor / tl.sqrt(tl.maximum(rank, 1).to(F32))
+
+
+@triton.jit
 def moments(row, space, r, c, j, r_tile, factor, b1, w1, b2, w2, eps, ALIGNED: tl.constexpr):
     """M and V of a tile of R, in place, and the tile's |R_c|^2 and |N_c|^2.
 
-    r [BR, BC] is sum_k z x; ``factor`` is gradient_factor's.
+    r [BR, BC] is sum_k z x, which times ``factor`` is R.
     """
     channels = tl.load(row + tables.LOW_RANK.channels).to(tl.int32)
     rank = tables.load_number(row, tables.LOW_RANK.rank, ALIGNED)
-    r *= factor / tl.sqrt(tl.maximum(rank, 1).to(F32))
+    r *= factor
     inside = (c < channels)[None, :] & (j < rank)[:, None]
     offset = c[None, :] * rank + j[:, None]
     m_at = tables.load_pointer(row, tables.LOW_RANK.exp_avg, F32, ALIGNED) + offset
@@ -54,7 +61,7 @@ def moments(row, space, r, c, j, r_tile, factor, b1, w1, b2, w2, eps, ALIGNED: t
     # addition, and then the lanes that hold one sum would end an ulp apart.
     r2 = tl.where(inside, r * r, 0.0)
     m, v, _ = update_moments(m, v, r, r2, b1, w1, b2, w2)
-    if r.shape[0] == 1:
+    if r.numel < 512:
         tl.debug_barrier()  # a tile smaller than the block is read by several warps, stored by one
     tl.store(m_at, m, mask=inside)
     tl.store(v_at, v, mask=inside)
@@ -71,7 +78,7 @@ def moments(row, space, r, c, j, r_tile, factor, b1, w1, b2, w2, eps, ALIGNED: t
 @triton.jit
 def _combine(
     table, items, space, grad_scale, found_inf, clip, direction, b1, w1, b2, w2, eps,
-    ALIGNED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ALIGNED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
     if tables.is_skipped(found_inf):
         return
@@ -90,6 +97,8 @@ def _combine(
         r += tl.load(part, mask=inside, other=0.0)
         part += channels * rank
     factor = gradient_factor(direction, grad_scale, clip)
+    if not SPARSE:
+        factor = over_root_of_rank(row, factor)
     moments(row, space, r, c, j, r_tile, factor, b1, w1, b2, w2, eps, ALIGNED)
 
 
@@ -100,7 +109,8 @@ def combine(
     """The moments of matrices whose R project wrote to the workspace."""
     _combine[(len(items),)](
         table, items, space, signals.grad_scale, signals.found_inf, signals.clip, *adam(hyper),
-        ALIGNED=aligned, BR=rank_rows, BC=COMBINE, num_warps=4, enable_fp_fusion=True,
+        ALIGNED=aligned, BR=rank_rows, BC=COMBINE, SPARSE=hyper.distribution == "sparse",
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -114,7 +124,7 @@ def _total(p, c, channels, count):
     return total
 
 
-# Reads 4 (chunks + 2 r_tiles) bytes per channel and writes 4. One program per row adds in a fixed
+# Reads 4 (q_parts + 2 r_tiles) bytes per channel and writes 4. One program per row adds in a fixed
 # order, so the limiter's norm has the same bits in every run.
 @triton.jit
 def _limit(
@@ -130,7 +140,7 @@ def _limit(
         return
     row = tables.row_address(table, number, tables.LOW_RANK_WIDTH)
     channels = tl.load(row + tables.LOW_RANK.channels).to(tl.int32)
-    chunks = tl.load(row + tables.LOW_RANK.chunks).to(tl.int32)
+    q_parts = tl.load(row + tables.LOW_RANK.q_parts).to(tl.int32)
     r_tiles = tl.load(row + tables.LOW_RANK.r_tiles).to(tl.int32)
     q_at = space + tl.load(row + tables.LOW_RANK.q)
     s_at = space + tl.load(row + tables.LOW_RANK.scales)
@@ -156,7 +166,7 @@ def _limit(
             s = tl.sqrt(_total(n2_at, c, channels, r_tiles)) / (r_norm + TINY)
         tl.store(s_at + c, s, mask=c < channels)
         raw = s * factor  # the scale of the gradient as it is; its square alone could underflow
-        u2 += raw * (raw * _total(q_at, c, channels, chunks))
+        u2 += raw * (raw * _total(q_at, c, channels, q_parts))
     u = tl.sqrt(tl.sum(u2, 0))
     if FRONT:
         u *= alpha

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from apollo_kernels.batch import Dense, Hyper, LowRank, Signals
-from apollo_kernels.triton_kernels import adamw, apply, project, scale
+from apollo_kernels.triton_kernels import adamw, apply, project, scale, sparse
 from apollo_kernels.triton_kernels import table as tables
 from apollo_kernels.triton_kernels.element import element
 
@@ -73,21 +73,14 @@ def _asynchronous_dots(device: torch.device) -> bool:
 
 
 class _Cut(NamedTuple):
-    """How ``project`` and ``apply`` cut a matrix into tiles."""
+    """How ``project`` cuts a matrix into tiles."""
 
-    tiling: project.Tiling
+    tiling: project.Tiling | sparse.Tiling
     chunk: int
     chunks: int
     r_tiles: int
+    q_parts: int
     stored: bool  # R goes through the workspace
-    update: apply.Tiling
-
-    @classmethod
-    def of(cls, layout: tables.Layout, asynchronous: bool, separate: bool) -> _Cut:
-        tiling = project.choose(layout, asynchronous)
-        chunk, chunks = project.split(layout, tiling)
-        r_tiles = max(1, triton.cdiv(layout.rank, tiling.BR))
-        return cls(tiling, chunk, chunks, r_tiles, separate or chunks > 1, apply.choose(layout))
 
 
 class _Places:
@@ -144,45 +137,52 @@ class _Launcher:
         return True
 
 
-class LowRankBatch(_Launcher):
-    """Low-rank matrices that take their step together: batch.Batch on Triton's kernels."""
+class _Projection:
+    """How one kind of projection runs over a batch: rows of the table, launches, places.
 
-    def __init__(self, items: Sequence[LowRank], separate: bool):
+    The distribution is Hyper's, so a batch has rows and maps for both kinds. The workspace serves
+    one step, so both have the same one.
+    """
+
+    def __init__(
+        self, kernels: Any, items: Sequence[LowRank], layouts: Sequence[tables.Layout],
+        separate: bool,
+    ):  # fmt: skip
+        """``kernels``: the module project, or sparse."""
         device = items[0].weight.device
-        layouts = [tables.layout(item) for item in items]
         asynchronous = _asynchronous_dots(device)
-        cuts = [_Cut.of(layout, asynchronous, separate) for layout in layouts]
+        cuts = [self._cut(kernels, layout, asynchronous, separate) for layout in layouts]
         both = list(zip(layouts, cuts, strict=True))
         places = _Places(_RECORD * len(items))
         # The squared norms of all matrices stand together, so that one sum adds them.
-        q_begin = places.floats
-        q = [places.take(cut.chunks * layout.channels) for layout, cut in both]
-        q_end = places.floats
-        rows = []
+        q = [places.take(cut.q_parts * layout.channels) for layout, cut in both]
+        self.q = slice(_RECORD * len(items), places.floats)
+        self.rows = []
         for item, q_place, (layout, cut) in zip(items, q, both, strict=True):
             channels, sums = layout.channels, cut.r_tiles * layout.channels
             stored = cut.chunks * channels * layout.rank if cut.stored else 0
-            rows.append(tables.LowRankRow(
+            self.rows.append(tables.LowRankRow(
                 grad=item.grad.data_ptr(), weight=item.weight.data_ptr(),
                 exp_avg=item.exp_avg.data_ptr(), exp_avg_sq=item.exp_avg_sq.data_ptr(),
                 update_norm=item.update_norm.data_ptr(), step=item.step.data_ptr(),
                 leads=int(item.leads), key=item.key, channels=channels, k=layout.k,
                 rank=layout.rank, grad_ld=layout.g.ld, weight_ld=layout.w.ld, chunk=cut.chunk,
-                chunks=cut.chunks, r_tiles=cut.r_tiles, q=q_place, scales=places.take(channels),
-                r_squares=places.take(sums), n_squares=places.take(sums),
-                partial=places.take(stored, multiple=16),
+                chunks=cut.chunks, r_tiles=cut.r_tiles, q=q_place, q_parts=cut.q_parts,
+                scales=places.take(channels), r_squares=places.take(sums),
+                n_squares=places.take(sums), partial=places.take(stored, multiple=16),
             ))  # fmt: skip
-        self._separate = separate
-        self._space = torch.zeros(places.floats, dtype=torch.float32, device=device)
-        self._q = self._space[q_begin:q_end]
-        self._clock = torch.zeros(len(items), dtype=torch.int64, device=device)  # t of each row
-        self._projects = _grouped([self._project_tiles(*pair) for pair in both], device)
-        self._combines = _grouped([self._combine_tiles(*pair) for pair in both], device)
-        self._applies = _grouped([self._apply_tiles(*pair) for pair in both], device)
-        groups = (*self._projects, *self._combines, *self._applies)
-        owned = (self._space, self._clock, *(group.items.tensor for group in groups))
-        table = tables.Table(rows, [layout.g.vectors for layout in layouts], device)
-        super().__init__(device, table, owned)
+        self.floats = places.floats
+        self.project = kernels.project
+        self.projects = _grouped([self._project_tiles(*pair) for pair in both], device)
+        self.combines = _grouped([self._combine_tiles(*pair) for pair in both], device)
+
+    @staticmethod
+    def _cut(kernels: Any, layout: tables.Layout, asynchronous: bool, separate: bool) -> _Cut:
+        tiling = kernels.choose(layout, asynchronous)
+        chunk, chunks = kernels.split(layout, tiling)
+        r_tiles = max(1, triton.cdiv(layout.rank, tiling.BR))
+        q_parts = chunks * r_tiles if kernels is sparse else chunks
+        return _Cut(tiling, chunk, chunks, r_tiles, q_parts, separate or chunks > 1)
 
     @staticmethod
     def _project_tiles(layout: tables.Layout, cut: _Cut) -> tuple[Any, int]:
@@ -195,18 +195,54 @@ class LowRankBatch(_Launcher):
         tiles = triton.cdiv(layout.channels, scale.COMBINE) * cut.r_tiles if cut.stored else 0
         return (cut.tiling.R_ALIGNED, cut.tiling.BR), tiles
 
+
+class LowRankBatch(_Launcher):
+    """Low-rank matrices that take their step together: batch.Batch on Triton's kernels."""
+
+    def __init__(self, items: Sequence[LowRank], separate: bool):
+        device = items[0].weight.device
+        layouts = [tables.layout(item) for item in items]
+        self._dense, self._sparse = (
+            _Projection(kernels, items, layouts, separate) for kernels in (project, sparse)
+        )
+        self._separate, self._count = separate, len(items)
+        floats = max(self._dense.floats, self._sparse.floats)
+        self._space = torch.zeros(floats, dtype=torch.float32, device=device)
+        self._q = self._space[:0]
+        self._clock = torch.zeros(len(items), dtype=torch.int64, device=device)  # t of each row
+        self._applies = _grouped([self._apply_tiles(layout) for layout in layouts], device)
+        groups = [*self._applies]
+        for projection in (self._dense, self._sparse):
+            groups += projection.projects + projection.combines
+        owned = (self._space, self._clock, *(group.items.tensor for group in groups))
+        rows = self._dense.rows + self._sparse.rows
+        table = tables.Table(rows, 2 * [layout.g.vectors for layout in layouts], device)
+        super().__init__(device, table, owned)
+
     @staticmethod
-    def _apply_tiles(layout: tables.Layout, cut: _Cut) -> tuple[Any, int]:
-        tiles = triton.cdiv(layout.channels, cut.update.BC) * triton.cdiv(layout.k, cut.update.BK)
-        return cut.update, tiles
+    def _apply_tiles(layout: tables.Layout) -> tuple[Any, int]:
+        update = apply.choose(layout)
+        tiles = triton.cdiv(layout.channels, update.BC) * triton.cdiv(layout.k, update.BK)
+        return update, tiles
+
+    def _projection(self, hyper: Hyper, table: Tensor) -> tuple[_Projection, Tensor]:
+        """The projection that ``hyper`` asks for, and its rows of the table."""
+        if hyper.distribution == "sparse":
+            return self._sparse, table[self._count :]
+        return self._dense, table[: self._count]
+
+    def set_gradients(self, addresses: Sequence[int]) -> bool:
+        return super().set_gradients([*addresses, *addresses])
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
         """R and q, and the moments too where R is not stored. A separate batch finds R and q under
         found_inf as well, since they are its own, and the norm of the gradients is asked for."""
         with self._launches() as table:
-            for (tiling, stored), items in self._projects:
-                project.project(
-                    tiling, stored, table, items.tensor, self._space, self._clock, signals, hyper
+            projection, rows = self._projection(hyper, table)
+            self._q = self._space[projection.q]
+            for (tiling, stored), items in projection.projects:
+                projection.project(
+                    tiling, stored, rows, items.tensor, self._space, self._clock, signals, hyper
                 )
 
     def square_norm(self) -> Tensor:
@@ -217,15 +253,17 @@ class LowRankBatch(_Launcher):
         """The moments of stored R, s_c, the limiter and the step counters."""
         assert self._separate or signals.clip is None, "moments may have been made without clip"
         with self._launches() as table:
-            for kernel, items in self._combines:
-                scale.combine(*kernel, table, items.tensor, self._space, signals, hyper)
-            scale.limit(table, self._space, self._clock, signals, hyper)
+            projection, rows = self._projection(hyper, table)
+            for kernel, items in projection.combines:
+                scale.combine(*kernel, rows, items.tensor, self._space, signals, hyper)
+            scale.limit(rows, self._space, self._clock, signals, hyper)
 
     def apply(self, hyper: Hyper, signals: Signals) -> None:
         """The weights, by what ``scale`` found; the signals are in that already."""
         with self._launches() as table:
+            _, rows = self._projection(hyper, table)
             for tiling, items in self._applies:
-                apply.apply(tiling, table, items.tensor, self._space, self._clock, hyper)
+                apply.apply(tiling, rows, items.tensor, self._space, self._clock, hyper)
 
 
 class DenseBatch(_Launcher):

@@ -37,7 +37,8 @@ class LowRankRow(NamedTuple):
     chunk: Any  # contracted indices per program of project
     chunks: Any
     r_tiles: Any  # tiles of rank rows
-    q: Any  # the place of |X_c|^2 [chunks, C]
+    q: Any  # the place of |X_c|^2 [q_parts, C]
+    q_parts: Any  # sums that make up q: of each chunk, or of each tile of a sparse projection
     scales: Any  # the place of s [C]
     r_squares: Any  # the place of |R_c|^2 [r_tiles, C]
     n_squares: Any  # the place of |N_c|^2 [r_tiles, C]
