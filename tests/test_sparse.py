@@ -15,17 +15,6 @@ from test_rule import check_run
 import apollo_kernels
 from apollo_kernels import APOLLO, cpu, philox, projection_matrix, reference
 
-# Back ends that cannot do it yet.
-WAITING = ("cuda", "triton")
-
-
-@pytest.fixture
-def capable(backend):
-    if backend.name in WAITING:
-        pytest.skip(f"{backend.name} has no sparse projection yet")
-    return backend
-
-
 # ---- what follows of positions and signs ---------------------------------------------------------
 
 
@@ -196,35 +185,35 @@ RANKS = (1, 3, 8, 20, 64, 130, 1000)
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_many_steps_across_redraws(capable, rank):
+def test_many_steps_across_redraws(backend, rank):
     """Against float64. PyTorch takes every dtype, kernels one per rank in turn."""
     dtypes, steps, gap = DTYPES, 40, 7
-    if capable.name != "torch":
+    if backend.name != "torch":
         dtypes, steps, gap = DTYPES[1 + RANKS.index(rank) % 3 :][:1], 7, 3
-    if capable.interpreted:
+    if backend.interpreted:
         steps, gap = 2, 1
     config = dict(scale_front=False, disable_nl=False, correct_bias=True, weight_decay=0.01)
     config.update(scale_type="channel" if rank > 1 else "tensor", proj_type="reverse_std")
     config.update(rank=rank, scale=1.0, distribution="sparse", update_proj_gap=gap)
     for dtype in dtypes:
-        check_run(capable, config, dtype, steps, shapes=[(21, 141), (136, 24)])
+        check_run(backend, config, dtype, steps, shapes=[(21, 141), (136, 24)])
 
 
 @pytest.mark.parametrize("proj_type", ["std", "left", "right"])
-def test_the_other_sides_are_contracted_too(capable, proj_type):
+def test_the_other_sides_are_contracted_too(backend, proj_type):
     config = dict(scale_front=True, disable_nl=False, correct_bias=False, weight_decay=0.0)
     config.update(scale_type="tensor", proj_type=proj_type, scale=4.0, rank=16)
     config.update(distribution="sparse", update_proj_gap=2)
-    check_run(capable, config, torch.float32, 3, shapes=[(20, 43)])
+    check_run(backend, config, torch.float32, 3, shapes=[(20, 43)])
 
 
-def test_an_infinite_gradient_keeps_its_own_moment_and_all_weights(capable):
-    p = parameter((12, 40), capable)
+def test_an_infinite_gradient_keeps_its_own_moment_and_all_weights(backend):
+    p = parameter((12, 40), backend)
     optimizer = APOLLO([p], rank=8, proj="sparse", proj_type="right", seed=3)
-    p.grad = randn(p.shape, capable, seed=5)
+    p.grad = randn(p.shape, backend, seed=5)
     optimizer.step()
     before, state = snapshot(optimizer), optimizer.state[p]
-    p.grad = randn(p.shape, capable, seed=6)
+    p.grad = randn(p.shape, backend, seed=6)
     p.grad[2, 37] = float("inf")
     optimizer.step()
     assert changed(before, snapshot(optimizer)) == {
@@ -235,11 +224,11 @@ def test_an_infinite_gradient_keeps_its_own_moment_and_all_weights(capable):
     assert optimizer.stats()["nonfinite"] == 1
 
 
-def test_experts_draw_their_own_nonzeros_and_clipping_scales_them(capable):
+def test_experts_draw_their_own_nonzeros_and_clipping_scales_them(backend):
     """Every matrix of an expert weight steps as a weight of its own does, with its key."""
-    p = parameter((3, 24, 20), capable)
+    p = parameter((3, 24, 20), backend)
     optimizer = APOLLO([p], rank=8, proj="sparse", batch_dims=1, max_grad_norm=0.5)
-    p.grad = randn(p.shape, capable, seed=9)
+    p.grad = randn(p.shape, backend, seed=9)
     optimizer.step()
     clip = 0.5 / (float(p.grad.double().norm()) + 1e-6)
     for e in range(3):
