@@ -83,6 +83,13 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
     tiling = project.choose(layout(torch.float16, True, 64), arch in ("90", "100"))._asdict()
     fused = {"STORE": False, "SIGNS": False, "FAST": True, **given}
     yield "project f16 rows rank 64, signals", project._project, {**tiling, **fused}
+    for k_unit, rank, aligned in ((True, 20, True), (True, 128, False), (False, 128, False)):
+        shape = layout(torch.bfloat16, k_unit, rank)
+        shape = shape._replace(g=shape.g._replace(vectors=aligned, aligned=aligned))
+        tiling = sparse.choose(shape, False)._asdict()
+        side = f"{'rows' if k_unit else 'columns'} rank {rank}{' unaligned' * (not aligned)}"
+        rest = {"STORE": False, "num_warps": 8, **given}
+        yield f"project_sparse bf16 {side}, signals", sparse._project_sparse, {**tiling, **rest}
     flags = {"TENSOR": False, "CORRECT": False, "FRONT": True, "LIMITER": False, "BLOCK": 1024}
     yield "limit, signals", scale._limit, {**flags, **given}
     for rank in (1, 16):  # one lane per rank row: the sums over them go through shuffles alone

@@ -14,7 +14,7 @@ import restatement
 
 from apollo_kernels import philox
 from apollo_kernels.batch import Dense, Hyper, LowRank, Signals
-from apollo_kernels.triton_kernels import step
+from apollo_kernels.triton_kernels import sparse, step, table
 
 # NumPy's warnings, of overflows on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -361,9 +361,22 @@ def test_a_sparse_step_of_every_rank_and_orientation(dtype, separate):
     assert s.counters.tolist()[0::2] == [len(items), 0]
 
 
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("rank", [1, 20, 64])
+def test_neither_dtype_nor_address_decides_where_a_sparse_projection_cuts_k(rank, rows):
+    def cut(dtype, offset):
+        g = torch.zeros(512 * 8192 + 64, dtype=dtype)[offset : offset + 512 * 8192]
+        g = g.view(512, 8192) if rows else g.view(8192, 512)
+        layout = table.layout(low_rank(g, g, rows, rank))
+        return sparse.split(layout, sparse.choose(layout, False))
+
+    cuts = {cut(dtype, offset) for dtype in DTYPES for offset in (0, 1)}
+    assert len(cuts) == 1 and cuts.pop()[1] > 1
+
+
 def test_one_batch_takes_every_distribution_in_turn():
-    """Hyper decides at each step; the maps and the workspace are there for both kinds, which cut the
-    first matrix otherwise."""
+    """Hyper decides at each step; maps and workspace are there for both kinds, which cut the first
+    matrix otherwise."""
     items = [low_rank(*data((140, 12)), False, 130), low_rank(*data((3, 2100)), True, 1)]
     batch = step.build(items, separate=True)
     norm = sum(item.grad.double().pow(2).sum() for item in items)

@@ -65,7 +65,7 @@ def _project_sparse(
     N: tl.constexpr = BLOCKS * BR
     AROUND: tl.constexpr = max(8, BLOCKS)  # blocks per call for their places
     # Two turns of the loop have their loads in flight, where registers are left for them.
-    WIDE: tl.constexpr = T == tl.float32 or (K_UNIT and UNIT == 1)
+    WIDE: tl.constexpr = T == tl.float32 or not ALIGNED or (K_UNIT and UNIT == 1)
     AHEAD: tl.constexpr = 2 if BLOCKS == 1 and not WIDE else 1
     n, c = tl.arange(0, N), c_tile * BC + tl.arange(0, BC)
     block, j = n // BR, r_tile * BR + n % BR
@@ -151,7 +151,8 @@ class Tiling(NamedTuple):
 
 
 def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
-    """The tile of a matrix: 16 KB at a time, 64 bytes of each of 256 threads.
+    """The tile of a matrix: 16 KB at a time, 64 bytes of each of 256 threads. Where elements are
+    loaded one by one, each has an address in registers: 4096 of them.
 
     Lower ranks take several blocks at a time, for the segments of contiguous elements; not more
     than 8 and best half of that, since 8 blocks share the calls for their places and signs. Rank 1
@@ -165,7 +166,9 @@ def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
     else:
         blocks = max(1, min(8 if rows < 8 else 4, 128 // rows))
     unit = 16 // g.dtype.itemsize if g.k_unit and g.aligned and (eights or rows == 1) else 1
-    channels = min(256, 16384 // (rows * blocks * g.dtype.itemsize))
+    one_by_one = unit == 1 if g.k_unit else not g.aligned
+    elements = 4096 if one_by_one else 16384 // g.dtype.itemsize
+    channels = min(256, elements // (rows * blocks))
     return Tiling(
         element(g.dtype), g.k_unit, g.aligned, layout.r_aligned, eights, unit, rows, blocks,
         channels,
@@ -175,11 +178,13 @@ def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
 def split(layout: tables.Layout, tiling: Tiling) -> tuple[int, int]:
     """Contracted indices per chunk, and chunks: few tiles with a long K are cut along it.
 
-    The matrix alone decides, as in project.split, and no more sums are written. A chunk is a
-    multiple of 16 blocks, which have their signs from one call.
+    The matrix's shape and order alone decide, so channels are counted by one tile for all dtypes
+    and alignments. No more sums are written than by project.split. A chunk is a multiple of 16
+    blocks, which have their signs from one call.
     """
     k, rank = max(layout.k, 1), max(layout.rank, 1)
-    tiles = triton.cdiv(layout.channels, tiling.BC) * triton.cdiv(rank, tiling.BR)
+    channels = 8192 // (tiling.BR * tiling.BLOCKS)
+    tiles = triton.cdiv(layout.channels, channels) * triton.cdiv(rank, tiling.BR)
     chunks = max(1, min(64 // max(tiles, 1), k // 1024))
     unit = max(16, tiling.BLOCKS) * rank
     chunk = triton.cdiv(triton.cdiv(k, chunks), unit) * unit
