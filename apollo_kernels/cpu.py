@@ -111,9 +111,7 @@ class ProjectionCache:
         self._owners: dict[int, tuple[weakref.ref, set[int]]] = {}
         self._lock = threading.RLock()  # an owner may end while this thread is in here
 
-    def get(
-        self, owner: object, key: int, wanted: Hashable, make: Callable[[], Tensor]
-    ) -> Tensor:
+    def get(self, owner: object, key: int, wanted: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """``make()``, or what it made before for this owner and key if that was ``wanted``."""
         place = id(owner), key
         with self._lock:
