@@ -384,6 +384,7 @@ def test_the_interpreter_runs_only_where_it_is_asked_for(monkeypatch):
         backends.choose("triton", "cpu")
 
 
+@pytest.mark.filterwarnings("ignore:the CUDA kernels cannot run")  # without a driver they say so
 def test_what_is_missing_is_said(monkeypatch):
     def reason():
         backends._no_triton.cache_clear()
