@@ -41,7 +41,8 @@ def test_no_kernel_spills_a_register(rows):
 
 
 def test_project_and_apply_move_16_bytes_at_a_time(rows):
-    for name in ("project_tiles", "project_dots", "apply_update", "adamw_update"):
+    streams = ("project_tiles", "project_dots", "project_sparse", "apply_update", "adamw_update")
+    for name in streams:
         assert all(row["load 16"] for row in of(rows, name)), name
     for name in ("apply_update", "adamw_update"):
         assert all(row["store 16"] for row in of(rows, name)), name
