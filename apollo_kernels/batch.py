@@ -9,6 +9,7 @@ A gradient G [m, n] is seen as X [C, K]: C channels, each K long along the contr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Hyper:
         return float(self.lr) * math.sqrt(c2) / c1
 
 
+@functools.lru_cache(maxsize=64)  # all parameters of a group ask the same
 def _one_minus_power(beta: float, step: int) -> float:
     return -math.expm1(step * math.log(beta)) if beta > 0 else 1.0
 

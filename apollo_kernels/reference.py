@@ -11,6 +11,7 @@ are the back end itself, one matrix or one dense parameter each.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
@@ -108,15 +109,24 @@ def scale(
         s: [C] for "channel", [1] for "tensor" (APOLLO-Mini).
         u2: [] squared norm of the scaled gradient diag(s) G, free of another pass over G.
     """
-    norm = torch.linalg.vector_norm
-    r_norm = norm(r, dim=1)
+    norm = _channel_norms if hyper.scale_type == "channel" else _norm
+    r_norm = norm(r)
     _moments(r, r_norm, exp_avg, exp_avg_sq, hyper.betas)
     n = _ratio(exp_avg, exp_avg_sq.sqrt().add_(hyper.eps), hyper.eps)
-    n_norm = norm(n, dim=1)
-    if hyper.scale_type == "tensor":  # squares of all channels together may pass float32's range
-        r_norm, n_norm = (norm(x, dtype=torch.float64).to(r.dtype) for x in (r_norm, n_norm))
-    s = (n_norm / (r_norm + TINY)).view(-1)
+    s = (norm(n) / (r_norm + TINY)).view(-1)
     return s, (s * s * q).sum()
+
+
+def _channel_norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """[]: the squares of all channels together may pass float32's range, where x does not."""
+    norm = torch.linalg.vector_norm(x)
+    if not math.isfinite(norm):
+        norm = torch.linalg.vector_norm(x, dtype=torch.float64).to(x.dtype)
+    return norm
 
 
 def _moments(
@@ -130,10 +140,13 @@ def _moments(
         None, or the mask of the entries with a finite square.
     """
     ok = None
-    if not math.isfinite((norms * norms).sum()):
+    largest = float(norms if norms.dim() == 0 else norms.max()) if norms.numel() else 0.0
+    if not largest**2 <= torch.finfo(g.dtype).max:
         ok = torch.isfinite(g * g)
         old = exp_avg.clone(), exp_avg_sq.clone()
-    exp_avg.mul_(betas[0]).add_(g, alpha=1 - betas[0])
+    # b1 M + (1 - b1) g in one pass. PyTorch takes M + w (g - M) for w below a half and else
+    # g - (1 - w) (g - M), so that neither of the two is lost, however far apart they are.
+    exp_avg.lerp_(g, 1 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     if ok is not None:
         exp_avg.copy_(torch.where(ok, exp_avg, old[0]))
@@ -193,11 +206,14 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where((raw & 0x7FFFFFFF) < 0x7F7F0000, cut, x.bfloat16())
 
 
-def apply_stochastic(item: LowRank, x: Tensor, coefficient: Tensor, decay: float) -> None:
+def apply_stochastic(
+    item: LowRank, x: Tensor, coefficient: Tensor, decay: float, step: int
+) -> None:
     """``apply`` to a bf16 weight [m, n], with stochastic instead of nearest rounding.
 
     Args
         x: the gradient [m, n], as the weight lies. Other arguments as in ``apply``.
+        step: its low 32 bits, which decide the random ones.
     """
     rows, columns = item.weight.shape
     coefficient = -coefficient.expand(item.exp_avg.shape[0])
@@ -207,7 +223,6 @@ def apply_stochastic(item: LowRank, x: Tensor, coefficient: Tensor, decay: float
         c = coefficient[first : first + size, None] if item.rows else coefficient
         wide = _decay(part.float(), decay)
         wide.addcmul_(gradient, c)
-        step = int(item.step) % 2**32
         bits = rounding_bits(item.key, step, first, len(part), columns, part.device)
         part.copy_(round_stochastically(wide, bits))
 
@@ -248,7 +263,7 @@ def adamw(
 
 BY_ADDRESS = False  # a batch is lent the gradients for each step
 SAME_ORDER = False  # a gradient may lie in another memory order than its weight
-_OUTCOMES = torch.eye(3, dtype=torch.int64, device="cpu")  # updated, limited, not finite
+UPDATED, LIMITED, NOT_FINITE = range(3)  # places in the counters
 _LENT = torch.empty((0,), dtype=torch.float32, device="cpu")  # where an item would keep a gradient
 
 
@@ -281,9 +296,14 @@ def _skipped(signals: Signals) -> bool:
     return signals.found_inf is not None and bool(signals.found_inf)
 
 
-def _count(signals: Signals, *outcomes: int) -> None:
-    for outcome in outcomes:
-        signals.counters.add_(_OUTCOMES[outcome].to(signals.counters.device))
+@functools.cache
+def _outcome(places: tuple[int, ...], device: torch.device) -> Tensor:
+    counts = [int(place in places) for place in range(3)]
+    return torch.tensor(counts, dtype=torch.int64, device=device)
+
+
+def _count(signals: Signals, *places: int) -> None:
+    signals.counters.add_(_outcome(places, signals.counters.device))
 
 
 class LowRankBatch:
@@ -291,7 +311,10 @@ class LowRankBatch:
 
     def __init__(self, item: LowRank):
         self.item = replace(item, grad=_LENT)
+        self.w = item.weight if item.rows else item.weight.t()
+        self.fast = cpu.supported(self.w)  # as far as the weight is concerned
         self.skipped = False
+        self.t = 0  # the step, from 1
         self.x: Tensor | None = None  # the gradient as [C, K]
         self.r: Tensor | None = None
         self.q: Tensor | None = None
@@ -311,7 +334,8 @@ class LowRankBatch:
             return
         if item.leads:
             item.step.add_(1)
-        epoch = (int(item.step) - 1) // hyper.update_proj_gap % 2**32
+        self.t = int(item.step)
+        epoch = (self.t - 1) // hyper.update_proj_gap % 2**32
         self.r, self.q = self._projected(x, epoch, hyper.distribution)
 
     def _projected(self, x: Tensor, epoch: int, distribution: str) -> tuple[Tensor, Tensor]:
@@ -357,25 +381,24 @@ class LowRankBatch:
         alpha = math.sqrt(hyper.scale)
         u = math.sqrt(u2) * (alpha if hyper.scale_front else 1.0)
         if not math.isfinite(u):
-            _count(signals, 2)
+            _count(signals, NOT_FINITE)
             return
         growth = 1.0
         if not hyper.disable_nl:
             growth, norm = limit(u, float(item.update_norm))
             item.update_norm.fill_(norm)
-        self.coefficient = s * (hyper.step_size(int(item.step)) * alpha * growth * factor)
-        _count(signals, 0, *([1] if growth < 1 else []))
+        self.coefficient = s * (hyper.step_size(self.t) * alpha * growth * factor)
+        _count(signals, UPDATED, *([LIMITED] if growth < 1 else []))
 
     def apply(self, hyper: Hyper, signals: Signals) -> None:
         coefficient, x = self.coefficient, self.x
         if coefficient is None or x is None:  # skipped, or not finite
             return
-        item, decay = self.item, float(hyper.lr) * hyper.weight_decay
-        w = item.weight if item.rows else item.weight.t()
-        same_order = (w.stride(1) == 1) == (x.stride(1) == 1)
+        item, w, decay = self.item, self.w, float(hyper.lr) * hyper.weight_decay
         if hyper.stochastic_rounding and w.dtype == torch.bfloat16:
-            apply_stochastic(item, x if item.rows else x.t(), coefficient, decay)
-        elif cpu.supported(w, x) and same_order:
+            grad = x if item.rows else x.t()
+            apply_stochastic(item, grad, coefficient, decay, self.t % 2**32)
+        elif self.fast and cpu.supported(x) and (w.stride(1) == 1) == (x.stride(1) == 1):
             cpu.apply(w, x, coefficient, decay)
         else:
             apply(w, x, coefficient, decay)
@@ -403,4 +426,4 @@ class DenseBatch:
         tensors = (item.weight, grad, item.exp_avg, item.exp_avg_sq)
         for w, g, m, v in _parts(*(t.view(1) if t.dim() == 0 else t for t in tensors)):
             finite &= adamw(w, g, m, v, hyper, step, factor)
-        _count(signals, 0 if finite else 2)
+        _count(signals, UPDATED if finite else NOT_FINITE)

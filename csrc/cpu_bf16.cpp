@@ -192,14 +192,15 @@ inline uint16_t narrow(float value) {
 }
 
 // One row of W <- (1 - decay) W - coefficient X: 6 bytes per weight, all rounding at the store.
-template <bool BY_ROW>
+// Without decay the kept weight is the old one, and the loop is shorter.
+template <bool BY_ROW, bool DECAYS>
 APOLLO_AVX512 void apply_row(const CpuApply& a, Keep keep, int64_t i) {
   uint16_t* __restrict__ w = a.w + i * a.w_ld;
   const uint16_t* __restrict__ x = a.x + i * a.x_ld;
   const float* __restrict__ coefficient = a.coefficient + (BY_ROW ? i : 0);
   for (int64_t k = 0; k < a.inner; ++k) {
     const float old = widen(w[k]);
-    const float kept = std::fma(old, keep.high, old * keep.low);
+    const float kept = DECAYS ? std::fma(old, keep.high, old * keep.low) : old;
     w[k] = narrow(std::fma(-coefficient[BY_ROW ? 0 : k], widen(x[k]), kept));
   }
 }
@@ -221,10 +222,11 @@ void cpu_project(const CpuProject& a, int threads) {
 void cpu_apply(const CpuApply& a, int threads) {
   if (a.outer * a.inner < (1 << 17)) threads = 1;
   const Keep keep = Keep::after(a.decay);
-  parallel(a.outer, 1, threads, [&a, keep](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      a.by_row ? apply_row<true>(a, keep, i) : apply_row<false>(a, keep, i);
-    }
+  void (*const row)(const CpuApply&, Keep, int64_t) =
+      a.by_row ? (a.decay != 0 ? apply_row<true, true> : apply_row<true, false>)
+               : (a.decay != 0 ? apply_row<false, true> : apply_row<false, false>);
+  parallel(a.outer, 1, threads, [&a, keep, row](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) row(a, keep, i);
   });
 }
 
