@@ -231,7 +231,7 @@ CUDA = [
     ),
     Mutant(
         "q of the first chunk alone", "csrc/scale.cuh",
-        "for (int64_t i = 0; i < p.chunks; ++i) q +=", "for (int64_t i = 0; i < 1; ++i) q +=",
+        "for (int64_t i = 0; i < p.q_rows; ++i) q +=", "for (int64_t i = 0; i < 1; ++i) q +=",
         "test_kernels.py::test_a_long_contracted_side_is_split_and_summed[torch.float32-16]",
     ),
     Mutant(
@@ -433,12 +433,14 @@ CUDA = [
     ),
     Mutant(
         "a cut matrix is not summed", "csrc/plan.cpp",
-        "separate_ || uses_dots(ranks) || t.chunks > 1", "separate_ || uses_dots(ranks)",
+        "separate_ || (uses_dots(ranks) && !sparse) || t.chunks > 1",
+        "separate_ || (uses_dots(ranks) && !sparse)",
         "test_kernels.py::test_a_long_contracted_side_is_split_and_summed[torch.float32-16]",
     ),
     Mutant(
         "separate is forgotten", "csrc/plan.cpp",
-        "separate_ || uses_dots(ranks) || t.chunks > 1", "uses_dots(ranks) || t.chunks > 1",
+        "separate_ || (uses_dots(ranks) && !sparse) || t.chunks > 1",
+        "(uses_dots(ranks) && !sparse) || t.chunks > 1",
         "test_cuda_batch.py::test_clip_multiplies_r_and_q_and_the_step[8]",
     ),
     Mutant(
@@ -453,9 +455,9 @@ CUDA = [
         "_restatement[True-False]",
     ),
     Mutant(
-        "scale takes the map of project", "csrc/plan.cpp",
-        "launch_scale(launch(hyper, stream, project_blocks_, scale_blocks_))",
+        "scale takes the map of apply", "csrc/plan.cpp",
         "launch_scale(launch(hyper, stream, 0, scale_blocks_))",
+        "launch_scale(launch(hyper, stream, scale_blocks_, scale_blocks_))",
         "test_cuda_batch.py::test_every_rank_class_and_orientation_takes_the_steps_of_the"
         "_restatement[True-False]",
     ),
@@ -543,7 +545,7 @@ TRITON = [
     ),
     Mutant(
         "the epoch of a step cut to 32 bits", "triton/project.py",
-        "epoch = step // gap", "epoch = (step & 0xFFFFFFFF) // gap",
+        "step // gap", "(step & 0xFFFFFFFF) // gap",
         "test_extremes.py::test_steps_are_counted_beyond_what_float32_holds[triton-8-4294967301-3]",
     ),
     Mutant(
@@ -598,8 +600,8 @@ TRITON = [
     ),
     Mutant(
         "clip does not reach R", "triton/scale.py",
-        "    factor = gradient_factor(direction, grad_scale, clip)\n    moments(",
-        "    factor = gradient_factor(direction, grad_scale, None)\n    moments(",
+        "    factor = gradient_factor(direction, grad_scale, clip)\n    if not SPARSE:",
+        "    factor = gradient_factor(direction, grad_scale, None)\n    if not SPARSE:",
         "test_triton_batch.py::test_clip_and_grad_scale_act_on_r_and_q_and_the_step",
     ),
     Mutant(
@@ -610,8 +612,8 @@ TRITON = [
     ),
     Mutant(
         "clip^2 before q", "triton/scale.py",
-        "raw * (raw * _total(q_at, c, channels, chunks))",
-        "(raw * raw) * _total(q_at, c, channels, chunks)",
+        "raw * (raw * _total(q_at, c, channels, q_parts))",
+        "(raw * raw) * _total(q_at, c, channels, q_parts)",
         "test_clipping.py::test_a_clip_whose_square_vanishes_in_float32_is_no_zero"
         "[triton-8-channel]",
     ),
