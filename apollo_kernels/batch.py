@@ -59,8 +59,9 @@ class Signals:
 
     counters: int64 [3] (updates, limited, not finite), added to.
     grad_scale, found_inf: float32 [] of torch.amp.GradScaler; a set found_inf skips every write.
-    clip: float32 [], the factor of max_grad_norm, on top of 1 / grad_scale. It is made between
-    ``project`` and ``scale``, and NaN where the norm of all gradients is not finite.
+    clip: float32 [] for kernels, float64 [] for PyTorch: the factor of max_grad_norm, on top of
+    1 / grad_scale. It is made between ``project`` and ``scale``, and NaN where the norm of all
+    gradients is not finite.
     """
 
     counters: Tensor
