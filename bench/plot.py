@@ -72,3 +72,52 @@ def roofline(
     axes.grid(alpha=0.25, which="both")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def convergence(runs: list[tuple[str, str, int, str, bool, list[Any]]], path: Path) -> None:
+    """Final losses over the rank, as differences to AdamW's at the same seed: one dot per seed, a
+    line through the means; Mini, which has no rank to choose, as a line across. Each of ``runs``:
+    label, optimizer, rank, proj, whether it is the published package, and its results."""
+    colors = {"random": OURS, "rademacher": "#7A9E3F", "sparse": "#8A6BBE"}
+    names = {
+        "random": "APOLLO, gaussian",
+        "rademacher": "APOLLO, signs",
+        "sparse": "APOLLO, sparse",
+    }
+    adamw = [run for run in runs if run[1] == "adamw"]
+    base = {result["settings"]["seed"]: result["curve"][-1][1] for result in adamw[0][-1]}
+    series: dict[tuple[str, str], list[tuple[int, list[float]]]] = {}
+    figure, axes = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
+    mean = sum(base.values()) / len(base)
+    axes.axhline(0.0, color="#4C566A", ls="--", lw=1.6, label=f"AdamW (mean {mean:.3f})")
+    for label, optimizer, rank, proj, published, results in runs:
+        gaps = [r["curve"][-1][1] - base[r["settings"]["seed"]] for r in results]
+        if optimizer == "apollo" and gaps:
+            name = "apollo_torch, gaussian" if published else names[proj]
+            color = PUBLISHED if published else colors[proj]
+            series.setdefault((name, color), []).append((rank, gaps))
+        elif optimizer != "adamw" and gaps:
+            gap = sum(gaps) / len(gaps)
+            axes.axhline(gap, color=OTHER, ls=":", lw=1.6, label=label.split(",")[0])
+    for number, ((name, color), points) in enumerate(series.items()):
+        shift = 2 ** (
+            0.06 * (number - (len(series) - 1) / 2)
+        )  # so that dots do not hide each other
+        points = sorted(points)
+        means = [sum(gaps) / len(gaps) for _, gaps in points]
+        axes.plot([rank * shift for rank, _ in points], means, color=color, lw=1.6, label=name)
+        for rank, gaps in points:
+            axes.plot([rank * shift] * len(gaps), gaps, "o", color=color, ms=4.5, alpha=0.75)
+    ranks = sorted({rank for points in series.values() for rank, _ in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.minorticks_off()
+    axes.set(
+        xlabel="rank",
+        ylabel="validation loss, to AdamW's at the same seed (nats)",
+        title="Same batches, one dot per seed",
+    )
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

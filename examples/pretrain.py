@@ -22,6 +22,7 @@ from training import (
     LEARNING_RATES,
     OPTIMIZERS,
     PRESETS,
+    PROJECTIONS,
     Run,
     Settings,
     Stop,
@@ -46,6 +47,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, help=f"of the matrices; default by optimizer: {LEARNING_RATES}")
     add("--dense-lr", type=float, help=f"of all else; default {DENSE_LEARNING_RATE}")
     add("--rank", type=int, help="default: a quarter of the hidden size; 1 for Mini")
+    add("--proj", choices=PROJECTIONS, help="the projection's distribution; default random")
     add("--warmup", type=float, help="share of the steps; default 0.1")
     add("--seed", type=int)
     add("--dtype", choices=("float32", "bfloat16"))

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ PRESETS = {
     "13b": (5120, 13824, 40, 40),
 }
 OPTIMIZERS = ("adamw", "apollo", "apollo-mini", "sgd")
+PROJECTIONS = ("random", "rademacher", "sparse")
 # Learning rates of the low-rank (for AdamW: all) matrices; --sweep repeats the search.
 LEARNING_RATES = {"adamw": 5e-4, "apollo": 5e-3, "apollo-mini": 5e-3, "sgd": 0.1}
 # Embeddings, head and norms take AdamW under every optimizer, at one rate, so that what differs
@@ -56,6 +58,7 @@ class Settings:
     lr: float = 0.0
     dense_lr: float = DENSE_LEARNING_RATE
     rank: int = 0
+    proj: str = "random"
     warmup: float = 0.1
     seed: int = 0
     dtype: str = "float32"
@@ -67,12 +70,18 @@ class Settings:
 class Run:
     """One model under one optimizer."""
 
-    def __init__(self, settings: Settings, train: torch.Tensor, held_out: torch.Tensor):
+    def __init__(
+        self,
+        settings: Settings,
+        train: torch.Tensor,
+        held_out: torch.Tensor,
+        build: Callable[[Settings, torch.nn.Module], torch.optim.Optimizer] | None = None,
+    ):
         self.settings = settings
         self.train_data, self.held_out = train, held_out
         torch.manual_seed(settings.seed)
         self.model = build_model(settings)
-        self.optimizer = build_optimizer(settings, self.model)
+        self.optimizer = (build or build_optimizer)(settings, self.model)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.lr_factor)
         self.step = 0
         self.log: list[dict[str, float]] = []
@@ -178,7 +187,7 @@ def build_model(settings: Settings) -> torch.nn.Module:
 
 def build_optimizer(settings: Settings, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Matrices of attention and MLP at ``lr``, the rest under AdamW at ``dense_lr``."""
-    options = {"rank": settings.rank} if settings.rank else {}
+    options = {"proj": settings.proj, **({"rank": settings.rank} if settings.rank else {})}
     mini = settings.optimizer == "apollo-mini"
     groups = (apollo_kernels.apollo_mini if mini else apollo_kernels.apollo)(model, **options)
     matrices, dense = groups[0], [p for group in groups[1:] for p in group["params"]]

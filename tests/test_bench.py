@@ -115,6 +115,40 @@ def test_each_benchmark_runs_here_and_writes_its_files(tmp_path):
     assert {"ours torch, rank 4", "ours torch, Mini", "AdamW fused"} <= names
 
 
+def test_convergence_keeps_finished_runs_and_repeats_changed_ones(tmp_path, monkeypatch):
+    """Two ranks of the micro LLaMA; the second call trains only what is missing or differs."""
+    pytest.importorskip("transformers")
+    import convergence
+
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(32, 127)) * 200)
+    trained, original = [], convergence.train
+    monkeypatch.setattr(
+        convergence, "train", lambda e, *rest: (trained.append(e.label), original(e, *rest))[1]
+    )
+
+    def compare(steps, *ranks):
+        trained.clear()
+        words = ["--preset", "micro", "--steps", steps, "--seeds", 0, "--data", text]
+        words += ["--only", "sparse", "--out", tmp_path, "--ranks", *ranks]
+        monkeypatch.setattr(sys, "argv", ["convergence.py", *map(str, words)])
+        convergence.main()
+        return list(trained)
+
+    assert compare(2, 4) == ["AdamW", "APOLLO, sparse, rank 4"]
+    first = json.loads((tmp_path / "convergence/AdamW-seed-0.json").read_text())
+    assert compare(2, 4, 8) == ["APOLLO, sparse, rank 8"]
+    (tmp_path / "convergence/AdamW-seed-0.json").write_text("half a fi")
+    assert compare(2, 4, 8) == ["AdamW"]
+    again = json.loads((tmp_path / "convergence/AdamW-seed-0.json").read_text())
+    assert again["curve"] == first["curve"]
+    assert compare(3, 4) == ["AdamW", "APOLLO, sparse, rank 4"]
+    table = (tmp_path / "convergence.md").read_text()
+    assert "| AdamW |" in table
+    assert "| APOLLO, sparse, rank 4 |" in table
+    assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_kernel_report_reads_registers_spills_and_instructions(tmp_path):
     import kernel_report
 
