@@ -23,7 +23,7 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right")
 FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr"}
 FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
 HYPER_KEYS = tuple(f.name for f in dataclasses.fields(Hyper) if f.name != "distribution")
-SWITCHES = ("correct_bias", "maximize", "scale_front", "disable_nl")
+SWITCHES: tuple[str, ...] = ("correct_bias", "maximize", "scale_front", "disable_nl")
 SWITCHES += ("stochastic_rounding", "exact_projection")
 INTEGERS = ("rank", "update_proj_gap", "batch_dims")
 
