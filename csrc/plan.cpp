@@ -11,6 +11,8 @@
 namespace apollo {
 namespace {
 
+constexpr int64_t kDoubleFloats = sizeof(double) / sizeof(float);
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Row>
@@ -124,8 +126,8 @@ void LowRankPlan::add(Matrix m) {
 
   m.parts = parts_size_;
   m.s = s_size_;
-  parts_size_ +=
-      3 * scale_blocks(m.channels, m.rank, true) * int64_t(sizeof(double) / sizeof(float));
+  const int64_t most = scale_blocks(m.channels, m.rank, true);  // in either layout
+  parts_size_ += 3 * kDoubleFloats * most;
   s_size_ += vectors(m.channels);
   for (const bool sparse : {false, true}) {
     add(layouts_[sparse], m, tiling(m.channels, m.k, m.rank, grad_dtype_, by_row, sparse));

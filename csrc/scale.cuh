@@ -8,37 +8,41 @@
 namespace apollo {
 
 // |R_c|^2 and |N_c|^2 of a channel, shared by LANES neighbouring lanes: they sum the chunks of K
-// and update the moments.
-template <int LANES>
+// and update the moments. WHOLE: entries come in vectors of four, each at a multiple of 16 bytes.
+template <int LANES, bool WHOLE>
 APOLLO_DEVICE void sum_chunks(const Matrix& p, const Launch& launch, int64_t c, float clip,
                               float& rr, float& nn) {
-  using Entries = Pack<float, 4>;
+  constexpr int N = 4, kAhead = 4;  // chunks whose loads are under way together
   const int rank = int(p.rank), chunks = int(p.chunks);
-  const float* r_workspace = r_of(p, launch, 0);
-  float *exp_avg = p.exp_avg, *exp_avg_sq = p.exp_avg_sq;
-  const bool wide = LANES > 1 && aligned<4>(exp_avg, rank) && aligned<4>(exp_avg_sq, rank) &&
-                    aligned<4>(r_workspace, rank);
   const int64_t chunk_stride = p.channels * rank;
 #pragma unroll 1
-  for (int j = 4 * (int(threadIdx.x) % LANES); j < rank; j += 4 * LANES) {
+  for (int j = N * (int(threadIdx.x) % LANES); j < rank; j += N * LANES) {
     const int64_t entry = c * rank + j;
-    const int n = rank - j;
-    Entries m_pack, v_pack, r_pack;
-    m_pack.load(exp_avg + entry, n, wide);
-    v_pack.load(exp_avg_sq + entry, n, wide);
-    float r[4] = {}, m[4], v[4];
-#pragma unroll 4
-    for (int i = 0; i < chunks; ++i) {
-      float part[4];
-      r_pack.load(r_workspace + i * chunk_stride + entry, n, wide);
-      r_pack.get(part);
+    const int n = WHOLE ? N : rank - j;
+    const float* from = r_of(p, launch, 0) + entry;
+    Pack<float, N> m_pack, v_pack;
+    m_pack.load(p.exp_avg + entry, n, WHOLE);
+    v_pack.load(p.exp_avg_sq + entry, n, WHOLE);
+    float r[N] = {}, m[N], v[N];
+    for (int first = 0; first < chunks; first += kAhead) {
+      Pack<float, N> packs[kAhead];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) r[e] += part[e];
+      for (int i = 0; i < kAhead; ++i) {
+        if (first + i < chunks) packs[i].load(from + (first + i) * chunk_stride, n, WHOLE);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (first + i >= chunks) break;
+        float part[N];
+        packs[i].get(part);
+#pragma unroll
+        for (int e = 0; e < N; ++e) r[e] += part[e];
+      }
     }
     m_pack.get(m);
     v_pack.get(v);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {  // beyond the rank all are zero, and stay so
+    for (int e = 0; e < N; ++e) {  // beyond the rank all are zero, and stay so
       r[e] *= clip;
       update_moments(r[e], m[e], v[e], launch.hyper);
       const float normal = normalized(m[e], v[e], launch.hyper);
@@ -47,8 +51,8 @@ APOLLO_DEVICE void sum_chunks(const Matrix& p, const Launch& launch, int64_t c, 
     }
     m_pack.set(m);
     v_pack.set(v);
-    m_pack.store(exp_avg + entry, n, wide);
-    v_pack.store(exp_avg_sq + entry, n, wide);
+    m_pack.store(p.exp_avg + entry, n, WHOLE);
+    v_pack.store(p.exp_avg_sq + entry, n, WHOLE);
   }
 }
 
@@ -111,12 +115,13 @@ APOLLO_DEVICE void limit_update(const Matrix& p, const Launch& launch, Record& r
   if (factor < 1.0f) atomicAdd(counters + 1, 1ull);
 }
 
-__global__ void __launch_bounds__(kScaleThreads) scale_channels(Launch launch) {
+__global__ void __launch_bounds__(kScaleThreads, 4) scale_channels(Launch launch) {
   __shared__ double scratch[8];
   const Hyper& h = launch.hyper;
   if (skipped(h)) return;
   const int32_t matrix = launch.map[blockIdx.x];
-  const Matrix& p = static_cast<const Matrix*>(launch.table)[matrix];
+  // By value: behind volatile loads a reference would be read again before each of them.
+  const Matrix p = static_cast<const Matrix*>(launch.table)[matrix];
   const int64_t block = int64_t(blockIdx.x) - p.first_scale;
   const int lanes = scale_lanes(p.rank, summed(p)), thread = int(threadIdx.x);
   const int64_t c = (block * kScaleThreads + thread) / lanes;
@@ -132,9 +137,11 @@ __global__ void __launch_bounds__(kScaleThreads) scale_channels(Launch launch) {
       nn += sums[(tiles + i) * p.channels];
     }
   } else if (lanes == 1) {
-    sum_chunks<1>(p, launch, c, clip, rr, nn);
+    sum_chunks<1, false>(p, launch, c, clip, rr, nn);
+  } else if (aligned<4>(p.exp_avg, p.rank) && aligned<4>(p.exp_avg_sq, p.rank)) {
+    sum_chunks<8, true>(p, launch, c, clip, rr, nn);
   } else {
-    sum_chunks<8>(p, launch, c, clip, rr, nn);
+    sum_chunks<8, false>(p, launch, c, clip, rr, nn);
   }
   for (int offset = lanes / 2; offset > 0; offset /= 2) {
     rr += __shfl_xor_sync(0xFFFFFFFFu, rr, offset);
