@@ -51,13 +51,13 @@ constexpr int kDotChannels = 64, kDotColumns = 256;
 constexpr double kNormGrowth = 1.01, kTiny = 1e-8;
 
 // `scale` takes a thread per channel where `project` has left sums, or a few entries of R; more of
-// them are shared by neighbouring lanes, so that a lone matrix fills the device.
+// them are shared by 2^shift neighbouring lanes, so that a lone matrix fills the device.
 constexpr int kScaleThreads = 256;
-APOLLO_HOST_DEVICE constexpr int scale_lanes(int64_t rank, bool summed) {
-  return summed && rank >= 8 ? 8 : 1;
+APOLLO_HOST_DEVICE constexpr int scale_shift(int64_t rank, bool summed) {
+  return summed && rank >= 8 ? 3 : 0;
 }
-APOLLO_HOST_DEVICE constexpr int64_t scale_blocks(int64_t channels, int64_t rank, bool summed) {
-  const int64_t of_block = kScaleThreads / scale_lanes(rank, summed);
+APOLLO_HOST_DEVICE constexpr int64_t scale_blocks(int64_t channels, int shift) {
+  const int64_t of_block = kScaleThreads >> shift;
   return channels > 0 ? (channels + of_block - 1) / of_block : 1;
 }
 

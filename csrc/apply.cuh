@@ -27,8 +27,9 @@ struct ApplyTile {
     at.outer = uint32_t(by_row(p) ? p.channels : p.k);
     at.inner = uint32_t(by_row(p) ? p.k : p.channels);
     const uint32_t shift = uint32_t(p.apply_shift), across = uint32_t(p.apply_across);
-    const uint32_t rows = kStreamVectors * (at.rows_apart = uint32_t(kStreamThreads) >> shift);
-    const uint32_t row = tile / across * rows, vector = tile % across << shift;
+    at.rows_apart = uint32_t(kStreamThreads) >> shift;
+    const uint32_t rows = kStreamVectors * at.rows_apart, row = tile / across * rows;
+    const uint32_t vector = tile % across << shift;
     at.row = row + (threadIdx.x >> shift);
     at.column = N * (vector + (threadIdx.x & ((1u << shift) - 1)));
     at.wide = aligned<N>(static_cast<const W*>(p.weight), p.weight_ld) &&
@@ -57,7 +58,7 @@ APOLLO_DEVICE void update_tile(const Matrix& p, const Launch& launch, const Reco
   const ROUNDING rounding(p, record);
   float coefficients[N];  // of the columns
   if constexpr (!PER_ROW) {
-    Pack<float, N> of_columns;
+    Pack<float, N> of_columns = {};
     if (!launch.hyper.tensor_scale) of_columns.load(s, n, true);  // the plan has aligned it
     of_columns.get(coefficients);
 #pragma unroll
@@ -110,12 +111,14 @@ __global__ void __launch_bounds__(kStreamThreads, ROUNDING::kBlocks) apply_updat
   if (record.skip) return;
   const auto at = ApplyTile<W, G>::of(p, tile);
   const bool per_row = by_row(p) && !launch.hyper.tensor_scale;
-  if (at.whole) {
-    per_row ? update_tile<true, true, W, G, ROUNDING>(p, launch, record, at)
-            : update_tile<true, false, W, G, ROUNDING>(p, launch, record, at);
+  if (at.whole && per_row) {
+    update_tile<true, true, W, G, ROUNDING>(p, launch, record, at);
+  } else if (at.whole) {
+    update_tile<true, false, W, G, ROUNDING>(p, launch, record, at);
+  } else if (per_row) {
+    update_tile<false, true, W, G, ROUNDING>(p, launch, record, at);
   } else {
-    per_row ? update_tile<false, true, W, G, ROUNDING>(p, launch, record, at)
-            : update_tile<false, false, W, G, ROUNDING>(p, launch, record, at);
+    update_tile<false, false, W, G, ROUNDING>(p, launch, record, at);
   }
 }
 

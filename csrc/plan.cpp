@@ -126,7 +126,7 @@ void LowRankPlan::add(Matrix m) {
 
   m.parts = parts_size_;
   m.s = s_size_;
-  const int64_t most = scale_blocks(m.channels, m.rank, true);  // in either layout
+  const int64_t most = scale_blocks(m.channels, scale_shift(m.rank, true));  // in either layout
   parts_size_ += 3 * kDoubleFloats * most;
   s_size_ += vectors(m.channels);
   for (const bool sparse : {false, true}) {
@@ -149,7 +149,7 @@ void LowRankPlan::add(Layout& layout, Matrix m, const Tiling& t) {
   if (m.channels > 0 && m.k > 0) {
     layout.project_blocks += t.channel_tiles * t.rank_tiles * t.chunks;
   }
-  layout.scale_blocks += scale_blocks(m.channels, m.rank, summed);
+  layout.scale_blocks += scale_blocks(m.channels, scale_shift(m.rank, summed));
   m.q = layout.q_size;
   m.r = layout.r_size;
   layout.q_size += m.q_rows * m.channels;

@@ -115,7 +115,7 @@ APOLLO_DEVICE void limit_update(const Matrix& p, const Launch& launch, Record& r
   if (factor < 1.0f) atomicAdd(counters + 1, 1ull);
 }
 
-__global__ void __launch_bounds__(kScaleThreads, 4) scale_channels(Launch launch) {
+__global__ void __launch_bounds__(kScaleThreads, 3) scale_channels(Launch launch) {
   __shared__ double scratch[8];
   const Hyper& h = launch.hyper;
   if (skipped(h)) return;
@@ -123,8 +123,9 @@ __global__ void __launch_bounds__(kScaleThreads, 4) scale_channels(Launch launch
   // By value: behind volatile loads a reference would be read again before each of them.
   const Matrix p = static_cast<const Matrix*>(launch.table)[matrix];
   const int64_t block = int64_t(blockIdx.x) - p.first_scale;
-  const int lanes = scale_lanes(p.rank, summed(p)), thread = int(threadIdx.x);
-  const int64_t c = (block * kScaleThreads + thread) / lanes;
+  const int shift = scale_shift(p.rank, summed(p)), lanes = 1 << shift;  // of a channel
+  const int thread = int(threadIdx.x);
+  const int64_t c = (block * kScaleThreads + thread) >> shift;
   const float clip = clip_factor(h);
   float rr = 0.0f, nn = 0.0f, q = 0.0f;
   if (c >= p.channels) {
@@ -147,14 +148,15 @@ __global__ void __launch_bounds__(kScaleThreads, 4) scale_channels(Launch launch
     rr += __shfl_xor_sync(0xFFFFFFFFu, rr, offset);
     nn += __shfl_xor_sync(0xFFFFFFFFu, nn, offset);
   }
-  const bool own = c < p.channels && thread % lanes == 0;  // the lane that goes on with a channel
+  const bool own =
+      c < p.channels && (thread & (lanes - 1)) == 0;  // the lane that goes on with a channel
   if (own) {
     const float factor = sign_and_scale(h) * clip;
     for (int64_t i = 0; i < p.q_rows; ++i) q += q_of(p, launch, i)[c];
     q = factor * (factor * q);  // the square alone could underflow
   }
   double* parts = parts_of(p, launch) + block;
-  const int64_t blocks = scale_blocks(p.channels, p.rank, summed(p));
+  const int64_t blocks = scale_blocks(p.channels, shift);
   if (h.tensor_scale) {
     const double sums[3] = {block_sum(own ? rr : 0.0f, scratch),
                             block_sum(own ? nn : 0.0f, scratch), block_sum(q, scratch)};

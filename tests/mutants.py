@@ -450,8 +450,7 @@ CUDA = [
     Mutant(
         "parts of a matrix run into the next one's", "csrc/plan.cpp",
         "parts_size_ += 3 * kDoubleFloats * most;", "parts_size_ += 2 * most;",
-        "test_neighbours.py::test_a_parameter_has_the_same_bits_in_any_company"
-        "[cuda-torch.float32-(24, 16)-of rank 8 and more]",
+        "test_cuda_batch.py::test_any_block_of_a_matrix_may_come_last_to_the_limiter[tensor]",
     ),
     Mutant(
         "a chunk begins within a run of signs", "csrc/plan.cpp",

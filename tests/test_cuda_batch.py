@@ -477,7 +477,7 @@ WIDTHS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("order", ["rows", "columns"])
 def test_tiles_of_every_width_meet_their_ends(order, dtype):
     """And no weight beyond the matrix changes."""
