@@ -46,6 +46,18 @@ APOLLO_DEVICE float approx_cos(float x) {
 APOLLO_DEVICE void sine_and_cosine_of_turns(double turns, double& sine, double& cosine) {
   sincospi(2.0 * turns, &sine, &cosine);
 }
+// For N = M / (sqrt(V) + eps), each within 2^-22 of the result: a root of denormal numbers too, and
+// a quotient whose divisor is not (the root of the smallest one is 2^-74.5) and below 2^126.
+APOLLO_DEVICE float fast_sqrt(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+APOLLO_DEVICE float fast_divide(float x, float by) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(by));
+  return x * inverse;
+}
 
 // 16 bytes of global memory. Addresses come from tables, so the compiler could only take the slower
 // generic path; and what streams through once need not stay in L1.
@@ -61,6 +73,22 @@ APOLLO_DEVICE void store16(void* to, const uint4& x) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};"
                :
                : "l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
+// The same by the word's own size, and 8 bytes: of two-byte elements beside float32 ones.
+APOLLO_DEVICE void load_word(uint4& word, const uint4* from) { word = load16(from); }
+APOLLO_DEVICE void store_word(uint4* to, const uint4& word) { store16(to, word); }
+APOLLO_DEVICE void load_word(uint2& word, const uint2* from) {
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+               : "=r"(word.x), "=r"(word.y)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+APOLLO_DEVICE void store_word(uint2* to, const uint2& word) {
+  asm volatile("st.global.v2.u32 [%0], {%1,%2};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y)
                : "memory");
 }
 

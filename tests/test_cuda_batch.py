@@ -443,6 +443,77 @@ def test_more_channels_than_blocks_that_limit_adds_at_once(scale_type):
     compare([low_rank((257 * 256, 4), 4, rows=True, weight=BF16, grad=BF16)], h, steps=1)
 
 
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_any_block_of_a_matrix_may_come_last_to_the_limiter(scale_type, monkeypatch):
+    """Blocks run downward under order 1. Two steps: the count of blocks turns over by itself."""
+    h = hyper(scale_type=scale_type)
+    items = [low_rank((300, 24), rank, key=rank) for rank in (4, 8)]
+    specs, backwards = [Restated(item) for item in items], [clone(item) for item in items]
+    made = [(order, batches(own, True)) for order, own in (("0", items), ("1", backwards))]
+    for _ in range(2):
+        for spec in specs:
+            spec.step(h, signals())
+        for order, both in made:
+            monkeypatch.setenv("EMULATED_ORDER", order)
+            for batch, verb in itertools.product(both, ("project", "scale", "apply")):
+                getattr(batch, verb)(h, signals())
+    for spec, item, other in zip(specs, items, backwards, strict=True):
+        spec.check()
+        assert torch.equal(item.weight, other.weight)
+        assert torch.equal(item.update_norm, other.update_norm)
+
+
+# Rows of 1, 3, 32, 34, 160, 256 and 289 vectors of four, and rows that end within one; of each
+# whole tiles and tiles of the last rows.
+WIDTHS = [
+    (600, 4),
+    (1100, 12),
+    (150, 128),
+    (150, 136),
+    (70, 640),
+    (20, 1024),
+    (20, 1156),
+    (20, 1153),
+]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_tiles_of_every_width_meet_their_ends(order, dtype):
+    """And no weight beyond the matrix changes."""
+    h = hyper(distribution="sparse")
+    for (outer, inner), rows in itertools.product(WIDTHS, (True, False)):
+        inner *= 1 if dtype is F32 else 2
+        shape = (outer, inner) if order == "rows" else (inner, outer)
+        item = low_rank(shape, 1, rows, weight=dtype, grad=dtype, order=order)
+        around = torch.full((outer * inner + 64,), 7.0, dtype=dtype)
+        inside = around[32:-32].view(outer, inner)
+        inside = inside if order == "rows" else inside.t()
+        item = dataclasses.replace(item, weight=inside.copy_(item.weight))
+        compare([item], h)
+        assert (around[:32] == 7).all()
+        assert (around[-32:] == 7).all()
+
+
+def test_k_is_cut_where_that_costs_few_bytes(module):
+    """A matrix alone fills a device where R is thin; a model's large ranks keep R in registers."""
+
+    def cut(channels, k, rank, sparse=False, by_row=True):
+        tiles = module.tiling(
+            channels=channels, k=k, rank=rank, grad_dtype=1, by_row=by_row, sparse=sparse
+        )
+        return tiles[0] * tiles[1] * tiles[2], tiles[2]
+
+    for by_row, rank in itertools.product((True, False), (1, 4, 7, 8)):
+        blocks, chunks = cut(4096, 4096, rank, by_row=by_row)
+        assert blocks >= 128
+        assert chunks * rank <= 4096 // 64
+    for channels, k in ((4096, 4096), (11008, 4096)):
+        for rank, sparse, by_row in itertools.product((128, 256), (False, True), (True, False)):
+            assert cut(channels, k, rank, sparse, by_row)[1] == 1
+    assert cut(24, 200000, 256)[1] >= 4  # float32 sums take 65536 at most
+
+
 def test_the_bits_of_a_matrix_do_not_depend_on_its_neighbours():
     """Ranks that K holds below 8, or on one tile, beside others that it does not."""
     shapes = [(40, 5), (40, 24), (90, 80), (64, 200)]
@@ -740,8 +811,9 @@ def test_dense_parameters_follow_the_low_rank_rule_without_a_projection(clip):
     assert s.counters.tolist() == [2 * len(items), 0, 0]
 
 
-def test_a_dense_element_whose_square_is_not_finite_keeps_weight_and_moments():
-    item, other = dense_item(50), dense_item(50)
+@pytest.mark.parametrize("count", [50, 20000])  # of a part of a block, and of whole ones
+def test_a_dense_element_whose_square_is_not_finite_keeps_weight_and_moments(count):
+    item, other = dense_item(count), dense_item(50)
     item.grad[3], item.grad[4], item.grad[5] = math.nan, math.inf, 2e19
     before = item.weight.clone()
     s = signals()
