@@ -33,48 +33,61 @@ APOLLO_DEVICE void from_float(float x, float& to) { to = x; }
 APOLLO_DEVICE void from_float(float x, bfloat16& to) { to.bits = uint16_t(pack_bf16(x, 0.0f)); }
 APOLLO_DEVICE void from_float(float x, float16& to) { to.bits = float_to_half(x); }
 
-// Eight neighbours in 16-byte words: one for two-byte elements, two for float32.
-template <class T>
-struct Pack8 {
-  static constexpr int kWords = int(sizeof(T)) / 2;
+// N neighbours in 16-byte words.
+template <class T, int N>
+struct Pack {
+  static constexpr int kWords = N * int(sizeof(T)) / 16;
   uint4 words[kWords];
 
+  // All of them; the address is a multiple of 16.
+  APOLLO_DEVICE void load(const T* from) {
+    for (int i = 0; i < kWords; ++i) words[i] = load16(reinterpret_cast<const uint4*>(from) + i);
+  }
   // At most n of them, zeros beyond; `wide`: the address is a multiple of 16.
   APOLLO_DEVICE void load(const T* from, int64_t n, bool wide) {
-    if (wide && n >= 8) {
-      for (int i = 0; i < kWords; ++i) words[i] = load16(reinterpret_cast<const uint4*>(from) + i);
+    if (wide && n >= N) {
+      load(from);
       return;
     }
-    T values[8];
+    T values[N];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = i < n ? from[i] : T{};
+    for (int i = 0; i < N; ++i) values[i] = i < n ? from[i] : T{};
     memcpy(words, values, sizeof words);
   }
   APOLLO_DEVICE void store(T* to, int64_t n, bool wide) const {
-    if (wide && n >= 8) {
+    if (wide && n >= N) {
       for (int i = 0; i < kWords; ++i) store16(reinterpret_cast<uint4*>(to) + i, words[i]);
       return;
     }
-    T values[8];
+    T values[N];
     memcpy(values, words, sizeof words);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < N; ++i) {
       if (i < n) to[i] = values[i];
     }
   }
-  APOLLO_DEVICE void get(float (&x)[8]) const {
-    T values[8];
-    memcpy(values, words, sizeof words);
+  APOLLO_DEVICE void get(float (&x)[N]) const {
+    if constexpr (kDtypeOf<T> == kBfloat16) {  // by pairs: one instruction per element
+      uint32_t pairs[N / 2];
+      memcpy(pairs, words, sizeof words);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = to_float(values[i]);
+      for (int i = 0; i < N; ++i) x[i] = i % 2 ? high_bf16(pairs[i / 2]) : low_bf16(pairs[i / 2]);
+    } else {
+      T values[N];
+      memcpy(values, words, sizeof words);
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = to_float(values[i]);
+    }
   }
-  APOLLO_DEVICE void set(const float (&x)[8]) {
-    T values[8];
+  APOLLO_DEVICE void set(const float (&x)[N]) {
+    T values[N];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) from_float(x[i], values[i]);
+    for (int i = 0; i < N; ++i) from_float(x[i], values[i]);
     memcpy(words, values, sizeof words);
   }
 };
+template <class T>
+using Pack8 = Pack<T, 8>;
 
 template <class T>
 APOLLO_DEVICE bool aligned16(const T* base, int64_t ld) {
@@ -113,7 +126,9 @@ APOLLO_DEVICE float* r_of(const Matrix& p, const Launch& launch, int64_t chunk) 
   return launch.workspace + p.r + chunk * p.channels * p.rank;
 }
 
-APOLLO_DEVICE bool finite(float x) { return (__float_as_uint(x) & 0x7FFFFFFFu) < 0x7F800000u; }
+constexpr float kLargest = 0x1.fffffep127f, kLeastNormal = 0x1p-126f;  // of float32
+
+APOLLO_DEVICE bool finite(float x) { return fabsf(x) <= kLargest; }
 
 APOLLO_DEVICE bool skipped(const Hyper& h) {
   return h.found_inf != nullptr && *h.found_inf != 0.0f;
@@ -155,10 +170,12 @@ APOLLO_DEVICE bool update_moments(float r, float& m, float& v, const Hyper& h) {
   return true;
 }
 
-// N = M / (sqrt(V) + eps), and 0 where nothing has come yet and eps is 0.
+// N = M / (sqrt(V) + eps), and 0 where nothing has come yet and eps is 0. The approximations err by
+// 2^-23 each, as much as one rounding, where float32 is normal: sqrt takes subnormals, too, and its
+// smallest root but 0 is 4e-23, so the sum is normal, or 0, for any eps that is.
 APOLLO_DEVICE float normalized(float m, float v, const Hyper& h) {
-  const float denominator = sqrtf(v) + h.eps;
-  return denominator == 0.0f ? 0.0f : m / denominator;
+  const float denominator = approx_root(v) + h.eps;
+  return denominator < kLeastNormal ? 0.0f : m * approx_reciprocal(denominator);
 }
 
 }  // namespace apollo

@@ -42,11 +42,31 @@ APOLLO_DEVICE float approx_cos(float x) {
   return y;
 }
 
+// Both err by 2^-23 at most. Subnormals: the root takes them, the reciprocal takes them for 0.
+APOLLO_DEVICE float approx_root(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+APOLLO_DEVICE float approx_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// An address from a table, which the compiler could not know to be global memory's.
+template <class T>
+APOLLO_DEVICE T* global(T* address) {
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
 // 16 bytes of global memory. Addresses come from tables, so the compiler could only take the slower
-// generic path; and what streams through once need not stay in L1.
+// generic path; and what streams through once need not stay in L1. L2 fetches 128 bytes at a time:
+// a stage of `project` takes 64 of a row, the next one finds the others there.
 APOLLO_DEVICE uint4 load16(const void* from) {
   uint4 x;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(__cvta_generic_to_global(from))
                : "memory");

@@ -104,9 +104,15 @@ namespace apollo {
 
 inline float approx_log2(float x) { return std::log2(x); }
 inline float approx_sqrt(float x) { return std::sqrt(x); }
+inline float approx_root(float x) { return std::sqrt(x); }
+inline float approx_reciprocal(float x) { return 1.0f / x; }
 inline float approx_sin(float x) { return std::sin(x); }
 inline float approx_cos(float x) { return std::cos(x); }
 
+template <class T>
+T* global(T* address) {
+  return address;
+}
 inline uint4 load16(const void* from) {
   emulated::count_load(from);
   return *static_cast<const uint4*>(from);
