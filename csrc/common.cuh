@@ -145,6 +145,8 @@ APOLLO_DEVICE float* r_of(const Matrix& p, const Launch& launch, int64_t chunk) 
   return launch.workspace + p.r + chunk * p.channels * p.rank;
 }
 
+constexpr float kLeastNormal = 0x1p-126f;  // of float32
+
 APOLLO_DEVICE bool finite(float x) { return fabsf(x) < INFINITY; }
 
 APOLLO_DEVICE bool skipped(const Hyper& h) {
@@ -190,10 +192,12 @@ APOLLO_DEVICE bool update_moments(float r, float& m, float& v, const Hyper& h) {
   return true;
 }
 
-// N = M / (sqrt(V) + eps), and 0 where nothing has come yet and eps is 0.
+// N = M / (sqrt(V) + eps), and 0 where nothing has come yet and eps is 0. The approximations err by
+// 2^-23 each, as much as one rounding, where float32 is normal: sqrt takes subnormals, too, and its
+// smallest root but 0 is 4e-23, so the sum is normal, or 0, for any eps that is.
 APOLLO_DEVICE float normalized(float m, float v, const Hyper& h) {
-  const float denominator = fast_sqrt(v) + h.eps;
-  return denominator == 0.0f ? 0.0f : fast_divide(m, denominator);
+  const float denominator = approx_root(v) + h.eps;
+  return denominator < kLeastNormal ? 0.0f : m * approx_reciprocal(denominator);
 }
 
 }  // namespace apollo

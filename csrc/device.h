@@ -46,24 +46,32 @@ APOLLO_DEVICE float approx_cos(float x) {
 APOLLO_DEVICE void sine_and_cosine_of_turns(double turns, double& sine, double& cosine) {
   sincospi(2.0 * turns, &sine, &cosine);
 }
-// For N = M / (sqrt(V) + eps), each within 2^-22 of the result: a root of denormal numbers too, and
-// a quotient whose divisor is not (the root of the smallest one is 2^-74.5) and below 2^126.
-APOLLO_DEVICE float fast_sqrt(float x) {
+
+// Both err by 2^-23 at most. Subnormals: the root takes them, the reciprocal takes them for 0.
+APOLLO_DEVICE float approx_root(float x) {
   float y;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-APOLLO_DEVICE float fast_divide(float x, float by) {
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(by));
-  return x * inverse;
+APOLLO_DEVICE float approx_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// An address from a table, which the compiler could not know to be global memory's.
+template <class T>
+APOLLO_DEVICE T* global(T* address) {
+  __builtin_assume(__isGlobal(address));
+  return address;
 }
 
 // 16 bytes of global memory. Addresses come from tables, so the compiler could only take the slower
-// generic path; and what streams through once need not stay in L1.
+// generic path; and what streams through once need not stay in L1. L2 fetches 128 bytes at a time:
+// a stage of `project` takes 64 of a row, the next one finds the others there.
 APOLLO_DEVICE uint4 load16(const void* from) {
   uint4 x;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(__cvta_generic_to_global(from))
                : "memory");

@@ -140,9 +140,13 @@ class Restated:
         size = float(h.lr)
         if h.correct_bias:
             size *= math.sqrt(1 - b2**self.t) / (1 - b1**self.t)
-        # A float32 R errs by 2^-21 of its largest entry, so s = |N| / |R| by that over |R|; and N
-        # by more where R is about eps: hence 2^-17.
-        condition = 2**-17 * (r.abs().max() if r.numel() else 0) / norms[1].sqrt().clamp(min=1e-30)
+        # A float32 R errs by 2^-21 of its largest entry, so s = |N| / |R| by that over |R|; and by
+        # what N makes of it, which is more where R is about eps. 2^-17: moments err, too.
+        largest = r.abs().max() if r.numel() else 0
+        slope = (1 - b1 + n.abs() * (1 - b2) * r.abs() / self.v.sqrt().clamp(min=1e-30)) / below
+        slope = torch.where(below == 0, 0.0, n * slope).abs()
+        tilt = (slope.sum() if dim is None else slope.sum(1)) / norms[0].clamp(min=1e-30)
+        condition = largest * (2**-17 / norms[1].sqrt().clamp(min=1e-30) + 2**-21 * tilt)
         self.norm_slack += 2 * alpha * float((scale**2 * q * condition**2).sum().sqrt())
         change = size * alpha * limit * factor * (scale if dim is None else scale[:, None]) * x
         keep = 1 - float(h.lr) * h.weight_decay

@@ -120,8 +120,8 @@ namespace apollo {
 
 inline float approx_log2(float x) { return std::log2(x); }
 inline float approx_sqrt(float x) { return std::sqrt(x); }
-inline float fast_sqrt(float x) { return std::sqrt(x); }
-inline float fast_divide(float x, float by) { return x / by; }
+inline float approx_root(float x) { return std::sqrt(x); }
+inline float approx_reciprocal(float x) { return 1.0f / x; }
 inline float approx_sin(float x) { return std::sin(x); }
 inline float approx_cos(float x) { return std::cos(x); }
 inline void sine_and_cosine_of_turns(double turns, double& sine, double& cosine) {
@@ -129,6 +129,10 @@ inline void sine_and_cosine_of_turns(double turns, double& sine, double& cosine)
   cosine = std::cos(6.283185307179586476925 * turns);
 }
 
+template <class T>
+T* global(T* address) {
+  return address;
+}
 inline uint4 load16(const void* from) {
   emulated::count_load(from);
   return *static_cast<const uint4*>(from);
