@@ -109,9 +109,11 @@ class _Matrix:
         tensors = [region(getattr(self.item, name), name) for name in names]
         return [*tensors, region(self.item.grad, "gradient", False)]
 
-    def new_gradient(self, factor: float) -> None:
-        """For the kernels as it is; the restatement gets what the signals make of it."""
+    def new_gradient(self) -> None:
         self.item.grad.copy_(torch.tensor(0.01 * self.random.standard_normal(self.shape)))
+
+    def restate(self, factor: float) -> None:
+        """The step that the kernels are about to take; what signals do is done to the gradient."""
         self.w = self.spec.step(self.w, factor * self.item.grad.double().numpy())
 
     def disagrees(self) -> list[str]:
@@ -144,6 +146,30 @@ class _Matrix:
 
 def take(host: Host, device: Device, case: Case) -> list[str]:
     """What disagrees after the steps of a case; empty if nothing does."""
+    matrices, counters = _run(host, device, case, restated=True)
+    found = [f"{m.shape}: {what}" for m in matrices for what in m.disagrees()]
+    if counters.tolist()[0::2] != [case.steps * len(matrices), 0]:
+        found.append(f"counters are {counters.tolist()}")
+    return found
+
+
+class Recorder(Device):
+    """Runs nothing, and knows what would have been launched."""
+
+    def launch(self, kernel: Any, *_: Any) -> None:
+        self.launches[kernel.name] += 1
+
+
+def launched(host: Host, case: Case) -> set[str]:
+    """The names of the kernels that a case launches."""
+    recorder = Recorder()
+    _run(host, recorder, replace(case, steps=1), restated=False)
+    return set(recorder.launches)
+
+
+def _run(
+    host: Host, device: Device, case: Case, restated: bool
+) -> tuple[list[_Matrix], torch.Tensor]:
     options = dict(lr=0.01, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1, correct_bias=True,
                    maximize=False, distribution=case.proj, update_proj_gap=1)  # fmt: skip
     h = Hyper(**{**options, **case.hyper})
@@ -165,14 +191,21 @@ def take(host: Host, device: Device, case: Case) -> list[str]:
         memory += host.memory(batch)
         for _ in range(case.steps):
             for matrix in matrices:
-                matrix.new_gradient(-factor if h.maximize else factor)
+                matrix.new_gradient()
+                if restated:
+                    matrix.restate(-factor if h.maximize else factor)
             if case.rank:
                 batch.project(h, replace(signals, clip=None))
                 batch.scale(h, signals)
                 batch.apply(h, signals)
             else:
                 batch.adamw(h, signals)
-    found = [f"{m.shape}: {what}" for m in matrices for what in m.disagrees()]
-    if counters.tolist()[0::2] != [case.steps * len(items), 0]:
-        found.append(f"counters are {counters.tolist()}")
-    return found
+    return matrices, counters
+
+
+def bits(host: Host, device: Device, case: Case) -> list[bytes]:
+    """The bits of all that the steps of a case write."""
+    matrices, _ = _run(host, device, case, restated=False)
+    names = ("weight", "exp_avg", "exp_avg_sq", "update_norm", "step")
+    values = [getattr(m.item, n) for m in matrices for n in names if hasattr(m.item, n)]
+    return [v.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for v in values]

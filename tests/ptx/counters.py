@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,27 +12,31 @@ from .arithmetic import distinct
 
 @dataclass
 class Access:
-    """One instruction over a launch: warps that asked, what they took, and the least it could be."""
+    """What warps asked for, what they took, and the least that it could have been."""
 
-    kind: str  # "global load", "global store", "shared load", "shared store"
     requests: int = 0
     used: int = 0  # sectors or wavefronts
     ideal: int = 0
     bytes: int = 0
 
 
-class Counters:
-    """By kernel and line of PTX."""
+class Counters(dict[tuple[str, int, str, str], Access]):
+    """By kernel, line of PTX, "load" or "store", and what is touched: "shared" or a region."""
 
-    def __init__(self) -> None:
-        self.kernels: dict[str, dict[int, Access]] = defaultdict(dict)
-
-    def add(self, kernel, line, kind, requests, used, ideal, size) -> None:
-        access = self.kernels[kernel].setdefault(line, Access(kind))
+    def add(self, kernel, line, verb, touched, requests, used, ideal, size) -> None:
+        access = self.setdefault((kernel, line, verb, touched), Access())
         access.requests += int(requests)
         access.used += int(used)
         access.ideal += int(ideal)
         access.bytes += int(size)
+
+    def excess(self) -> dict[tuple[str, str, str], float]:
+        """(kernel, verb, touched) -> used / ideal."""
+        used, ideal = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
+        for (kernel, _, verb, touched), access in self.items():
+            used[kernel, verb, touched] += access.used
+            ideal[kernel, verb, touched] += access.ideal
+        return {key: used[key] / ideal[key] for key in used}
 
 
 def sectors(at: np.ndarray, warp: np.ndarray, size: int) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ import subprocess
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import emulated
 import torch
@@ -80,12 +80,11 @@ def build(architecture: int = 80) -> Path:
     return out
 
 
-class Kernels:
+class Kernels(NamedTuple):
     """The compiled kernels: their PTX, and the module that launches them."""
 
-    def __init__(self, folder: Path):
-        self.ptx = Module((folder / "launch.ptx").read_text())
-        self.native = _load(folder / "apollo_ptx.so")
+    ptx: Module
+    native: Any
 
 
 @functools.cache
@@ -99,14 +98,15 @@ def _load(path: Path) -> Any:
 
 @functools.cache
 def kernels(architecture: int = 80) -> Kernels:
-    return Kernels(build(architecture))
+    folder = build(architecture)
+    return Kernels(Module((folder / "launch.ptx").read_text()), _load(folder / "apollo_ptx.so"))
 
 
 def region(t: torch.Tensor, name: str, writable: bool = True) -> Region:
     """From a tensor's first element to its last: gaps between rows are inside of it."""
     last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
     size = (last + 1) * t.element_size() if t.numel() else 0
-    return Region(t.data_ptr(), size, writable, f"{name} {list(t.shape)}")
+    return Region(t.data_ptr(), size, writable, name)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -43,6 +43,7 @@ class Device:
         self.counters = Counters() if count else None
         self.findings: Counter[Finding] = Counter()
         self.launches: Counter[str] = Counter()
+        self.barriers: dict[str, set[int]] = defaultdict(set)  # lines that a kernel has reached
 
     def launch(
         self, kernel: Kernel, grid: int, threads: int, dynamic_shared: int,
@@ -167,6 +168,7 @@ class Machine(Memory):
     def _arrive(self, rank, order, m, how, args, line) -> None:
         if not all(x.isdigit() for x in args):
             raise PtxError(f"unknown: a barrier in a register: {self.k.where(line)}")
+        self.device.barriers[self.k.name].add(line)
         name, expected = args[0], int(args[1]) // 32 if len(args) > 1 else None
         warps = np.unique(self.warp[m])
         b = self.barriers.get(name)

@@ -46,7 +46,7 @@ class Memory:
 
     def _use_global(self, at, lanes, size, kind, line, data=None):
         """Checks and counts an access; the addresses as places in HOST."""
-        self._bounds(at, lanes, size, kind in (WRITE, ATOMIC), line)
+        region = self._bounds(at, lanes, size, kind in (WRITE, ATOMIC), line)
         at = at.astype(i8)
         if self.watch:
             kinds = np.full(at.size, kind)
@@ -56,19 +56,21 @@ class Memory:
             self.global_watch.access(at, self.warp[lanes], size, kinds, line)
         if self.counters is not None and kind != ATOMIC:
             found = sectors(at, self.warp[lanes], size)
-            name = "global store" if kind == WRITE else "global load"
-            self.counters.add(self.k.name, line, name, *found, size * at.size)
+            verb = "store" if kind == WRITE else "load"
+            self.counters.add(self.k.name, line, verb, region.name, *found, size * at.size)
         return at - LOWEST
 
-    def _bounds(self, at, lanes, size, writes, line):
+    def _bounds(self, at, lanes, size, writes, line) -> Region:
+        """Raises unless all may be touched; the region of the lowest address."""
         if size > 1 and (wrong := at & at.dtype.type(size - 1)).any():
             bad = np.flatnonzero(wrong)[0]
             raise PtxError(f"misaligned {hex(at[bad])}: {self.where(line, lanes[bad])}")
         low, high = int(at.min()), int(at.max())
         i = bisect.bisect_right(self.begins, low) - 1
-        if i >= 0 and high + size <= self.begins[i] + self.regions[i].size:
-            if self.regions[i].writable or not writes:
-                return
+        found = self.regions[max(i, 0)]
+        whole = i >= 0 and high + size <= found.begin + found.size
+        if whole and (found.writable or not writes):
+            return found
         for x, lane in zip(at.tolist(), lanes.tolist()):
             i = bisect.bisect_right(self.begins, x) - 1
             region = self.regions[i] if i >= 0 else Region(0, 0, False, "nothing")
@@ -78,6 +80,7 @@ class Memory:
                 raise PtxError(f"{verb} of {size} bytes, {where}: {self.where(line, lane)}")
             if writes and not region.writable:
                 raise PtxError(f"write to read-only {region.name}: {self.where(line, lane)}")
+        return found
 
     def _use_shared(self, at, lanes, size, kind, line, data=None, moves=True):
         """The same for shared memory. ``moves``: the bytes travel now, so that they count."""
@@ -98,8 +101,8 @@ class Memory:
                 self.shared_watch.read(at, self.warp[lanes], size, line)
         if self.counters is not None and moves:
             found = wavefronts(at, lanes, self.warp[lanes], size, self.warps)
-            name = "shared store" if kind == WRITE else "shared load"
-            self.counters.add(self.k.name, line, name, *found, size * at.size)
+            verb = "store" if kind == WRITE else "load"
+            self.counters.add(self.k.name, line, verb, "shared", *found, size * at.size)
         return at
 
     def _spaces(self, space, at, m):
