@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test test-sanitizers test-mutants lint format bench kernel-report gpu-check wheel clean
+.PHONY: help demo test test-ptx test-sanitizers test-mutants lint format bench kernel-report gpu-check wheel clean
 help:
 	@echo "make demo    pre-train a small LLaMA with AdamW, APOLLO and APOLLO-Mini; a table and a PNG"
 	@echo "make test    the whole suite        make lint   ruff, clang-format, mypy"
@@ -29,6 +29,13 @@ demo: $(READY)
 # pytest, not python -m pytest: the root on sys.path would let the folder triton/ pose as Triton.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# An hour, where nvcc is: what it compiles, and what Triton does, run by an interpreter of PTX.
+# PTX="-k 'rank and 130'" chooses; each case is a line.
+test-ptx: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -v tests/ptx/grid.py $(PTX)
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -v tests/ptx/triton_checks.py $(PTX)
+	$(BIN)/python tests/ptx/mutants.py
 
 # Minutes: every kernel on the emulated device under sanitizers, and seeded bugs that they must catch.
 test-sanitizers: $(READY)
