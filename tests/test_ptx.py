@@ -30,7 +30,7 @@ def host():
 # project_dots multiplies rows of Z that nobody drew where the rank is none of its kernels', and
 # discards what comes of it. Empty this set when it does no longer.
 UNDRAWN_ROWS = {2, 3, 5, 6}
-# Two loads of 16 bytes per lane, one after the other: twice the sectors. False when they interleave.
+# A lane's two loads of 16 bytes lie side by side: twice the sectors. False when they interleave.
 FLOAT32_PACKS_ASK_TWICE = True
 # Wavefronts of shared memory per ideal one, of the kernels that are above 1.1.
 CONFLICTS = {"project_dots": 3.1, "project_sparse": 3.5}

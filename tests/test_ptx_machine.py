@@ -63,7 +63,7 @@ def test_fma_rounds_once(name):
     b = np.r_[b, RANDOM.integers(1, 2**12, 500) * 2.0**-72, [1 + 2.0**-12 + 2.0**-13] * 4].astype(t)
     tiny = [2.0**-80, -(2.0**-80), 2.0**-60, -(2.0**-60)]
     c = np.r_[c, RANDOM.integers(-(2**20), 2**20, 500) * 2.0**-149, tiny].astype(t)
-    for x, y, z, got in zip(*(v.tolist() for v in (a, b, c, function(a, b, c)))):
+    for x, y, z, got in zip(*(v.tolist() for v in (a, b, c, function(a, b, c))), strict=True):
         exact = Fraction(x) * Fraction(y) + Fraction(z)
         top = math.frexp(float(exact))[1] if abs(exact) > Fraction(2) ** -1000 else -1074
         unit = Fraction(2) ** max(top - bits, low)
@@ -115,7 +115,7 @@ def test_integers():
     def s(x):
         return x - 2**32 if x >= 2**31 else x
 
-    for lane, (a, b) in enumerate(zip(p.tolist(), q.tolist())):
+    for lane, (a, b) in enumerate(zip(p.tolist(), q.tolist(), strict=True)):
         sa, sb = s(a), s(b)
         quotient = abs(sa) // abs(sb) * (1 if (sa < 0) == (sb < 0) else -1)
         want = [a + b, a - b, a * b, a * b >> 32, sa * sb >> 32, quotient, a // b,
@@ -142,14 +142,17 @@ def test_matrices_go_through_shared_memory_into_a_product(transposed, cut, monke
     row, column = ("%r13", "%r12") if transposed else ("%r12", "%r13")
     trans = ".trans" if transposed else ""
     body = f"""
-    mul.wide.u32 %rd2, %r1, 16; add.s64 %rd3, %rd1, %rd2; shl.b32 %r3, %r1, 4; add.s32 %r4, %r2, %r3;
-    ld.global.v4.u32 {{%r20,%r21,%r22,%r23}}, [%rd3]; st.shared.v4.u32 [%r4], {{%r20,%r21,%r22,%r23}};
+    mul.wide.u32 %rd2, %r1, 16; add.s64 %rd3, %rd1, %rd2;
+    shl.b32 %r3, %r1, 4; add.s32 %r4, %r2, %r3;
+    ld.global.v4.u32 {{%r20,%r21,%r22,%r23}}, [%rd3];
+    st.shared.v4.u32 [%r4], {{%r20,%r21,%r22,%r23}};
     setp.lt.u32 %p1, %r1, 16;
     @%p1 ld.global.v4.u32 {{%r20,%r21,%r22,%r23}}, [%rd3+512];
     @%p1 st.shared.v4.u32 [%r4+512], {{%r20,%r21,%r22,%r23}};
     bar.warp.sync -1;
     and.b32 %r10, %r1, 7; shr.u32 %r11, %r1, 3; and.b32 %r12, %r11, 1; shr.u32 %r13, %r11, 1;
-    shl.b32 %r14, {row}, 3; add.s32 %r14, %r14, %r10; shl.b32 %r14, %r14, 5; shl.b32 %r15, {column}, 4;
+    shl.b32 %r14, {row}, 3; add.s32 %r14, %r14, %r10; shl.b32 %r14, %r14, 5;
+    shl.b32 %r15, {column}, 4;
     add.s32 %r16, %r14, %r15; add.s32 %r16, %r16, %r2;
     ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r30,%r31,%r32,%r33}}, [%r16];
     shl.b32 %r17, %r10, 5; shl.b32 %r18, %r12, 4; add.s32 %r17, %r17, %r18; add.s32 %r17, %r17, %r2;
@@ -195,7 +198,8 @@ xor.b32 %r5, %r3, {distance}; add.s32 %r5, %r5, %r2; ld.shared.u32 %r6, [%r5];""
 WHERE = "mul.wide.u32 %rd2, {}, 4; add.s64 %rd2, %rd1, %rd2;"
 COPY = """shl.b32 %r3, %r1, 4; add.s32 %r4, %r2, %r3; shr.u32 %r7, %r1, 1;
 mul.wide.u32 %rd2, %r7, 16; add.s64 %rd2, %rd1, %rd2;
-cp.async.cg.shared.global [%r4], [%rd2], 16{}; cp.async.commit_group; {} ld.shared.u32 %r5, [%r4];"""
+cp.async.cg.shared.global [%r4], [%rd2], 16{}; cp.async.commit_group; {}
+ld.shared.u32 %r5, [%r4];"""
 SEEN = {
     "race": (EXCHANGE.format(between="", distance=128), ["race in shared memory: read"]),
     "barrier": (EXCHANGE.format(between="bar.sync 0;", distance=128), []),
@@ -235,7 +239,7 @@ SEEN = {
          "shfl.sync reads a lane that is not there"]),
     "warps at one place of global memory": (
         "shr.u32 %r3, %r1, 6;" + WHERE.format("%r3") + "st.global.u32 [%rd2], %r1;",
-        ["one instruction stores different values to one place of global memory",
+        ["an instruction stores different values to one place in global memory",
          "race in global memory between warps of a block"]),
     "read by a warp, then written by another": (
         "ld.global.u32 %r4, [%rd1]; add.u32 %r4, %r4, 1; setp.ne.u32 %p1, %r1, 0;"
@@ -318,13 +322,19 @@ def test_blocks_must_not_meet_in_memory():
 
 @pytest.mark.parametrize(
     ("shift", "kind", "ideal", "used"),
-    [(2, "u32", 1, 1), (3, "u32", 1, 2), (7, "u32", 1, 32), (4, "v4.u32", 4, 4), (5, "v4.u32", 4, 8)],
+    [
+        (2, "u32", 1, 1),
+        (3, "u32", 1, 2),
+        (7, "u32", 1, 32),
+        (4, "v4.u32", 4, 4),
+        (5, "v4.u32", 4, 8),
+    ],
 )
 def test_bank_conflicts_are_counted(shift, kind, ideal, used):
     values = "{%r20,%r21,%r22,%r23}" if "v4" in kind else "%r20"
     body = f"shl.b32 %r3, %r1, {shift}; add.s32 %r4, %r2, %r3; st.shared.{kind} [%r4], {values};"
     device = run(body, np.zeros(4, np.uint32), 32, 4096, count=True)
-    ((_, _, verb, touched), access), = device.counters.items()
+    (((_, _, verb, touched), access),) = device.counters.items()
     assert (verb, touched) == ("store", "shared")
     assert (access.requests, access.ideal, access.used) == (1, ideal, used)
 

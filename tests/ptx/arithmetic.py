@@ -55,7 +55,9 @@ _libm_fma.restype, _libm_fma.argtypes = ctypes.c_double, [ctypes.c_double] * 3
 def fma64(a, b, c):
     if a.size > 1 and (a[0] == a).all() and (b[0] == b).all() and (c[0] == c).all():
         return np.full(a.size, _libm_fma(a[0], b[0], c[0]))
-    return np.array([_libm_fma(*x) for x in zip(a.tolist(), b.tolist(), c.tolist())], f8)
+    return np.array(
+        [_libm_fma(*x) for x in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)], f8
+    )
 
 
 def ftz(x):
@@ -117,7 +119,7 @@ def from_bf16(x):
 
 
 def float_to_int(x, to, how):
-    """Saturates. NaN becomes 0, or the integer with the top bit where 64 bits are on either side."""
+    """Saturates. NaN becomes 0, or the top bit alone where 64 bits are on either side."""
     info, nan = np.iinfo(to), np.isnan(x)
     y = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[how](x.astype(f8))
     low, high = y < float(info.min), y >= float(info.max) + (1 if to.itemsize < 8 else 0)
@@ -185,7 +187,7 @@ def mul_high(a, b):
     if a.itemsize == 4:
         wide = u8 if a.dtype.kind == "u" else i8
         return ((a.astype(wide) * b.astype(wide)) >> wide.type(32)).astype(a.dtype)
-    bits = [(int(x) * int(y)) >> 64 for x, y in zip(a, b)]
+    bits = [(int(x) * int(y)) >> 64 for x, y in zip(a, b, strict=True)]
     return np.array([x & (2**64 - 1) for x in bits], u8).view(a.dtype)
 
 

@@ -9,6 +9,7 @@ a value in several warps store it several times.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -76,12 +77,23 @@ class SharedWatch:
         self.valid[self._places(at, size)] = False
 
 
+class Uses(NamedTuple):
+    """What blocks did to places of global memory: a place stands once per block."""
+
+    place: np.ndarray
+    wrote: np.ndarray
+    touched: np.ndarray  # other than by atomics
+    constant: np.ndarray  # read by ld.global.nc
+    released: np.ndarray  # all of it comes before the block's counter is advanced
+    acquired: np.ndarray  # all of it comes after that
+
+
 class GlobalWatch:
     """Every access of a launch to global memory, two bytes at a time."""
 
     def __init__(self, clocks: Clocks, find: Find):
         self.clocks, self.find = clocks, find
-        self.launch: list[tuple[np.ndarray, ...]] = []
+        self.launch: list[Uses] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -107,12 +119,12 @@ class GlobalWatch:
             if w in self.fences:
                 self.released.append((w, *self.fences[w]))
 
-    def end_block(self, block: int) -> None:
+    def end_block(self) -> None:
         if self.log and any((kind == WRITE).any() or (kind == ATOMIC).any()
                             for *_, kind, _, _ in self.log):  # fmt: skip
-            self._races(block)
+            self._races()
         elif self.log:
-            self._keep(block, *self._flat())
+            self._keep(*self._flat())
         self._begin()
 
     def _flat(self) -> tuple[np.ndarray, ...]:
@@ -126,9 +138,9 @@ class GlobalWatch:
             kinds.append(np.repeat(kind, parts))
         return tuple(map(np.concatenate, (places, entries, warps, kinds)))
 
-    def _races(self, block: int) -> None:
+    def _races(self) -> None:
         place, entry, warp, kind = self._flat()
-        self._keep(block, place, entry, warp, kind)
+        self._keep(place, entry, warp, kind)
         at = np.flatnonzero(_near(place, place[kind == WRITE]) & (kind != SAME))
         at = at[np.lexsort((entry[at], place[at]))]
         if not at.size:
@@ -144,16 +156,18 @@ class GlobalWatch:
         racing = np.zeros(at.size, bool)
         for v in distinct(warp):
             own = warp == v
-            for kinds, checked in ((kind == WRITE, kind != ATOMIC), (kind != ATOMIC, kind == WRITE)):
+            for kinds, checked in (
+                (kind == WRITE, kind != ATOMIC),
+                (kind != ATOMIC, kind == WRITE),
+            ):
                 latest = np.maximum.accumulate(group + np.where(own & kinds, clock, 0)) - group
                 before = np.where(first, 0, np.r_[0, latest[:-1]])
                 racing |= ~own & checked & (before > table[version, warp, v])
         for line in distinct(np.array([self.log[e][5] for e in entry[racing]], int)):
             self.find("race in global memory between warps of a block", int(line))
 
-    def _keep(self, block, place, entry, warp, kind) -> None:
-        """For the launch: each place once, whether written, and whether all accesses were ordered
-        before and after those of other blocks."""
+    def _keep(self, place, entry, warp, kind) -> None:
+        """Adds the block's uses to those of the launch."""
         released, acquired = (np.zeros(place.size, bool) for _ in range(2))
         for w, length, known in self.released:
             clock = np.array([e[4][range(len(known)), range(len(known))] for e in self.log])
@@ -166,25 +180,28 @@ class GlobalWatch:
         order = np.argsort(place, kind="stable")
         place = place[order]
         start = np.flatnonzero(np.r_[True, place[1:] != place[:-1]])
+        kind = kind[order]
         every, some = np.logical_and.reduceat, np.logical_or.reduceat
-        self.launch.append((
-            place[start], np.full(start.size, block), some((kind == WRITE)[order], start),
-            some(((kind != ATOMIC) & (kind != SAME))[order], start), some((kind == CONSTANT)[order], start),
-            every(released[order], start), every(acquired[order], start),
-        ))  # fmt: skip
+        uses = Uses(
+            place[start],
+            some(kind == WRITE, start),
+            some((kind != ATOMIC) & (kind != SAME), start),
+            some(kind == CONSTANT, start),
+            every(released[order], start),
+            every(acquired[order], start),
+        )
+        self.launch.append(uses)
 
     def end_launch(self) -> None:
         if not self.launch:
             return
-        columns = tuple(map(np.concatenate, zip(*self.launch)))
-        near = _near(columns[0], columns[0][columns[2]]) & columns[3]
-        place, block, wrote, _, constant, released, acquired = (c[near] for c in columns)
-        if not place.size:
+        uses = Uses(*map(np.concatenate, zip(*self.launch, strict=True)))
+        near = _near(uses.place, uses.place[uses.wrote]) & uses.touched
+        order = np.flatnonzero(near)
+        if not order.size:
             return
-        order = np.argsort(place, kind="stable")  # blocks stay in the order in which they ran
-        place, block, wrote, constant, released, acquired = (
-            c[order] for c in (place, block, wrote, constant, released, acquired)
-        )
+        order = order[np.argsort(uses.place[order], kind="stable")]  # blocks as they ran
+        place, wrote, _, constant, released, acquired = (c[order] for c in uses)
         first = np.r_[True, place[1:] != place[:-1]]
         last = np.r_[first[1:], True]
         start = np.flatnonzero(first)

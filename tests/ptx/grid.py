@@ -1,4 +1,4 @@
-"""`make test-ptx`: every case of the grid, for sm_80 and sm_90, and other orders of warps and blocks.
+"""`make test-ptx`: the whole grid, sm_90, and other orders of warps and blocks.
 
 No test_ in its name, so that `make test` passes it by.
 """
@@ -8,12 +8,12 @@ import itertools
 import re
 
 import pytest
-from ptx import arithmetic, cuda_host, mutants, selection
-from ptx.cases import BF16, F32, Case, Host, bits, take
-from ptx.machine import Device
 from test_ptx import host, needs_nvcc, unexpected
 
 from apollo_kernels import cuda
+from ptx import arithmetic, cuda_host, mutants, selection
+from ptx.cases import BF16, F32, Case, Host, bits, take
+from ptx.machine import Device
 
 pytestmark = needs_nvcc
 
@@ -38,7 +38,9 @@ def test_no_order_of_warps_and_blocks_changes_a_bit(case):
         assert unexpected(device, case) == set()
 
 
-@pytest.mark.parametrize("case", [c for c in selection.selection() if c.proj == "gaussian"], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in selection.selection() if c.proj == "gaussian"], ids=str
+)
 def test_the_documented_errors_of_approximations_and_sums_are_tolerated(case, monkeypatch):
     monkeypatch.setattr(arithmetic.Model, "noise", 1.0)
     monkeypatch.setattr(arithmetic.Model, "cut_sums", True)

@@ -267,7 +267,9 @@ class Translator:
     def op_cvta(self, op, args, t):
         back = op[1] == "to"
         window = {"shared": SHARED_WINDOW, "global": 0, "param": 0}[op[1 + back]]
-        text = f"({self.source(args[1], 'b64')} {'-' if back else '+'} {self.constant(window, 'u8')})"
+        text = (
+            f"({self.source(args[1], 'b64')} {'-' if back else '+'} {self.constant(window, 'u8')})"
+        )
         self.assign(args[0], "b64", text)
 
     def op_createpolicy(self, op, args, t):

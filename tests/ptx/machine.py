@@ -102,8 +102,8 @@ class Machine(Memory):
     def where(self, line: int, thread: int) -> str:
         return f"{self.k.where(line)} block {self.block} thread {thread}"
 
-    # Control flow. Threads that have parted are masks under (rank, order of their next basic block);
-    # the lowest runs first, so that they meet again as early as they can.
+    # Control flow. Threads that have parted are masks under (rank, order of their next basic
+    # block); the lowest runs first, so that they meet again as early as they can.
 
     def run(self, block: int) -> None:
         self._begin(block)
@@ -127,7 +127,7 @@ class Machine(Memory):
         if any(map(len, self.groups)) or any(map(len, self.pending)):
             self.find("cp.async that nobody waited for", 0)
         if self.watch:
-            self.global_watch.end_block(block)
+            self.global_watch.end_block()
 
     def _begin(self, block: int) -> None:
         self.block = block
@@ -267,5 +267,3 @@ class Machine(Memory):
         other = int(what.startswith("n"))
         value = np.asarray(along if axis == "x" else other, u4)
         return np.broadcast_to(value, (self.n,)).copy()
-
-

@@ -71,7 +71,7 @@ class Memory:
         whole = i >= 0 and high + size <= found.begin + found.size
         if whole and (found.writable or not writes):
             return found
-        for x, lane in zip(at.tolist(), lanes.tolist()):
+        for x, lane in zip(at.tolist(), lanes.tolist(), strict=True):
             i = bisect.bisect_right(self.begins, x) - 1
             region = self.regions[i] if i >= 0 else Region(0, 0, False, "nothing")
             if i < 0 or x + size > region.begin + region.size:
@@ -117,7 +117,11 @@ class Memory:
         in_shared = at >= SHARED_WINDOW
         for name, part in (("global", ~in_shared), ("shared", in_shared)):
             if part.any():
-                yield name, at[part] - at.dtype.type(SHARED_WINDOW * (name == "shared")), lanes[part]
+                yield (
+                    name,
+                    at[part] - at.dtype.type(SHARED_WINDOW * (name == "shared")),
+                    lanes[part],
+                )
 
     def load(self, space, at, size, n, *, m, line):
         out = np.zeros((n, self.n), f"u{size}")
@@ -163,7 +167,9 @@ class Memory:
             place = place[:, None] + np.arange(n)
             memory[place] = data
             if self.watch and (memory[place] != data).any():
-                self.find(f"one instruction stores different values to one place of {kind} memory", line)
+                self.find(
+                    f"an instruction stores different values to one place in {kind} memory", line
+                )
 
     def atomic(self, how, at, values, *, fenced, m, line):
         lanes = self.lanes if m is None else np.flatnonzero(m)
@@ -179,7 +185,7 @@ class Memory:
                 raise PtxError(f"unknown: atomics in shared memory: {self.where(line, part[0])}")
             place = self._use_global(a, part, b.itemsize, ATOMIC, line) // b.itemsize
             memory = HOST[b.itemsize]
-            for lane, x in zip(part.tolist(), place.tolist()):
+            for lane, x in zip(part.tolist(), place.tolist(), strict=True):
                 old = memory[x : x + 1].view(b.dtype)[0]
                 out[lane] = old
                 new = _updated(how, old, *(v[lane] for v in values))
@@ -195,7 +201,7 @@ class Memory:
             warps = range(self.warps) if m is None else np.unique(self.warp[m]).tolist()
             self.global_watch.fence(list(warps))
 
-    # cp.async: each warp has a queue of groups, and what is in one lands when somebody waits for it.
+    # cp.async: each warp has a queue of groups; what is in one lands when somebody waits for it.
 
     def copy_async(self, to, at, size, have, *, m, line):
         lanes = self.lanes if m is None else np.flatnonzero(m)
@@ -262,6 +268,7 @@ def _updated(how, old, b, c=None):
     return {
         "add": lambda: old + b, "exch": lambda: b, "max": lambda: max(old, b),
         "min": lambda: min(old, b), "or": lambda: old | b, "and": lambda: old & b,
-        "inc": lambda: 0 if old >= b else old + 1, "dec": lambda: b if old in (0,) or old > b else old - 1,
+        "inc": lambda: 0 if old >= b else old + 1,
+        "dec": lambda: b if old == 0 or old > b else old - 1,
         "cas": lambda: c if old == b else old,
     }[how]()  # fmt: skip

@@ -13,20 +13,20 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":  # as a script: tests/ has to be found
     sys.path[0] = str(Path(__file__).parent.parent)
 
+from apollo_kernels import cuda
 from ptx import cuda_host
 from ptx.cases import BF16, F16, Case, Host, take
 from ptx.machine import Device
 from ptx.parser import Module, PtxError
 
-from apollo_kernels import cuda
-
-DOTS = {"scale_type": "tensor"}
+TENSOR = {"scale_type": "tensor"}
 TILES = (
     Case(((70, 72),), 20, weight=BF16, grad=BF16),
     Case(((70, 72),), 20, weight=BF16, grad=BF16, order="columns"),
@@ -34,8 +34,8 @@ TILES = (
 CASES = (
     *TILES,
     Case(((70, 72),), 20, "gaussian", BF16, F16),
-    Case(((70, 72),), 4, "gaussian", BF16, BF16, hyper=DOTS),
-    Case(((40, 2150),), 4, "gaussian", BF16, BF16, order="columns", hyper=DOTS),
+    Case(((70, 72),), 4, "gaussian", BF16, BF16, hyper=TENSOR),
+    Case(((40, 2150),), 4, "gaussian", BF16, BF16, order="columns", hyper=TENSOR),
     Case(((70, 72),), 24, "sparse", F16, BF16),
 )
 
@@ -60,7 +60,7 @@ INLINE = [
     Mutant("Z is transposed", r"\.x4\.shared", ".x4.trans.shared", TILES),
     Mutant("mma of f16 numbers", r"bf16\.bf16\.f32", "f16.f16.f32", TILES),
     Mutant("load16 in another order", r"(ld\.global\S+ \{%r\d+),(%r\d+),(%r\d+),", r"\1,\3,\2,"),
-    Mutant("store16 in another order", r"(st\.global\S+ \S+, \{%r\d+),(%r\d+),(%r\d+),", r"\1,\3,\2,"),
+    Mutant("store16 in another order", r"(st\.global.*, \{%r\d+),(%r\d+),(%r\d+),", r"\1,\3,\2,"),
     Mutant("sine for cosine", r"cos\.approx", "sin.approx"),
     Mutant("cosine for sine", r"sin\.approx", "cos.approx"),
     Mutant("ex2 for lg2", r"lg2\.approx", "ex2.approx"),
@@ -101,14 +101,25 @@ def seen(mutant: Mutant) -> str | None:
     return next(complaints(after, mutant.cases), None)
 
 
-# Barriers that guard nothing: what is written before them is read after another one too.
-HARMLESS: dict[str, int] = {}
+class Guarded(NamedTuple):
+    """A kernel, cases that reach its barriers, and how many of them may go unseen, with reasons."""
+
+    kernel: str
+    cases: tuple[Case, ...]
+    harmless: int = 0
+
+
+SLABS = Case(((257, 1030),), 4, weight=BF16, grad=BF16, hyper=TENSOR, steps=1)
+SPARSE = (CASES[5], replace(CASES[5], order="columns"))
 GUARDED = (
-    ("project_tiles", TILES),
-    ("project_dots", CASES[3:5]),
-    ("project_sparse", CASES[5:]),
-    ("scale_channels", CASES[4:5]),
-    ("limit_update", CASES[3:4]),
+    Guarded("project_tiles", TILES),
+    # The last one of an unrolled loop, after which nobody writes.
+    Guarded("project_dots", (*CASES[3:5], SLABS), 1),
+    # By row, what a warp has stored is read by that warp alone.
+    Guarded("project_sparse", SPARSE, 1),
+    # The same for norms; and the last one of the last sum over a block, as in `limit`.
+    Guarded("scale_channels", CASES[4:5], 2),
+    Guarded("limit_update", CASES[3:4], 1),
 )
 
 
@@ -140,11 +151,14 @@ def main() -> None:
         what = seen(mutant)
         survived += what is None
         print(f"{time.monotonic() - since:5.1f} s  {mutant.name}: {what or 'SURVIVED'}", flush=True)
-    for kernel, cases in GUARDED:
+    for kernel, cases, harmless in GUARDED:
         since = time.monotonic()
         count, unseen = without_a_barrier(kernel, cases)
-        print(f"{time.monotonic() - since:5.1f} s  {kernel}: {count} barriers, {len(unseen)} may go")
-        print(*(f"         {line}" for line in unseen), sep="\n", flush=True)
+        survived += len(unseen) != harmless
+        told = f"{kernel}: {count} barriers, {len(unseen)} unseen, {harmless} of them expected"
+        print(f"{time.monotonic() - since:5.1f} s  {told}")
+        for line in unseen:
+            print(f"         {line}", flush=True)
     sys.exit(survived > 0)
 
 

@@ -1,4 +1,4 @@
-"""PTX text -> kernels: parameters, shared variables, registers, and basic blocks in running order."""
+"""PTX text -> kernels: parameters, shared variables, registers, basic blocks in running order."""
 
 from __future__ import annotations
 

@@ -8,18 +8,18 @@ since Triton decides when it is imported whether its functions are the interpret
 import importlib.util
 import os
 import re
+from pathlib import Path
 
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "0":
     pytest.skip("needs TRITON_INTERPRET=0", allow_module_level=True)
 
+from apollo_kernels.triton_kernels import scale, step
 from ptx import triton_host
 from ptx.cases import BF16, Case, Host, take
 from ptx.machine import Device
 from ptx.selection import triton_grid, triton_selection
-
-from apollo_kernels.triton_kernels import scale, step
 
 HOST = Host(step, triton_host.running, triton_host.batch_memory)
 
@@ -37,7 +37,7 @@ RANK_20 = Case(((24, 70),), 20, weight=BF16, grad=BF16, separate=True)
 CHANGES = {
     "lanes that hold one sum are fused differently": (
         "tl.where(inside & some, n * n, 0.0)", "n * n", RANK_20,
-        "one instruction stores different values to one place",
+        "an instruction stores different values to one place",
     ),
     "moments of rank 1 without a barrier": (
         r"tl.debug_barrier\(\)  # a tile", "pass  # a tile", RANK_ONE, "race in global memory",
@@ -52,7 +52,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_was_mended_is_seen_where_it_is_undone(name, tmp_path, monkeypatch):
     old, new, case, expected = CHANGES[name]
-    source = open(scale.__file__).read()
+    source = Path(scale.__file__).read_text()
     old = old if "\\" in old else re.escape(old)
     changed, count = re.subn(old, new, source)
     assert count == 1

@@ -7,13 +7,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import struct
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import CompiledKernel
+import triton  # noqa: TID253
+from triton.backends.compiler import GPUTarget  # noqa: TID253
+from triton.compiler.compiler import CompiledKernel  # noqa: TID253
 
 from .cuda_host import region
 from .machine import Device
@@ -44,7 +45,7 @@ class Driver:
 def parsed(text: str, name: str) -> Kernel:
     """Variants of one kernel have one name in PTX; their text tells them apart."""
     kernel = Module(text).kernel(name)
-    kernel.name = f"{name} {hash(text) & 0xFFFFFF:06x}"
+    kernel.name = f"{name} {zlib.crc32(text.encode()):08x}"
     return kernel
 
 
