@@ -1,0 +1,125 @@
+"""The main loops of the kernels, cut out of their SASS, and what one turn of them executes.
+
+A main loop is found by what it does, not by where it stands: it is an innermost loop that moves 16
+bytes per lane between global memory and the SM. Where a kernel has a loop for whole tiles and one
+for the edges of a matrix, the one without element by element accesses counts; where one loop does
+both, its way through the blocks avoids them. Of all ways through a loop the main one
+
+  * moves and multiplies most: 16-byte accesses and tensor-core instructions,
+  * avoids guards' element by element accesses, and calls of subroutines,
+  * computes most: what it moved is not skipped for being zero or not finite (MUFU),
+  * and is otherwise the shortest: numbers that serve many turns are not drawn in this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from sass import Function, Instruction, Loop, is_narrow, is_wide
+
+_TENSOR = ("HMMA", "HGMMA", "UTCHMMA")
+_Weight = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class MainLoop:
+    """``trace``: the instructions of one turn, in order."""
+
+    orientation: str  # row: channels are rows in memory; column; or any
+    trace: tuple[Instruction, ...]
+
+    def count(self, *names: str) -> int:
+        return sum(x.name in names for x in self.trace)
+
+    @cached_property
+    def wide(self) -> int:
+        return sum(map(is_wide, self.trace))
+
+    @cached_property
+    def wide_loads(self) -> int:
+        return sum(is_wide(x) and x.name in ("LDG", "LD", "LDGSTS") for x in self.trace)
+
+    @cached_property
+    def narrow(self) -> int:
+        return sum(map(is_narrow, self.trace))
+
+
+def main_loops(function: Function) -> list[MainLoop]:
+    """In the order of their addresses; the whole kernel, if it has none."""
+    moving = [loop for loop in function.loops if _accesses(function, loop, is_wide)]
+    inner = [a for a in moving if not any(b.blocks < a.blocks for b in moving)]
+    lean = [loop for loop in inner if not _guarded(function, loop)] or inner
+    traces = [_turn(function, loop) for loop in lean]
+    if not traces and any(map(is_wide, function.instructions)):
+        ends = {b for b in function.order if not function.successors[b]}
+        traces = [path(function, 0, ends, set(function.order), guarded=True)]
+    tensor = [t for t in traces if any(x.name in _TENSOR for x in t)]
+    traces = tensor or traces
+    return [MainLoop(o, t) for o, t in zip(_orientations(traces), traces, strict=True)]
+
+
+def _orientations(traces: list[tuple[Instruction, ...]]) -> list[str]:
+    """Which of two loops has channels by row: a row of X in memory is one channel's.
+
+    Fragments of X then come as they lie, where ldmatrix transposes them by column; dots read 16
+    bytes of z at a time, for the k of a load, where by column its elements meet one k; and the
+    sparse projection turns places within a load.
+    """
+    if len(traces) != 2:
+        return ["any"] * len(traces)
+
+    def signs(trace: tuple[Instruction, ...]) -> tuple[int, int, int]:
+        transposed = sum(x.name == "LDSM" and ".MT88" in x.op for x in trace)
+        z_wide = sum((1 if ".128" in x.op else -1) for x in trace if x.name == "LDS")
+        return -transposed, z_wide, sum(x.name == "SEL" for x in trace)
+
+    return ["row", "column"] if signs(traces[0]) > signs(traces[1]) else ["column", "row"]
+
+
+def _accesses(function: Function, loop: Loop, of_kind) -> int:
+    return sum(of_kind(x) for b in loop.blocks for x in function.blocks[b])
+
+
+def _guarded(function: Function, loop: Loop) -> bool:
+    """It reads or writes element by element somewhere: at least 4 narrow accesses per wide one."""
+    return _accesses(function, loop, is_narrow) >= 4 * _accesses(function, loop, is_wide)
+
+
+def _turn(function: Function, loop: Loop) -> tuple[Instruction, ...]:
+    guarded = _guarded(function, loop)
+    return path(function, loop.head, set(loop.ends), set(loop.blocks), guarded)
+
+
+def path(
+    function: Function, start: int, ends: set[int], blocks: set[int], guarded: bool
+) -> tuple[Instruction, ...]:
+    """The main way from ``start`` to one of ``ends`` within ``blocks``, each block at most once."""
+
+    def weight(block: Iterable[Instruction]) -> _Weight:
+        moved = avoided = computed = length = 0
+        for x in block:
+            length += 1
+            narrow = is_narrow(x)
+            moved += is_wide(x) or x.name in _TENSOR or (narrow and not guarded)
+            avoided += (narrow and guarded) or (x.name == "CALL" and not x.conditional)
+            computed += x.name == "MUFU"
+        return moved, -avoided, computed, -length
+
+    best: dict[int, tuple[_Weight, int | None]] = {}
+    for b in reversed([b for b in function.order if b in blocks]):
+        own = weight(function.blocks[b])
+        ways: list[tuple[_Weight, int | None]] = [(own, None)] if b in ends else []
+        for s in function.successors[b]:
+            if s in best and s != start:
+                total = tuple(x + y for x, y in zip(own, best[s][0], strict=True))
+                ways.append((total, s))  # type: ignore[arg-type]
+        if ways:
+            best[b] = max(ways, key=lambda way: way[0])
+    trace: list[Instruction] = []
+    block: int | None = start
+    while block is not None:
+        trace += function.blocks[block]
+        block = best[block][1]
+    return tuple(trace)
