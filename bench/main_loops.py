@@ -29,6 +29,7 @@ class MainLoop:
 
     orientation: str  # row: channels are rows in memory; column; or any
     trace: tuple[Instruction, ...]
+    loop: Loop | None  # none: the whole kernel
 
     def count(self, *names: str) -> int:
         return sum(x.name in names for x in self.trace)
@@ -51,13 +52,22 @@ def main_loops(function: Function) -> list[MainLoop]:
     moving = [loop for loop in function.loops if _accesses(function, loop, is_wide)]
     inner = [a for a in moving if not any(b.blocks < a.blocks for b in moving)]
     lean = [loop for loop in inner if not _guarded(function, loop)] or inner
-    traces = [_turn(function, loop) for loop in lean]
-    if not traces and any(map(is_wide, function.instructions)):
+    if not lean:
         ends = {b for b in function.order if not function.successors[b]}
-        traces = [path(function, 0, ends, set(function.order), guarded=True)]
-    tensor = [t for t in traces if any(x.name in _TENSOR for x in t)]
-    traces = tensor or traces
-    return [MainLoop(o, t) for o, t in zip(_orientations(traces), traces, strict=True)]
+        return [MainLoop("any", path(function, 0, ends, set(function.order), True), None)]
+    found = [(_turn(function, loop), loop) for loop in lean]
+    found = [f for f in found if any(x.name in _TENSOR for x in f[0])] or found
+    orientations = _orientations([trace for trace, _ in found])
+    return [MainLoop(o, *f) for o, f in zip(orientations, found, strict=True)]
+
+
+def way_to(function: Function, main: MainLoop) -> tuple[Instruction, ...]:
+    """What leads from the kernel's first instruction to its main loop."""
+    if main.loop is None:
+        return ()
+    before = {b for b in function.order if b not in main.loop.blocks}
+    ends = {b for b in before if main.loop.head in function.successors[b]}
+    return path(function, 0, ends, before, guarded=True)
 
 
 def _orientations(traces: list[tuple[Instruction, ...]]) -> list[str]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 _LINE = re.compile(
     r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/"
@@ -19,7 +20,7 @@ _LINE = re.compile(
 _NO_SCOREBOARD = 7
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # two of one text are two
 class Instruction:
     address: int
     guard: str | None  # @P0, @!UP3; None: always
@@ -92,7 +93,7 @@ _GLOBAL = ("LDG", "STG", "LD", "ST")
 
 @dataclass(frozen=True)
 class Loop:
-    """``head`` and the blocks from which it is reached again without leaving; ``ends`` jump back."""
+    """``head`` and the blocks that lead back to it; ``ends`` are those that jump there."""
 
     head: int
     ends: tuple[int, ...]
@@ -118,7 +119,7 @@ class Function:
             if x.target is not None or x.name in _ENDS:
                 starts.add(i + 1)
         edges = sorted(starts | {len(self.instructions)})
-        cut = [self.instructions[a:b] for a, b in zip(edges, edges[1:])]
+        cut = [self.instructions[a:b] for a, b in pairwise(edges)]
         return [block for block in cut if block]
 
     @cached_property
@@ -188,9 +189,9 @@ class Function:
         ends: dict[int, list[int]] = {}
         for b in self.order:
             for s in self.successors[b]:
-                if s != b or len(self.blocks[b]) > 1:  # a lone branch to itself ends the code
-                    if self._dominates(s, b):
-                        ends.setdefault(s, []).append(b)
+                trap = s == b and len(self.blocks[b]) == 1  # a branch to itself ends the code
+                if not trap and self._dominates(s, b):
+                    ends.setdefault(s, []).append(b)
         return [Loop(head, tuple(e), self._body(head, e)) for head, e in sorted(ends.items())]
 
     def _dominates(self, a: int, b: int) -> bool:

@@ -10,19 +10,31 @@ from sass import Instruction, is_wide
 from sm_model import cards
 from sm_model.cards import Card
 
-_ALU = """IADD3 IADD LOP3 LOP SHF SHL SHR PRMT ISETP SEL LEA FSETP FSEL FMNMX FMNMX3 IMNMX PLOP3 MOV
-CS2R F2FP IABS POPC FLO BREV VOTE VIADD VIADDMNMX VIMNMX P2R R2P VABSDIFF FCHK SGXT BMSK I2IP I2FP
-ISCADD HSETP2 HMNMX2 MATCH""".split()
-_FMA = "FFMA FMUL FADD FSWZADD HFMA2 HADD2 HMUL2 FFMA2 FADD2 FMUL2".split()
-_MUFU = "MUFU F2F F2I I2F FRND".split()
-_TENSOR = "HMMA IMMA".split()
-_MEMORY = """LDG LD STG ST LDGSTS LDS STS LDSM STSM LDC LDL STL SHFL ATOM ATOMG ATOMS RED
-REDUX CCTL""".split()
-_UNIFORM = """UIADD3 ULOP3 UMOV USHF ULEA UIMAD USEL UISETP R2UR ULDC UPRMT UP2UR UPLOP3 S2UR S2R
-UFLO UPOPC UBREV USGXT UBMSK""".split()
-_FLOAT64 = "DFMA DADD DMUL DSETP DMNMX".split()
-_CONTROL = """BRA BSSY BSYNC BAR NOP WARPSYNC EXIT BREAK CALL RET DEPBAR LDGDEPBAR ERRBAR MEMBAR
-NANOSLEEP YIELD BMOV JMP PREEXIT ACQBULK ENDCOLLECTIVE""".split()
+_NAMES = {
+    "alu": """IADD3 IADD LOP3 LOP SHF SHL SHR PRMT ISETP SEL LEA FSETP FSEL FMNMX FMNMX3 IMNMX PLOP3
+        MOV CS2R F2FP IABS POPC FLO BREV VOTE VIADD VIADDMNMX VIMNMX P2R R2P VABSDIFF FCHK SGXT BMSK
+        I2IP I2FP ISCADD HSETP2 HMNMX2 MATCH""",
+    "fma": "FFMA FMUL FADD FSWZADD HFMA2 HADD2 HMUL2 FFMA2 FADD2 FMUL2",
+    "multiply": "IMAD",  # on one of the FMA pipes
+    "mufu": "MUFU F2F F2I I2F FRND",
+    "tensor": "HMMA IMMA",
+    "float64": "DFMA DADD DMUL DSETP DMNMX",
+    "uniform": """UIADD3 ULOP3 UMOV USHF ULEA UIMAD USEL UISETP R2UR ULDC UPRMT UP2UR UPLOP3 S2UR
+        S2R UFLO UPOPC UBREV USGXT UBMSK""",
+    "lsu": """LDG LD STG ST LDGSTS LDS STS LDSM STSM LDC LDL STL SHFL ATOM ATOMG ATOMS RED REDUX
+        CCTL""",
+    "control": """BRA BSSY BSYNC BAR NOP WARPSYNC EXIT BREAK CALL RET DEPBAR LDGDEPBAR ERRBAR MEMBAR
+        NANOSLEEP YIELD BMOV JMP PREEXIT ACQBULK""",
+}
+_PIPES = {name: pipe for pipe, names in _NAMES.items() for name in names.split()}
+_BUSY = {
+    "alu": cards.ALU,
+    "fma": cards.FMA_PIPE,
+    "multiply": cards.FMA_PIPE,
+    "mufu": cards.MUFU,
+    "uniform": cards.UNIFORM,
+    "float64": cards.FLOAT64,
+}
 
 # How a load's latency is counted.
 NOWHERE, SHARED, L1, L2, DRAM = range(5)
@@ -41,27 +53,17 @@ class Use:
 
 
 def use(x: Instruction, card: Card) -> Use:
-    """Raises ValueError for an instruction that is in none of the lists."""
-    name = x.name
-    if name in _TENSOR:
-        return Use("tensor", card.mma)
-    if name in _MEMORY:
+    """Raises ValueError for an instruction that no pipe is known of."""
+    pipe = _PIPES.get(x.name)
+    if pipe is None:
+        raise ValueError(f"no pipe for {x.op}: say in bench/sm_model/pipes.py what executes it")
+    if pipe == "lsu":
         return _memory(x)
-    if name == "IMAD":
-        wide = re.match(r"IMAD\.(WIDE|HI)", x.op)
-        return Use("multiply", cards.WIDE_MULTIPLY if wide else cards.FMA_PIPE)
-    known = (
-        (_ALU, Use("alu", cards.ALU)),
-        (_FMA, Use("fma", cards.FMA_PIPE)),
-        (_MUFU, Use("mufu", cards.MUFU)),
-        (_UNIFORM, Use("uniform", cards.UNIFORM)),
-        (_FLOAT64, Use("float64", cards.FLOAT64)),
-        (_CONTROL, Use("control")),
-    )
-    for names, what in known:
-        if name in names:
-            return what
-    raise ValueError(f"no pipe for {x.op}: say in bench/sm_model/pipes.py what executes it")
+    if pipe == "tensor":
+        return Use(pipe, card.mma)
+    if re.match(r"IMAD\.(WIDE|HI)", x.op):
+        return Use(pipe, cards.WIDE_MULTIPLY)
+    return Use(pipe, _BUSY.get(pipe, 0))
 
 
 def _memory(x: Instruction) -> Use:

@@ -8,6 +8,7 @@ SM its share of the card's bandwidth, after a latency.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from sass import Instruction
 
 from sm_model import cards
 from sm_model.cards import SCHEDULERS, Card
-from sm_model.pipes import DRAM, L1, L2, SHARED, use
+from sm_model.pipes import DRAM, L1, L2, NOWHERE, SHARED, use
 
 _FOREVER = float("inf")
+_LENGTH = 16  # bytes of an instruction
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def _steps(trace: Sequence[Instruction], card: Card, from_l2: frozenset[int]) ->
                 sets=x.sets,
                 frees=x.frees,
                 yields=x.yields,
-                jumps=x.target is not None and following.address - x.address not in (16,),
+                jumps=x.target is not None and following.address != x.address + _LENGTH,
                 special=special,
                 groups=int(groups[1], 16) if groups else 0,
             )
@@ -130,13 +132,15 @@ class _Sm:
             for s in range(SCHEDULERS):
                 if self.wake[s] <= clock:
                     left -= self._issue(s, clock)
-            clock = max(clock + 1, float(int(min(self.wake))))
-            if min(self.wake) == _FOREVER and left:
+            if left and min(self.wake) == _FOREVER:
                 raise RuntimeError("every warp waits: a barrier in the trace is not reached by all")
-        begin = self.turns // 4
-        took = max(w.turns[-2] for w in self.warps) - max(w.turns[begin] for w in self.warps)
+            clock = max(clock + 1, float(math.ceil(min(self.wake)))) if left else clock + 1
+        ends = sorted(t for w in self.warps for t in w.turns)
+        first, last = self.turns // 4, 3 * self.turns // 4  # filled, and nothing has run dry
+        count = len(self.warps)
+        per_turn = (ends[last * count - 1] - ends[first * count - 1]) / (last - first)
         whole = {k: v / clock / (1 if k == "data" else SCHEDULERS) for k, v in self.busy.items()}
-        return Result(took / (self.turns - 2 - begin), whole)
+        return Result(per_turn, {k: v for k, v in whole.items() if v})
 
     def _issue(self, s: int, clock: float) -> bool:
         """Whether a warp of scheduler ``s`` has ended."""
@@ -147,8 +151,7 @@ class _Sm:
             when = self._possible(s, warp, clock)
             if when <= clock:
                 self.wake[s] = clock + 1
-                ended = self._execute(s, warp, clock)
-                return ended
+                return self._execute(s, warp, clock)
             soonest = min(soonest, when)
         self.wake[s] = soonest
         return False
@@ -166,26 +169,28 @@ class _Sm:
         if when > clock:
             return when
         free, pipe = self.free[s], step.pipe
+        if pipe == "fma" and self.card.fma_pipes == 2:
+            return min(free["multiply"], free["light"])
         if pipe == "fma":
-            return min(free["multiply"], free["light"]) if self._two else free["multiply"]
+            return free["multiply"]
         if pipe == "mufu":
             return free["mufu"] - cards.MUFU_QUEUE
         if pipe == "lsu":
             queue = self.memory[s]
             while queue and queue[0] <= clock:
                 queue.popleft()
-            return queue[0] if len(queue) >= cards.LSU_QUEUE else clock
+            if len(queue) >= cards.LSU_QUEUE:
+                return queue[0]
+            if step.moved and step.place == NOWHERE:  # a store waits for those before it
+                return self.dram_free - self.card.latency_clocks
+            return clock
         return free[pipe]
-
-    @property
-    def _two(self) -> bool:
-        return self.card.fma_pipes == 2
 
     def _execute(self, s: int, warp: _Warp, clock: float) -> bool:
         step, free = self.steps[warp.at], self.free[s]
         self.busy["issue"] += 1
         read = written = clock  # when the operands are read, and the result is there
-        if step.pipe == "fma" and self._two and free["light"] <= clock:
+        if step.pipe == "fma" and self.card.fma_pipes == 2 and free["light"] <= clock:
             free["light"] = clock + step.busy
         elif step.pipe in ("fma", "multiply"):
             free["multiply"] = clock + step.busy
@@ -198,7 +203,7 @@ class _Sm:
             free[step.pipe] = clock + step.busy
             if step.pipe == "uniform":
                 written = clock + cards.UNIFORM_LATENCY
-        if step.pipe == "fma" or step.pipe == "multiply":
+        if step.pipe in ("fma", "multiply"):
             self.busy["fma"] += step.busy / self.card.fma_pipes
         else:
             self.busy[step.pipe] += step.busy
