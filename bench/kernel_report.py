@@ -101,9 +101,9 @@ def _threads(sections: list[tuple[str, str]]) -> dict[tuple[str, str], int]:
 def _mix(function: sass.Function) -> Counter[str]:
     """Instructions by MIX's columns, and how many in all."""
     count: Counter[str] = Counter(instructions=len(function.instructions))
-    for x in function.instructions:
+    for op, times in Counter(x.op for x in function.instructions).items():
         for column, pattern in MIX.items():
-            count[column] += re.match(pattern, x.op) is not None
+            count[column] += times * (re.match(pattern, op) is not None)
     return count
 
 
@@ -216,8 +216,8 @@ def loop_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "kernel": row["kernel"],
                     "loop": loop.orientation,
                     "elements": loop.elements,
-                    "16 bytes": loop.wide,
-                    "less": loop.narrow,
+                    **{f"{size} bytes": loop.accesses.get(size, 0) for size in (16, 8)},
+                    "scalars": loop.scalar,
                     "tensor": loop.tensor,
                     "MUFU": loop.mufu,
                 },

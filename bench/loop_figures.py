@@ -20,10 +20,13 @@ class LoopFigures:
     orientation: str
     instructions: int
     elements: int
-    wide: int
-    narrow: int
+    accesses: dict[int, int]  # to global memory, by bytes per lane
     tensor: int
     mufu: int
+
+    @property
+    def scalar(self) -> int:
+        return sum(count for size, count in self.accesses.items() if size < 8)
 
     @property
     def per_element(self) -> float:
@@ -55,11 +58,11 @@ def moved_bytes(kernel: str) -> int:
 
 
 def elements(kernel: str, loop: MainLoop) -> int:
-    """From what a turn stores, where it stores, since scales are loaded by 16 bytes too."""
+    """From what a turn stores, where it stores, since scales may be loaded as vectors too."""
     if kernel.startswith(("apply", "adamw")):
-        stored = weight_bytes(kernel) + (8 if kernel.startswith("adamw") else 0)
-        return 16 * (loop.wide - loop.wide_loads) // stored
-    return 16 * loop.wide_loads // gradient_bytes(kernel)
+        moments = 8 if kernel.startswith("adamw") else 0
+        return loop.stored // (weight_bytes(kernel) + moments)
+    return loop.loaded // gradient_bytes(kernel)
 
 
 def main_loops_of(kernel: str, function: Function) -> list[MainLoop]:
@@ -73,8 +76,7 @@ def figures(kernel: str, function: Function) -> list[LoopFigures]:
             loop.orientation,
             len(loop.trace),
             elements(kernel, loop),
-            loop.wide,
-            loop.narrow,
+            {size: n for size in (16, 8, 4, 2, 1) if (n := loop.accesses(size))},
             loop.count("HMMA"),
             loop.count("MUFU"),
         )

@@ -1,11 +1,12 @@
 """The main loops of the kernels, cut out of their SASS, and what one turn of them executes.
 
-A main loop is found by what it does, not by where it stands: it is an innermost loop that moves 16
-bytes per lane between global memory and the SM. Where a kernel has a loop for whole tiles and one
-for the edges of a matrix, the one without element by element accesses counts; where one loop does
-both, its way through the blocks avoids them. Of all ways through a loop the main one
+A main loop is found by what it does, not by where it stands: it is an innermost loop that moves
+vectors, 16 bytes per lane or 8, between global memory and the SM. Where a kernel has a loop for
+whole tiles and one for the edges of a matrix, the one without element by element accesses counts;
+where one loop does both, its way through the blocks avoids them. Of all ways through a loop the
+main one
 
-  * moves and multiplies most: 16-byte accesses and tensor-core instructions,
+  * moves and multiplies most: vectors of global memory and tensor-core instructions,
   * avoids guards' element by element accesses, and calls of subroutines,
   * computes most: what it moved is not skipped for being zero or not finite (MUFU),
   * and is otherwise the shortest: numbers that serve many turns are not drawn in this one.
@@ -17,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from sass import Function, Instruction, Loop, is_narrow, is_wide
+from sass import Function, Instruction, Loop, global_bytes, is_scalar, is_vector
 
 _TENSOR = ("HMMA", "HGMMA", "UTCHMMA")
 _Weight = tuple[int, int, int, int]
@@ -34,22 +35,27 @@ class MainLoop:
     def count(self, *names: str) -> int:
         return sum(x.name in names for x in self.trace)
 
-    @cached_property
-    def wide(self) -> int:
-        return sum(map(is_wide, self.trace))
+    def accesses(self, *sizes: int) -> int:
+        """To global memory, of so many bytes per lane."""
+        return sum(global_bytes(x.op) in sizes for x in self.trace)
 
     @cached_property
-    def wide_loads(self) -> int:
-        return sum(is_wide(x) and x.name in ("LDG", "LD", "LDGSTS") for x in self.trace)
+    def loaded(self) -> int:
+        """Bytes per lane that come in vectors: what is streamed, and not a scalar beside it."""
+        return sum(global_bytes(x.op) for x in self.trace if is_vector(x) and not _stores(x))
 
     @cached_property
-    def narrow(self) -> int:
-        return sum(map(is_narrow, self.trace))
+    def stored(self) -> int:
+        return sum(global_bytes(x.op) for x in self.trace if is_vector(x) and _stores(x))
+
+
+def _stores(x: Instruction) -> bool:
+    return x.name in ("STG", "ST")
 
 
 def main_loops(function: Function) -> list[MainLoop]:
     """In the order of their addresses; the whole kernel, if it has none."""
-    moving = [loop for loop in function.loops if _accesses(function, loop, is_wide)]
+    moving = [loop for loop in function.loops if _accesses(function, loop, is_vector)]
     inner = [a for a in moving if not any(b.blocks < a.blocks for b in moving)]
     lean = [loop for loop in inner if not _guarded(function, loop)] or inner
     if not lean:
@@ -74,16 +80,18 @@ def _orientations(traces: list[tuple[Instruction, ...]]) -> list[str]:
     """Which of two loops has channels by row: a row of X in memory is one channel's.
 
     Fragments of X then come as they lie, where ldmatrix transposes them by column; dots read 16
-    bytes of z at a time, for the k of a load, where by column its elements meet one k; and the
-    sparse projection turns places within a load.
+    bytes of z at a time, for the k of a load, where by column its elements meet one k; `apply`
+    reads a coefficient per row, where columns keep theirs; and the sparse projection turns places
+    within a load.
     """
     if len(traces) != 2:
         return ["any"] * len(traces)
 
-    def signs(trace: tuple[Instruction, ...]) -> tuple[int, int, int]:
+    def signs(trace: tuple[Instruction, ...]) -> tuple[int, ...]:
         transposed = sum(x.name == "LDSM" and ".MT88" in x.op for x in trace)
         z_wide = sum((1 if ".128" in x.op else -1) for x in trace if x.name == "LDS")
-        return -transposed, z_wide, sum(x.name == "SEL" for x in trace)
+        coefficients, turns = sum(map(is_scalar, trace)), sum(x.name == "SEL" for x in trace)
+        return -transposed, z_wide, coefficients, turns
 
     return ["row", "column"] if signs(traces[0]) > signs(traces[1]) else ["column", "row"]
 
@@ -93,8 +101,8 @@ def _accesses(function: Function, loop: Loop, of_kind) -> int:
 
 
 def _guarded(function: Function, loop: Loop) -> bool:
-    """It reads or writes element by element somewhere: at least 4 narrow accesses per wide one."""
-    return _accesses(function, loop, is_narrow) >= 4 * _accesses(function, loop, is_wide)
+    """It reads or writes element by element somewhere: several scalars for each vector."""
+    return _accesses(function, loop, is_scalar) >= 3 * _accesses(function, loop, is_vector)
 
 
 def _turn(function: Function, loop: Loop) -> tuple[Instruction, ...]:
@@ -111,9 +119,9 @@ def path(
         moved = avoided = computed = length = 0
         for x in block:
             length += 1
-            narrow = is_narrow(x)
-            moved += is_wide(x) or x.name in _TENSOR or (narrow and not guarded)
-            avoided += (narrow and guarded) or (x.name == "CALL" and not x.conditional)
+            scalar = is_scalar(x)
+            moved += is_vector(x) or x.name in _TENSOR or (scalar and not guarded)
+            avoided += (scalar and guarded) or (x.name == "CALL" and not x.conditional)
             computed += x.name == "MUFU"
         return moved, -avoided, computed, -length
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 
 _LINE = re.compile(
@@ -24,13 +24,10 @@ _NO_SCOREBOARD = 7
 class Instruction:
     address: int
     guard: str | None  # @P0, @!UP3; None: always
+    name: str  # LDG
     op: str  # with its modifiers: LDG.E.128
     operands: str
     control: int
-
-    @property
-    def name(self) -> str:
-        return self.op.split(".", 1)[0]
 
     @property
     def stall(self) -> int:
@@ -76,19 +73,27 @@ _JUMPS = ("BRA", "CALL", "JMP")
 _ENDS = ("EXIT", "RET", "KILL", "BPT", "BRX")
 
 
-def is_wide(instruction: Instruction) -> bool:
-    """Moves 16 bytes per lane (or more) between global memory and the SM."""
-    if instruction.name == "LDGSTS":
-        return ".128" in instruction.op
-    return instruction.name in _GLOBAL and re.search(r"\.(128|256)", instruction.op) is not None
+@cache
+def global_bytes(op: str) -> int:
+    """How many bytes per lane an instruction moves between global memory and the SM."""
+    name = op.split(".", 1)[0]
+    if name not in ("LDG", "STG", "LD", "ST", "LDGSTS"):
+        return 0
+    if re.search(r"\.[US]8\b", op):
+        return 1
+    if re.search(r"\.[US]16\b", op):
+        return 2
+    bits = re.search(r"\.(64|128|256)\b", op)
+    return int(bits[1]) // 8 if bits else 4
 
 
-def is_narrow(instruction: Instruction) -> bool:
-    """Moves less than 16 bytes per lane between global memory and the SM."""
-    return instruction.name in (*_GLOBAL, "LDGSTS") and not is_wide(instruction)
+def is_vector(x: Instruction) -> bool:
+    """Several neighbours at once: 8 bytes per lane or more."""
+    return global_bytes(x.op) >= 8
 
 
-_GLOBAL = ("LDG", "STG", "LD", "ST")
+def is_scalar(x: Instruction) -> bool:
+    return 0 < global_bytes(x.op) < 8
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,14 @@ class Function:
 
     def __init__(self, text: str):
         self.instructions = [
-            Instruction(int(address, 16), guard or None, op, operands, int(word, 16) >> 41)
+            Instruction(
+                int(address, 16),
+                guard or None,
+                op.split(".", 1)[0],
+                op,
+                operands,
+                int(word, 16) >> 41,
+            )
             for address, guard, op, operands, word in _LINE.findall(text)
         ]
 

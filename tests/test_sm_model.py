@@ -161,7 +161,7 @@ def names(loop):
 def test_the_main_way_through_a_loop_takes_16_bytes_at_a_time_and_calls_nothing():
     (loop,) = main_loops.main_loops(function(*GUARDED))
     assert names(loop) == ["BRA", "LDG", "BRA", "HMMA", "BRA", "BRA"]
-    assert (loop.wide, loop.narrow, loop.count("HMMA")) == (1, 0, 1)
+    assert (loop.accesses(16), loop.accesses(1, 2, 4), loop.count("HMMA")) == (1, 0, 1)
     assert [x.name for x in main_loops.way_to(function(*GUARDED), loop)] == ["S2R"]
 
 
@@ -184,7 +184,7 @@ def test_of_a_lean_and_a_guarded_loop_the_lean_one_is_the_main_one():
     edge = [re.sub(r"\b(edge|compute|next)\b", r"\1_rest", line) for line in edge]
     (loop,) = main_loops.main_loops(function(*lean, *edge))
     assert names(loop) == ["LDG", "LDG", "BRA"]
-    assert loop.narrow == 1  # without guards every access counts
+    assert loop.accesses(4) == 1  # without guards every access counts
 
 
 def test_the_innermost_loop_is_the_main_one():
@@ -237,7 +237,7 @@ def test_elements_follow_the_bytes_of_a_turn():
     lines = ["top: LDG.E.128 R4, [R2]"] + ["LDG.E.128 R4, [R2]"] * 6 + ["STG.E.128 [R2], R4"] * 2
     code = function(*lines, "@P0 BRA {top}", "EXIT")
     (figures,) = loop_figures.figures("apply_update<bfloat16, float>", code)
-    assert (figures.elements, figures.instructions, figures.wide) == (16, 10, 9)
+    assert (figures.elements, figures.instructions, figures.accesses) == (16, 10, {16: 9})
     (figures,) = loop_figures.figures("project_dots<float, 1, Gaussian>", code)
     assert figures.elements == 28
     assert loop_figures.figures("scale_channels", code) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sass import Instruction, is_wide
+from sass import Instruction, global_bytes
 
 from sm_model import cards
 from sm_model.cards import Card
@@ -71,8 +71,9 @@ def _memory(x: Instruction) -> Use:
     clocks = int(found[1]) // 32 if found else 1  # 128 bytes per clock: 4 bytes of each lane
     if x.name in ("LDSM", "STSM"):
         return Use("lsu", 0, int(x.op[-1]) if x.op[-1] in "24" else 1, SHARED)
-    if x.name in ("LDG", "LD", "LDGSTS"):
-        return Use("lsu", 0, clocks, DRAM, 512) if is_wide(x) else Use("lsu", 0, clocks, L1)
+    size = global_bytes(x.op)
     if x.name in ("STG", "ST"):
-        return Use("lsu", 0, clocks, NOWHERE, 512 if is_wide(x) else 32 * 4)
+        return Use("lsu", 0, clocks, NOWHERE, 32 * size)
+    if size:  # scalars are tables and scales, which many lanes and blocks read
+        return Use("lsu", 0, clocks, DRAM, 32 * size) if size >= 8 else Use("lsu", 0, clocks, L1)
     return Use("lsu", 0, 0 if x.name == "LDC" else clocks, SHARED)

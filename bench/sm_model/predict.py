@@ -13,7 +13,7 @@ from functools import cache, cached_property
 
 import loop_figures
 from main_loops import MainLoop, way_to
-from sass import Function, Instruction, is_narrow
+from sass import Function, Instruction, is_scalar
 from shapes import LLAMA
 
 from sm_model.cards import Card
@@ -141,8 +141,8 @@ def _first_load(trace: tuple[Instruction, ...]) -> frozenset[int]:
     """Of a block's life: where it looks itself up in the map, which lies in L2; L1 keeps the rest
     from block to block."""
     life = any(x.op.startswith("S2R") and "CTAID" in x.operands for x in trace)
-    narrow = [i for i, x in enumerate(trace) if is_narrow(x)]
-    return frozenset(narrow[:1]) if life else frozenset()
+    scalars = [i for i, x in enumerate(trace) if is_scalar(x)]
+    return frozenset(scalars[:1]) if life else frozenset()
 
 
 def _prologue(card: Card, kernel: Kernel, loop: MainLoop) -> float:
