@@ -22,14 +22,23 @@ FILE = Path(__file__).with_suffix(".csv")
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 SLACK = 1.02
 PER_ELEMENT = "instructions per element"
-EIGHTS, SCALARS = "8-byte accesses", "scalar accesses"  # of a turn; all others have 16 bytes
+# Of a turn; all others have 16 bytes. Where the file says nothing, there may be none.
+EIGHTS, SCALARS = "8-byte accesses", "scalar accesses"
 REGISTERS, OCCUPANCY = "registers", "occupancy"
 
-# Kernel (any whose name begins so) -> instructions per element of its main loops.
+# Kernel -> instructions per element of its main loops.
 TARGETS = {
-    "apply_update<bfloat16, bfloat16": 12.0,
+    "apply_update<bfloat16, bfloat16, ToNearest>": 12.0,
     "project_sparse<bfloat16>": 7.5,
     "project_sparse<float>": 7.5,
+}
+
+
+# (architecture, kernel) that spills today. It ends when they are mended: then the entry has to go.
+SPILLING = {
+    ("sm_100", "project_sparse<bfloat16>"),
+    ("sm_120", "project_sparse<bfloat16>"),
+    ("sm_120", "project_tiles<bfloat16, 128, Signs>"),
 }
 
 
@@ -63,32 +72,41 @@ def budget(figure: str, value: float) -> float:
     return math.floor(10000 * value) / 10000 if figure == OCCUPANCY else value
 
 
-def complaints(architecture: str, rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence per figure beyond its budget, or without one."""
-    found, budgets = measured(rows), read(architecture)
+def complaints(architecture: str, rows: list[dict[str, Any]], path: Path = FILE) -> list[str]:
+    """A sentence per figure beyond its budget, or without one. Nothing may spill."""
+    found, budgets = measured(rows), read(architecture, path)
     said = []
+    for row in rows:
+        mended = (architecture, row["kernel"]) not in SPILLING
+        if not mended and not row["stack"]:
+            said.append(f"{architecture}: {row['kernel']} spills no more: take it from SPILLING")
+        for what in ("spills", "stack"):
+            if row[what] and mended:
+                said.append(f"{architecture}: {row['kernel']}: {what} {row[what]}, budget 0")
     for key, value in found.items():
         where = f"{key.kernel}, {key.loop} loop" if key.loop != "-" else key.kernel
-        if key not in budgets:
+        most = budgets.get(key, 0.0 if key.figure in (EIGHTS, SCALARS) else None)
+        if most is None:
             said.append(f"{architecture}: {where}: no budget of {key.figure} ({value:.4g})")
             continue
-        most = budgets[key]
         worse = value < most if key.figure == OCCUPANCY else value > most
         if worse:
             said.append(f"{architecture}: {where}: {key.figure} {value:.4g}, budget {most:.4g}")
     missing = [key for key in budgets if key not in found]
-    return said + [f"{architecture}: {k.kernel}, {k.loop}: {k.figure} is gone" for k in missing]
+    return said + [
+        f"{architecture}: {', '.join(key)}: is gone, but has a budget" for key in missing
+    ]
 
 
 def beyond_targets(architecture: str, rows: Iterable[dict[str, Any]]) -> list[str]:
     said = []
     for key, value in measured(rows).items():
-        for kernel, most in TARGETS.items():
-            if key.figure == PER_ELEMENT and key.kernel.startswith(kernel) and value > most:
-                said.append(
-                    f"{architecture}: {key.kernel}, {key.loop} loop: "
-                    f"{value:.4g} {PER_ELEMENT}, target {most:.4g}"
-                )
+        most = TARGETS.get(key.kernel)
+        if most is not None and key.figure == PER_ELEMENT and value > most:
+            said.append(
+                f"{architecture}: {key.kernel}, {key.loop} loop: "
+                f"{value:.4g} {PER_ELEMENT}, target {most:.4g}"
+            )
     return said
 
 
@@ -102,13 +120,24 @@ def read(architecture: str, path: Path = FILE) -> dict[Key, float]:
         }
 
 
-def write(by_architecture: dict[str, list[dict[str, Any]]], to: TextIO = sys.stdout) -> None:
+def toolkit(path: Path = FILE) -> str:
+    """The version of ptxas that the budgets are of; another one makes other code."""
+    return path.read_text().split("\n", 1)[0].rpartition(" ")[2]
+
+
+def write(
+    by_architecture: dict[str, list[dict[str, Any]]], toolkit: str, to: TextIO = sys.stdout
+) -> None:
     found = {name: measured(rows) for name, rows in by_architecture.items()}
     keys = sorted({key for figures in found.values() for key in figures})
-    to.write("# python bench/kernel_report.py --budgets > bench/budgets.csv\n")
+    to.write(
+        f"# python bench/kernel_report.py --budgets > bench/budgets.csv  # of CUDA {toolkit}\n"
+    )
     table = csv.writer(to, lineterminator="\n")
     table.writerow(["kernel", "loop", "figure", *found])
     for key in keys:
+        if key.figure in (EIGHTS, SCALARS) and not any(f.get(key) for f in found.values()):
+            continue
         values = [figures.get(key) for figures in found.values()]
         cells = ["" if v is None else f"{budget(key.figure, v):g}" for v in values]
         table.writerow([*key, *cells])

@@ -149,10 +149,17 @@ def _tool() -> str:
     return tool
 
 
+def resources(path: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """Of every architecture and kernel: registers, and bytes of stack, local and shared memory."""
+    found = _resources(_sections(_dump(_tool(), "--dump-resource-usage", str(path)), ""))
+    names = _readable(list({name for _, name in found}))
+    return {(arch, names[name]): used for (arch, name), used in found.items()}
+
+
 class Binary:
     """The kernels of a module, fatbin, library or cubin, of all architectures or of one alone.
 
-    ``functions`` and ``rows`` stand in one order.
+    ``functions`` and ``rows`` stand in one order; ``toolkit`` is the version of ptxas.
 
     Raises
         RuntimeError: without cuobjdump.
@@ -173,7 +180,10 @@ class Binary:
             for name, function in sass.functions(text)
         }
         resources = _resources(sections("--dump-resource-usage"))
-        threads = _threads(sections("-elf"))
+        image = sections("-elf")
+        threads = _threads(image)
+        release = re.search(r"Tool Version:.*release ([\d.]+)", "".join(text for _, text in image))
+        self.toolkit = release[1] if release else "?"
         names = _readable([name for _, name in resources])
         order = sorted(resources, key=lambda key: (names[key[1]], key[0]))
         self.functions = [functions[key] for key in order]
@@ -242,7 +252,7 @@ def main() -> None:
     rows = [row for binary in binaries for row in binary.rows]
     if args.budgets:
         by = {a: [row for row in rows if row["arch"] == a] for a in budgets.ARCHITECTURES}
-        budgets.write(by)
+        budgets.write(by, binaries[0].toolkit)
         return
     empty = "The native module is not built: python -m apollo_kernels info says why."
     if paths:

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sm_model.cards import CARDS, Card
-from sm_model.predict import STEPS, Kernel, StepModel, predict
+from sm_model.predict import STEPS, Kernel, StepModel, named, predict
 
 if TYPE_CHECKING:
     from kernel_report import Binary
 
-# Kernel -> the ranks that it is looked at with, on matrices with 4096 contracted.
+# Kernel, as its name begins -> the ranks that it is looked at with, on matrices with 4096 contracted.
 SHARES = {
     "project_tiles<bfloat16, 128, Gaussian>": (128, 256),
     "project_tiles<bfloat16, 64, Gaussian>": (64,),
@@ -20,8 +20,8 @@ SHARES = {
     "project_dots<float, 1, Gaussian>": (1,),
     "project_sparse<bfloat16>": (128, 256),
     "project_sparse<float>": (128, 256),
-    "apply_update<bfloat16, bfloat16>": (0,),
-    "apply_update<float, float>": (0,),
+    "apply_update<bfloat16, bfloat16": (0,),
+    "apply_update<float, float": (0,),
     "adamw_update<bfloat16, bfloat16>": (0,),
     "adamw_update<float, float>": (0,),
 }
@@ -54,15 +54,19 @@ def tables(binaries: list[Binary]) -> dict[str, list[dict[str, Any]]]:
 
 def shares(cards: dict[Card, dict[str, Kernel]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for name, ranks in SHARES.items():
+    for beginning, ranks in SHARES.items():
+        found = {c: k[n] for c, k in cards.items() if (n := named(k, beginning)) is not None}
+        orientations = sorted({o for k in found.values() for o in k.loops}, reverse=True)
         for rank in ranks:
-            orientations = sorted({o for k in cards.values() if name in k for o in k[name].loops})
-            for orientation in reversed(orientations):
-                row: dict[str, Any] = {"kernel": name, "rank": rank or None, "loop": orientation}
-                for card, kernels in cards.items():
-                    if name in kernels and orientation in kernels[name].loops:
-                        found = predict(kernels[name], orientation, card, CONTRACTED, rank)
-                        row[card.name] = round(found.share, 2)
+            for orientation in orientations:
+                row: dict[str, Any] = {
+                    "kernel": next(iter(found.values())).name,
+                    "rank": rank or None,
+                    "loop": orientation,
+                }
+                for card, kernel in found.items():
+                    share = predict(kernel, orientation, card, CONTRACTED, rank).share
+                    row[card.name] = round(share, 2)
                 rows.append(row)
     return rows
 

@@ -251,7 +251,8 @@ def test_a_block_reads_what_the_sources_say():
     assert "return pieces(dtype) == 1 ? 256 : 128;" in header
     assert "return !by_row ? 32 / sparse_load(dtype)" in share
     assert "return unit == 8 ? 4 : 8;" in share  # channels of each of 8 warps
-    assert f"kApplyVectors = {predict.VECTORS_PER_THREAD} * 256" in header
+    vectors = predict.STREAM_VECTORS
+    assert re.search(rf"kApplyVectors = {vectors} \* 256|kStreamVectors = {vectors};", header)
 
 
 def test_the_floors_are_the_designs():

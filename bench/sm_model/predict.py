@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import loop_figures
+from loop_figures import gradient_bytes, moved_bytes, weight_bytes
 from main_loops import MainLoop, way_to
 from sass import Function, Instruction, is_scalar
 from shapes import LLAMA
@@ -20,7 +21,7 @@ from sm_model.cards import Card
 from sm_model.simulate import Result, simulate
 
 # Of a block: what csrc/apollo.h and sparse_share.h say; tests/test_sm_model.py compares.
-VECTORS_PER_THREAD = 8  # of 8 elements: kApplyVectors
+STREAM_VECTORS = 8  # of a thread of `apply` and `adamw`
 MMA_CHANNELS = {"bfloat16": 256, "float16": 128, "float": 128}
 DOT_CHANNELS = {"row": 64, "column": 256}
 SPARSE_CHANNELS = {8: 32, 4: 64}  # of a block by row, by elements in 16 bytes
@@ -80,7 +81,7 @@ class Prediction:
 
 def work(kernel: str, orientation: str, k: int, rank: int) -> Work:
     """Of one block of `project` over a matrix with ``k`` contracted and many channels."""
-    dtype = loop_figures.gradient_bytes(kernel)
+    dtype = gradient_bytes(kernel)
     if kernel.startswith("project_dots"):
         return Work(DOT_CHANNELS[orientation] * k, 0)
     if kernel.startswith("project_tiles"):
@@ -105,18 +106,32 @@ def project(kernel: Kernel, orientation: str, card: Card, k: int, rank: int) -> 
     main = what.elements / per_turn * turn.clocks / kernel.blocks
     prologue = _prologue(card, kernel, loop) / kernel.blocks
     moments = what.entries * MOMENT_BYTES / card.share
-    read = what.elements * loop_figures.moved_bytes(kernel.name) / what.readers / card.share
+    read = what.elements * moved_bytes(kernel.name) / what.readers / card.share
     return Prediction(prologue + main + EPILOGUE * moments, read + moments)
+
+
+def stream_vector(kernel: str) -> int:
+    """Elements of a vector: 16 bytes of the widest of what is streamed."""
+    moments = kernel.startswith("adamw")
+    wide = moments or weight_bytes(kernel) == 4 or gradient_bytes(kernel) == 4
+    return 4 if wide else 8
+
+
+def named(kernels: Iterable[str], beginning: str) -> str | None:
+    """The kernel whose name begins so; `apply` is that which rounds to nearest."""
+    found = (name for name in kernels if name.startswith(beginning) and "ByChance" not in name)
+    return next(found, None)
 
 
 def stream(kernel: Kernel, orientation: str, card: Card) -> Prediction:
     """Of `apply` or `adamw`: blocks are short, so that a turn of the model is a block's life."""
     loop = kernel.loop(orientation)
-    elements = 8 * VECTORS_PER_THREAD * kernel.threads
-    turns = max(1, elements // (loop_figures.elements(kernel.name, loop) * kernel.threads))
+    own = STREAM_VECTORS * stream_vector(kernel.name)
+    turns = max(1, own // loop_figures.elements(kernel.name, loop))
+    elements = turns * loop_figures.elements(kernel.name, loop) * kernel.threads
     life = [*way_to(kernel.function, loop), *loop.trace * turns]
     clocks = _turn(card, tuple(life), kernel.warps, kernel.blocks, 1.0, 8).clocks / kernel.blocks
-    return Prediction(clocks, elements * loop_figures.moved_bytes(kernel.name) / card.share)
+    return Prediction(clocks, elements * moved_bytes(kernel.name) / card.share)
 
 
 def predict(kernel: Kernel, orientation: str, card: Card, k: int, rank: int) -> Prediction:
@@ -176,11 +191,12 @@ class StepModel:
         return 1e3 * clocks * waves / self.card.sms / self.card.clock
 
     def apply_ms(self) -> float:
-        kernel = self.kernels["apply_update<bfloat16, bfloat16>"]
-        total = 0.0
+        name = named(self.kernels, "apply_update<bfloat16, bfloat16")
+        assert name is not None
+        kernel, total = self.kernels[name], 0.0
         for orientation, channels, k in matrices():
             share = stream(kernel, orientation, self.card).share
-            total += channels * k * loop_figures.moved_bytes(kernel.name) / share
+            total += channels * k * moved_bytes(kernel.name) / share
         return 1e3 * total / self.card.bandwidth
 
     def step_ms(self, name: str, rank: int) -> float:
