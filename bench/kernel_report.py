@@ -1,12 +1,12 @@
 """What the compiler made of each kernel, and what a model of an SM predicts from it.
 
-    python bench/kernel_report.py [--out DIR] [BINARY ...]
+    python bench/kernel_report.py [--predict] [--out DIR] [BINARY ...]
     python bench/kernel_report.py --budgets [BINARY ...] > bench/budgets.csv
 
-Registers, spills, shared memory, occupancy; instructions per element of the main loops; per card
-the predicted share of the floor, and milliseconds of a LLaMA-7B step (bench/sm_model). Reads the
-native module (or any cubin, fatbin or library) with cuobjdump, which comes with the CUDA toolkit
-and with Triton's wheel. No GPU is needed.
+Registers, spills, shared memory, occupancy; instructions per element of the main loops. --predict
+adds, per card, the share of the floor and the milliseconds of a LLaMA-7B step (bench/sm_model);
+that takes minutes. Reads the native module (or any cubin, fatbin or library) with cuobjdump, which
+comes with the CUDA toolkit and with Triton's wheel. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -242,6 +242,7 @@ def main() -> None:
     )
     parser.add_argument("binaries", nargs="*", type=Path, metavar="BINARY")
     parser.add_argument("--out", type=Path, help="also write kernels.md and kernels.json there")
+    parser.add_argument("--predict", action="store_true", help="run the model of an SM")
     parser.add_argument("--budgets", action="store_true", help="print budgets.csv of today")
     args = parser.parse_args()
     paths = args.binaries or [p for p in [native_module()] if p is not None]
@@ -260,7 +261,8 @@ def main() -> None:
     tables = {"Kernels, as compiled": without_loops(rows)}
     if rows:
         tables["Main loops: what a turn holds, and instructions per element"] = loop_rows(rows)
-        tables.update(predictions.tables(binaries))
+        if args.predict:
+            tables.update(predictions.tables(binaries))
     for title, table in tables.items():
         print(f"{title}\n\n{measure.table(table) if table else empty}\n")
     if args.out:

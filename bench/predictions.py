@@ -11,7 +11,7 @@ from sm_model.predict import STEPS, Kernel, StepModel, named, predict
 if TYPE_CHECKING:
     from kernel_report import Binary
 
-# Kernel, as its name begins -> the ranks that it is looked at with, on matrices with 4096 contracted.
+# Kernel, as its name begins -> the ranks that it is looked at with.
 SHARES = {
     "project_tiles<bfloat16, 128, Gaussian>": (128, 256),
     "project_tiles<bfloat16, 64, Gaussian>": (64,),

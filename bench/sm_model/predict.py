@@ -147,7 +147,7 @@ def _turn(
     warps: int,
     blocks: int,
     bandwidth: float,
-    turns: int = 12,
+    turns: int = 8,
 ) -> Result:
     return simulate(card, trace, warps, blocks, turns, bandwidth, _first_load(trace))
 

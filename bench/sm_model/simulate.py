@@ -41,7 +41,7 @@ class _Warp:
         self.boards = [0.0] * 6  # released then
         self.copies = 0.0  # cp.async that no group holds yet: there then
         self.groups: list[float] = []
-        self.turns: list[float] = []  # when each was over
+        self.turns = 0  # that are over
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,7 @@ class _Sm:
         self.data_free = self.dram_free = 0.0
         self.waiting: list[list[_Warp]] = [[] for _ in range(blocks)]  # at a barrier
         self.busy: Counter[str] = Counter()
+        self.ends: list[tuple[float, float]] = []  # of turns: when, and what was issued by then
 
     def run(self) -> Result:
         clock, left = 0.0, len(self.warps)
@@ -135,10 +136,9 @@ class _Sm:
             if left and min(self.wake) == _FOREVER:
                 raise RuntimeError("every warp waits: a barrier in the trace is not reached by all")
             clock = max(clock + 1, float(math.ceil(min(self.wake)))) if left else clock + 1
-        ends = sorted(t for w in self.warps for t in w.turns)
-        first, last = self.turns // 4, 3 * self.turns // 4  # filled, and nothing has run dry
-        count = len(self.warps)
-        per_turn = (ends[last * count - 1] - ends[first * count - 1]) / (last - first)
+        count = len(self.warps)  # a quarter of the turns to fill, and a quarter to run dry
+        (begin, before), (end, after) = (self.ends[n * self.turns // 4 * count] for n in (1, 3))
+        per_turn = (end - begin) / (after - before) * len(self.steps) * count
         whole = {k: v / clock / (1 if k == "data" else SCHEDULERS) for k, v in self.busy.items()}
         return Result(per_turn, {k: v for k, v in whole.items() if v})
 
@@ -256,8 +256,9 @@ class _Sm:
         if warp.at < len(self.steps):
             return False
         warp.at = 0
-        warp.turns.append(clock)
-        if len(warp.turns) < self.turns:
+        warp.turns += 1
+        self.ends.append((clock, self.busy["issue"]))
+        if warp.turns < self.turns:
             return False
         self.queues[s].remove(warp)
         self.last[s] = None
