@@ -67,7 +67,7 @@ bench: $(READY)
 	$(BIN)/python bench/bench_step.py $(BENCH) --out $(OUT)
 
 kernel-report: $(READY)
-	$(BIN)/python bench/kernel_report.py --out bench/results
+	$(BIN)/python bench/kernel_report.py --predict --out bench/results
 	$(BIN)/python bench/triton_aot.py --few --out bench/results
 
 # Uses what is installed (torch, nvcc, cmake, ninja, pybind11, pytest, matplotlib) and no network.
