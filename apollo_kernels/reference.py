@@ -312,7 +312,6 @@ class LowRankBatch:
     def __init__(self, item: LowRank):
         self.item = replace(item, grad=_LENT)
         self.w = item.weight if item.rows else item.weight.t()
-        self.fast = cpu.supported(self.w)  # as far as the weight is concerned
         self.skipped = False
         self.t = 0  # the step, from 1
         self.x: Tensor | None = None  # the gradient as [C, K]
@@ -349,7 +348,7 @@ class LowRankBatch:
             return cpu.projections.get(item.step, item.key, wanted, make)
 
         if distribution == "sparse" and rank > 1:  # at rank 1 it is a dense row of signs
-            if cpu.sparse_supported(x):
+            if cpu.supported(x):
                 places = kept("places", lambda: cpu.places(*sparse(*drawn)))
                 return cpu.project_sparse(x, places, rank)
             row, sign = kept("pair", lambda: torch.stack(sparse(*drawn, device=x.device)))
@@ -375,9 +374,13 @@ class LowRankBatch:
         assert r is not None and q is not None
         factor = _gradient_factor(hyper, signals)
         factor *= 1.0 if signals.clip is None else float(signals.clip)
-        if factor != 1:
-            r, q = r.mul_(factor), q.mul_(factor).mul_(factor)  # a float32 factor^2 may be 0
-        s, u2 = scale(r, q, item.exp_avg, item.exp_avg_sq, hyper)
+        if cpu.NATIVE and r.dtype == torch.float32 and r.device.type == "cpu" and r.numel():
+            s, u2 = cpu.scale(r, q, item.exp_avg, item.exp_avg_sq, hyper, factor)
+        else:
+            if factor != 1:
+                r, q = r.mul_(factor), q.mul_(factor).mul_(factor)  # a float32 factor^2 may be 0
+            s, norm = scale(r, q, item.exp_avg, item.exp_avg_sq, hyper)
+            u2 = float(norm)
         alpha = math.sqrt(hyper.scale)
         u = math.sqrt(u2) * (alpha if hyper.scale_front else 1.0)
         if not math.isfinite(u):
@@ -398,7 +401,7 @@ class LowRankBatch:
         if hyper.stochastic_rounding and w.dtype == torch.bfloat16:
             grad = x if item.rows else x.t()
             apply_stochastic(item, grad, coefficient, decay, self.t % 2**32)
-        elif self.fast and cpu.supported(x) and (w.stride(1) == 1) == (x.stride(1) == 1):
+        elif cpu.supported(w, x) and (w.stride(1) == 1) == (x.stride(1) == 1):
             cpu.apply(w, x, coefficient, decay)
         else:
             apply(w, x, coefficient, decay)

@@ -1,47 +1,16 @@
 #include "cpu_sparse.h"
 
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
-
-#include <immintrin.h>
+#if APOLLO_CPU_PASSES
 
 #include <algorithm>
 #include <vector>
 
 #include "cpu_parallel.h"
 
-#define APOLLO_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,fma")))
-
 namespace apollo {
 namespace {
 
 constexpr uint32_t kMinus = 0x80000000u;
-constexpr int64_t kLanes = 16;
-
-struct Float32 {
-  using Stored = float;
-  APOLLO_AVX512 static __m512 load(const float* x, __mmask16 mask) {
-    return _mm512_maskz_loadu_ps(mask, x);
-  }
-};
-
-struct Bfloat16 {
-  using Stored = uint16_t;
-  APOLLO_AVX512 static __m512 load(const uint16_t* x, __mmask16 mask) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-  }
-};
-
-struct Float16 {
-  using Stored = uint16_t;
-  APOLLO_AVX512 static __m512 load(const uint16_t* x, __mmask16 mask) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x));
-  }
-};
-
-APOLLO_AVX512 inline __mmask16 mask16(int64_t n) {
-  return n >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << n) - 1);
-}
 
 APOLLO_AVX512 inline __m512 with_sign(__m512 x, __m512i sign) {
   return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), sign));
@@ -87,6 +56,50 @@ APOLLO_AVX512 void project_rows(const CpuSparse& a, int64_t c, float* sums, int6
     std::copy(sums + m * width, sums + m * width + a.rank, a.r + (c + m) * a.rank);
     a.q[c + m] = _mm512_reduce_add_ps(square[m]);
   }
+}
+
+// The same for few rows of R, each of which has 16 partial sums in a register: what belongs to other
+// rows is masked out, so that it cannot bring in a NaN.
+template <class Element, int RANK, int M>
+APOLLO_AVX512 void project_few_rows(const CpuSparse& a, int64_t c) {
+  const auto* x = static_cast<const typename Element::Stored*>(a.x) + c * a.ld;
+  const __m512i minus = _mm512_set1_epi32(int32_t(kMinus));
+  __m512 sums[M][RANK], square[M];
+  for (int m = 0; m < M; ++m) {
+    square[m] = _mm512_setzero_ps();
+    for (auto& sum : sums[m]) sum = _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < a.k; k += kLanes) {
+    const __mmask16 mask = mask16(a.k - k);
+    const __m512i places = _mm512_maskz_loadu_epi32(mask, a.places + k);
+    const __m512i sign = _mm512_and_si512(places, minus);
+    const __m512i row = _mm512_andnot_si512(minus, places);
+    __mmask16 own[RANK];
+    for (int j = 0; j < RANK; ++j) {
+      own[j] = _mm512_mask_cmpeq_epi32_mask(mask, row, _mm512_set1_epi32(j));
+    }
+    for (int m = 0; m < M; ++m) {
+      const __m512 v = Element::load(x + m * a.ld + k, mask), turned = with_sign(v, sign);
+      square[m] = _mm512_fmadd_ps(v, v, square[m]);
+      for (int j = 0; j < RANK; ++j) {
+        sums[m][j] = _mm512_mask_add_ps(sums[m][j], own[j], sums[m][j], turned);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int j = 0; j < RANK; ++j) {
+      a.r[(c + m) * RANK + j] = _mm512_reduce_add_ps(sums[m][j]);
+    }
+    a.q[c + m] = _mm512_reduce_add_ps(square[m]);
+  }
+}
+
+template <class Element, int RANK>
+void all_few_rows(const CpuSparse& a, int64_t begin, int64_t end) {
+  constexpr int M = RANK < 6 ? 4 : 3;  // what the registers hold
+  int64_t c = begin;
+  for (; c + M <= end; c += M) project_few_rows<Element, RANK, M>(a, c);
+  for (; c < end; ++c) project_few_rows<Element, RANK, 1>(a, c);
 }
 
 template <class Element>
@@ -155,38 +168,34 @@ APOLLO_AVX512 void all_columns(const CpuSparse& a, int64_t begin, int64_t end) {
   }
 }
 
+using Pass = void (*)(const CpuSparse&, int64_t, int64_t);
+
 template <class Element>
-void project(const CpuSparse& a, int threads) {
-  parallel(a.channels, a.rows ? 4 : 64, threads, [&a](int64_t begin, int64_t end) {
-    a.rows ? all_rows<Element>(a, begin, end) : all_columns<Element>(a, begin, end);
-  });
+Pass pass_for(const CpuSparse& a) {
+  if (!a.rows) return all_columns<Element>;
+  constexpr Pass few[] = {all_few_rows<Element, 1>, all_few_rows<Element, 2>,
+                          all_few_rows<Element, 3>, all_few_rows<Element, 4>,
+                          all_few_rows<Element, 5>, all_few_rows<Element, 6>,
+                          all_few_rows<Element, 7>};
+  return a.rank <= 7 ? few[a.rank - 1] : all_rows<Element>;
 }
 
 }  // namespace
 
-bool cpu_sparse_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl");
-}
-
 void cpu_project_sparse(const CpuSparse& a, int threads) {
   if (a.channels * a.k < (1 << 17)) threads = 1;  // a thread costs microseconds
-  switch (a.element) {
-    case CpuElement::kFloat32:
-      return project<Float32>(a, threads);
-    case CpuElement::kBfloat16:
-      return project<Bfloat16>(a, threads);
-    case CpuElement::kFloat16:
-      return project<Float16>(a, threads);
-  }
+  with_element(a.element, [&a, threads](auto element) {
+    const Pass pass = pass_for<decltype(element)>(a);
+    parallel(a.channels, a.rows ? 4 : 64, threads,
+             [&a, pass](int64_t begin, int64_t end) { pass(a, begin, end); });
+  });
 }
 
 }  // namespace apollo
 
-#else  // another processor, or a compiler too old for the intrinsics: PyTorch runs instead
+#else
 
 namespace apollo {
-bool cpu_sparse_supported() { return false; }
 void cpu_project_sparse(const CpuSparse&, int) {}
 }  // namespace apollo
 
