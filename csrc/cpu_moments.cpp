@@ -41,6 +41,8 @@ APOLLO_AVX512 Squares update(const CpuMoments& a, int64_t begin, int64_t end) {
   __m512d r_sum = _mm512_setzero_pd(), n_sum = _mm512_setzero_pd();
   for (int64_t i = begin; i < end; i += kLanes) {
     const __mmask16 mask = mask16(end - i);
+    prefetch(a.m + i);
+    prefetch(a.v + i);
     const __m512 r = _mm512_mul_ps(Float32::load(a.r + i, mask), factor);
     const __m512 square = _mm512_mul_ps(r, r);
     const __mmask16 finite = _mm512_cmp_ps_mask(square, infinity, _CMP_LT_OQ);

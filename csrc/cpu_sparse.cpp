@@ -45,6 +45,7 @@ APOLLO_AVX512 void project_rows(const CpuSparse& a, int64_t c, float* sums, int6
         const __m512i places = _mm512_maskz_loadu_epi32(mask, a.places + block + i);
         const __m512i sign = _mm512_and_si512(places, minus);
         for (int m = 0; m < M; ++m) {
+          prefetch(x + m * a.ld + block + i);
           const __m512 v = Element::load(x + m * a.ld + block + i, mask);
           square[m] = _mm512_fmadd_ps(v, v, square[m]);
           add(sums + m * width + row, _mm512_permutexvar_ps(swapped, with_sign(v, sign)));
@@ -79,6 +80,7 @@ APOLLO_AVX512 void project_few_rows(const CpuSparse& a, int64_t c) {
       own[j] = _mm512_mask_cmpeq_epi32_mask(mask, row, _mm512_set1_epi32(j));
     }
     for (int m = 0; m < M; ++m) {
+      prefetch(x + m * a.ld + k);
       const __m512 v = Element::load(x + m * a.ld + k, mask), turned = with_sign(v, sign);
       square[m] = _mm512_fmadd_ps(v, v, square[m]);
       for (int j = 0; j < RANK; ++j) {
@@ -126,6 +128,7 @@ APOLLO_AVX512 void add_columns(const CpuSparse& a, int64_t c, int64_t size, int6
     const __mmask16 mask = mask16(size - i);
     __m512 square = _mm512_loadu_ps(squares + i);
     for (int n = 0; n < COUNT; ++n) {
+      prefetch(x + n * a.ld + i, COUNT * a.ld * int64_t(sizeof *x));
       const __m512 v = Element::load(x + n * a.ld + i, mask);
       square = _mm512_fmadd_ps(v, v, square);
       add(row[n] + i, with_sign(v, sign[n]));

@@ -25,6 +25,7 @@ APOLLO_AVX512 void project_rows(const CpuThin& a, int64_t c) {
     __m512 z[RANK + 1];
     for (int j = 0; j < RANK; ++j) z[j] = Bfloat16::load(a.z + j * a.k + k, mask);
     for (int m = 0; m < M; ++m) {
+      prefetch(x + m * a.ld + k);
       const __m512 v = Element::load(x + m * a.ld + k, mask);
       for (int j = 0; j < RANK; ++j) sums[m][j] = _mm512_fmadd_ps(v, z[j], sums[m][j]);
       sums[m][RANK] = _mm512_fmadd_ps(v, v, sums[m][RANK]);
@@ -62,6 +63,7 @@ APOLLO_AVX512 void add_columns(const CpuThin& a, int64_t c, int64_t size, int64_
     __m512 lanes[RANK + 1];
     for (int j = 0; j <= RANK; ++j) lanes[j] = _mm512_loadu_ps(sums + j * width + i);
     for (int n = 0; n < COUNT; ++n) {
+      prefetch(x + n * a.ld + i, COUNT * a.ld * int64_t(sizeof *x));
       const __m512 v = Element::load(x + n * a.ld + i, mask);
       for (int j = 0; j < RANK; ++j) {
         lanes[j] = _mm512_fmadd_ps(v, _mm512_set1_ps(z[j][n]), lanes[j]);
@@ -115,6 +117,8 @@ struct ApplyRow {
 
   APOLLO_AVX512 inline void vector(int64_t k, __mmask16 mask) const {
     const __m512 high = _mm512_set1_ps(keep.high), low = _mm512_set1_ps(keep.low);
+    prefetch(w + k);
+    prefetch(x + k);
     const __m512 old = Element::load(w + k, mask);
     const __m512 kept = DECAYS ? _mm512_fmadd_ps(old, high, _mm512_mul_ps(old, low)) : old;
     const __m512 c = BY_ROW ? _mm512_set1_ps(*coefficient) : Float32::load(coefficient + k, mask);
@@ -127,7 +131,6 @@ struct ApplyRow {
     if (k < size) vector(k, mask16(size - k));
   }
 };
-
 
 template <class Element, bool BY_ROW, bool DECAYS>
 void apply_rows(const CpuApply& a, Keep keep, int threads) {

@@ -75,6 +75,8 @@ APOLLO_AVX512 void pack_rows(const CpuTiles& a, int64_t c, int64_t k, Line* pane
     Line* line = panel + i;
     __m512 square = _mm512_setzero_ps();
     for (int64_t at = k; at < end; at += 32, line += kPanel) {
+      prefetch(x + at, kPanel * a.ld * int64_t(sizeof *x));
+      if (sizeof *x == 4) prefetch(x + at + 16, kPanel * a.ld * int64_t(sizeof *x));
       __m512 v[2] = {Element::load(x + at, mask16(end - at)), _mm512_setzero_ps()};
       if (at + 16 < end) v[1] = Element::load(x + at + 16, mask16(end - at - 16));
       for (auto& lanes : v) square = _mm512_fmadd_ps(lanes, lanes, square);
@@ -100,6 +102,8 @@ APOLLO_AVX512 void pack_columns(const CpuTiles& a, int64_t c, int64_t k, Line* p
     const int64_t pair = (at - k) / 2, even = std::min(at, end - 1), odd = std::min(at + 1, end - 1);
     for (int64_t i = 0; i < count; i += kLanes) {
       const __mmask16 mask = mask16(count - i);
+      prefetch(x + even * a.ld + i, 16 * a.ld * int64_t(sizeof *x));
+      prefetch(x + odd * a.ld + i, 16 * a.ld * int64_t(sizeof *x));
       __m512 v[2] = {Element::load(x + even * a.ld + i, at < end ? mask : __mmask16(0)),
                      Element::load(x + odd * a.ld + i, at + 1 < end ? mask : __mmask16(0))};
       __m512 square = _mm512_loadu_ps(squares + i);
