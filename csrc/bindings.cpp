@@ -81,18 +81,18 @@ void cpu_project_tiles(uintptr_t x, int element, int64_t channels, int64_t k, in
 void cpu_project_bf16(uintptr_t x, int64_t channels, int64_t k, int64_t ld, bool rows, uintptr_t z,
                       int64_t rank, int64_t padded, float scale, uintptr_t r, uintptr_t q,
                       int threads) {
-  apollo::cpu_project_bf16({halves(x), channels, k, ld, rows, halves(z), rank, padded, scale,
-                            floats(r), floats(q)},
-                           threads);
+  apollo::cpu_project_bf16(
+      {halves(x), channels, k, ld, rows, halves(z), rank, padded, scale, floats(r), floats(q)},
+      threads);
 }
 
 void cpu_project_sparse(uintptr_t x, int element, int64_t channels, int64_t k, int64_t ld,
                         bool rows, uintptr_t places, int64_t rank, uintptr_t r, uintptr_t q,
                         int threads) {
-  apollo::cpu_project_sparse({at(x), static_cast<apollo::CpuElement>(element), channels, k, ld,
-                              rows, reinterpret_cast<const uint32_t*>(places), rank, floats(r),
-                              floats(q)},
-                             threads);
+  apollo::cpu_project_sparse(
+      {at(x), static_cast<apollo::CpuElement>(element), channels, k, ld, rows,
+       reinterpret_cast<const uint32_t*>(places), rank, floats(r), floats(q)},
+      threads);
 }
 
 float cpu_scale(uintptr_t r, uintptr_t q, uintptr_t m, uintptr_t v, int64_t channels, int64_t rank,

@@ -1,5 +1,5 @@
-// The CPU's dense projection of bf16 gradients with AVX512-BF16: a bf16 matmul with a float32 result,
-// which PyTorch cannot express. Processors with a matrix unit take cpu_tiles.h instead.
+// The CPU's dense projection of bf16 gradients with AVX512-BF16: a bf16 matmul with a float32
+// result, which PyTorch cannot express. Processors with a matrix unit take cpu_tiles.h instead.
 #pragma once
 
 #include <cstdint>

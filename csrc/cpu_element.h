@@ -30,10 +30,11 @@ APOLLO_AVX512 inline __mmask16 mask16(int64_t n) {
   return n >= kLanes ? kAll : __mmask16((1u << n) - 1);
 }
 
-// Asks for what will be read soon. One core hides more of memory's latency so than by the processor's
-// own guesses, which end at a page. An address beyond the matrix does no harm.
+// Asks for what will be read soon. One core hides more of memory's latency so than by the
+// processor's own guesses, which end at a page. An address beyond the matrix does no harm.
 APOLLO_AVX512 inline void prefetch(const void* place, int64_t bytes = 16384) {
-  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(place) + bytes), _MM_HINT_T1);
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(place) + bytes),
+               _MM_HINT_T1);
 }
 
 struct Float32 {

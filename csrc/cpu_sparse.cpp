@@ -59,8 +59,8 @@ APOLLO_AVX512 void project_rows(const CpuSparse& a, int64_t c, float* sums, int6
   }
 }
 
-// The same for few rows of R, each of which has 16 partial sums in a register: what belongs to other
-// rows is masked out, so that it cannot bring in a NaN.
+// The same for few rows of R, each of which has 16 partial sums in a register: what belongs to
+// other rows is masked out, so that it cannot bring in a NaN.
 template <class Element, int RANK, int M>
 APOLLO_AVX512 void project_few_rows(const CpuSparse& a, int64_t c) {
   const auto* x = static_cast<const typename Element::Stored*>(a.x) + c * a.ld;

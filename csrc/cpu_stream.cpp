@@ -173,8 +173,7 @@ void cpu_project_thin(const CpuThin& a, int threads) {
 
 void cpu_apply(const CpuApply& a, int threads) {
   if (a.outer * a.inner < (1 << 17)) threads = 1;
-  with_element(a.element,
-               [&a, threads](auto element) { apply<decltype(element)>(a, threads); });
+  with_element(a.element, [&a, threads](auto element) { apply<decltype(element)>(a, threads); });
 }
 
 }  // namespace apollo

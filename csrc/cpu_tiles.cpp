@@ -17,9 +17,9 @@
 namespace apollo {
 namespace {
 
-constexpr int64_t kPanel = 64;   // channels that are packed together
-constexpr int64_t kSteps = 16;   // k tiles in a run: 512 k, whose sums start at 0
-constexpr int64_t kTile = 512;   // bf16 in a tile of 16 rows of 64 bytes
+constexpr int64_t kPanel = 64;  // channels that are packed together
+constexpr int64_t kSteps = 16;  // k tiles in a run: 512 k, whose sums start at 0
+constexpr int64_t kTile = 512;  // bf16 in a tile of 16 rows of 64 bytes
 constexpr int64_t kRun = 32 * kSteps;
 
 struct alignas(64) Line {
@@ -92,14 +92,16 @@ APOLLO_AVX512 void pack_rows(const CpuTiles& a, int64_t c, int64_t k, Line* pane
   }
 }
 
-// The same where channels are columns, [PIECES][kSteps][kPanel / 16][16 pairs of k][16 channels][2].
+// The same where channels are columns, [PIECES][kSteps][kPanel / 16][16 pairs of k][16
+// channels][2].
 template <class Element, int PIECES>
 APOLLO_AVX512 void pack_columns(const CpuTiles& a, int64_t c, int64_t k, Line* panel,
                                 float* squares) {
   const auto* x = static_cast<const typename Element::Stored*>(a.x) + c;
   const int64_t count = std::min(kPanel, a.channels - c), end = std::min(a.k, k + kRun);
   for (int64_t at = k; at < k + (end - k + 31) / 32 * 32; at += 2) {
-    const int64_t pair = (at - k) / 2, even = std::min(at, end - 1), odd = std::min(at + 1, end - 1);
+    const int64_t pair = (at - k) / 2, even = std::min(at, end - 1),
+                  odd = std::min(at + 1, end - 1);
     for (int64_t i = 0; i < count; i += kLanes) {
       const __mmask16 mask = mask16(count - i);
       prefetch(x + even * a.ld + i, 16 * a.ld * int64_t(sizeof *x));

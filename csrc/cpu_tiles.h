@@ -13,7 +13,8 @@ struct CpuTiles {
   int64_t channels, k, ld;
   bool rows;
   // Tiles of 16 rank rows and 32 k, [k tiles, padded / 16][512]: in each the 16 pairs of k are the
-  // rows, [16][16][2], where channels are rows; else the rank rows are, [16][32]. 0 beyond rank and k.
+  // rows, [16][16][2], where channels are rows; else the rank rows are, [16][32]. 0 beyond rank and
+  // k.
   const uint16_t* z;
   int64_t rank, padded;  // padded to a multiple of 32
   float scale;           // rank^-1/2, applied to the sums
