@@ -27,12 +27,17 @@ PAIRS = NATIVE and _C.cpu_bf16_supported()
 
 
 def supported(*tensors: Tensor) -> bool:
-    """Whether all are CPU matrices of one dtype known there, with one contiguous side."""
+    """Whether all are CPU matrices of one dtype known there, with one contiguous side.
+
+    A subclass that wraps other tensors has no address, and is left to PyTorch.
+    """
     dtype = tensors[0].dtype
-    return NATIVE and all(
-        t.dtype == dtype and t.device.type == "cpu" and t.numel() > 0 and 1 in t.stride()
-        for t in tensors
-    ) and dtype in ELEMENTS  # fmt: skip
+    return (
+        NATIVE
+        and dtype in ELEMENTS
+        and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
+        and all(1 in t.stride() and t.numel() > 0 and t.data_ptr() != 0 for t in tensors)
+    )
 
 
 def layout(x: Tensor, rank: int) -> str:
@@ -134,10 +139,11 @@ def apply(w: Tensor, x: Tensor, coefficient: Tensor, decay: float) -> None:
     by_row = w.stride(1) == 1
     if not by_row:
         w, x = w.t(), x.t()
-    coefficient = coefficient.expand(w.shape[0 if by_row else 1]).contiguous()
+    alike = coefficient.numel() == 1  # for all channels
     _C.cpu_apply(
         w.data_ptr(), x.data_ptr(), ELEMENTS[w.dtype], *w.shape, w.stride(0), x.stride(0),
-        coefficient.data_ptr(), by_row, decay, torch.get_num_threads(),
+        coefficient.data_ptr(), 0 if alike else 1, by_row or alike, decay,
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

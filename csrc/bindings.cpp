@@ -104,9 +104,10 @@ float cpu_scale(uintptr_t r, uintptr_t q, uintptr_t m, uintptr_t v, int64_t chan
 }
 
 void cpu_apply(uintptr_t w, uintptr_t x, int element, int64_t outer, int64_t inner, int64_t w_ld,
-               int64_t x_ld, uintptr_t coefficient, bool by_row, double decay, int threads) {
+               int64_t x_ld, uintptr_t coefficient, int64_t apart, bool by_row, double decay,
+               int threads) {
   apollo::cpu_apply({reinterpret_cast<void*>(w), at(x), static_cast<apollo::CpuElement>(element),
-                     outer, inner, w_ld, x_ld, floats(coefficient), by_row, decay},
+                     outer, inner, w_ld, x_ld, floats(coefficient), apart, by_row, decay},
                     threads);
 }
 

@@ -139,7 +139,7 @@ void apply_rows(const CpuApply& a, Keep keep, int threads) {
     for (int64_t i = begin; i < end; ++i) {
       ApplyRow<Element, BY_ROW, DECAYS>{static_cast<Stored*>(a.w) + i * a.w_ld,
                                         static_cast<const Stored*>(a.x) + i * a.x_ld,
-                                        a.coefficient + (BY_ROW ? i : 0), keep}
+                                        a.coefficient + (BY_ROW ? i * a.apart : 0), keep}
           .all(a.inner);
     }
   });

@@ -27,7 +27,8 @@ struct CpuApply {
   const void* x;
   CpuElement element;
   int64_t outer, inner, w_ld, x_ld;
-  const float* coefficient;  // [outer] or [inner]
+  const float* coefficient;  // [outer] if by_row, `apart` from each other; else [inner]
+  int64_t apart;             // 1; 0 if by_row and one serves all
   bool by_row;
   double decay;  // lr wd
 };
