@@ -312,7 +312,12 @@ class LowRankBatch:
     def __init__(self, item: LowRank):
         self.item = replace(item, grad=_LENT)
         self.w = item.weight if item.rows else item.weight.t()
-        self.fast = cpu.supported(self.w)  # as far as the weight is concerned
+        # What compiled passes can walk stays so for as long as the batch is used (plan.py).
+        x = item.grad if item.rows else item.grad.t()
+        self.native_project = cpu.supported(x)
+        self.native_scale = cpu.supported(item.exp_avg, item.exp_avg_sq)
+        same_order = (self.w.stride(1) == 1) == (x.stride(1) == 1)
+        self.native_apply = same_order and cpu.supported(self.w, x)
         self.skipped = False
         self.t = 0  # the step, from 1
         self.x: Tensor | None = None  # the gradient as [C, K]
@@ -349,7 +354,7 @@ class LowRankBatch:
             return cpu.projections.get(item.step, item.key, wanted, make)
 
         if distribution == "sparse" and rank > 1:  # at rank 1 it is a dense row of signs
-            if cpu.sparse_supported(x):
+            if self.native_project:
                 places = kept("places", lambda: cpu.places(*sparse(*drawn)))
                 return cpu.project_sparse(x, places, rank)
             row, sign = kept("pair", lambda: torch.stack(sparse(*drawn, device=x.device)))
@@ -358,7 +363,7 @@ class LowRankBatch:
         def z() -> Tensor:
             return draw(*drawn, distribution, device=x.device)
 
-        if cpu.supported(x):
+        if self.native_project:
             form = cpu.layout(x, rank)
             return cpu.project(x, kept(form, lambda: cpu.arrange(z(), form)), rank)
         return project(x, kept(str(dtype), lambda: scaled(z(), dtype)))
@@ -375,9 +380,13 @@ class LowRankBatch:
         assert r is not None and q is not None
         factor = _gradient_factor(hyper, signals)
         factor *= 1.0 if signals.clip is None else float(signals.clip)
-        if factor != 1:
-            r, q = r.mul_(factor), q.mul_(factor).mul_(factor)  # a float32 factor^2 may be 0
-        s, u2 = scale(r, q, item.exp_avg, item.exp_avg_sq, hyper)
+        if self.native_scale and type(r) is Tensor:
+            s, u2 = cpu.scale(r, q, item.exp_avg, item.exp_avg_sq, hyper, factor)
+        else:
+            if factor != 1:
+                r, q = r.mul_(factor), q.mul_(factor).mul_(factor)  # a float32 factor^2 may be 0
+            s, square = scale(r, q, item.exp_avg, item.exp_avg_sq, hyper)
+            u2 = float(square)
         alpha = math.sqrt(hyper.scale)
         u = math.sqrt(u2) * (alpha if hyper.scale_front else 1.0)
         if not math.isfinite(u):
@@ -387,7 +396,7 @@ class LowRankBatch:
         if not hyper.disable_nl:
             growth, norm = limit(u, float(item.update_norm))
             item.update_norm.fill_(norm)
-        self.coefficient = s * (hyper.step_size(self.t) * alpha * growth * factor)
+        self.coefficient = s.mul_(hyper.step_size(self.t) * alpha * growth * factor)
         _count(signals, UPDATED, *([LIMITED] if growth < 1 else []))
 
     def apply(self, hyper: Hyper, signals: Signals) -> None:
@@ -398,7 +407,7 @@ class LowRankBatch:
         if hyper.stochastic_rounding and w.dtype == torch.bfloat16:
             grad = x if item.rows else x.t()
             apply_stochastic(item, grad, coefficient, decay, self.t % 2**32)
-        elif self.fast and cpu.supported(x) and (w.stride(1) == 1) == (x.stride(1) == 1):
+        elif self.native_apply:
             cpu.apply(w, x, coefficient, decay)
         else:
             apply(w, x, coefficient, decay)
