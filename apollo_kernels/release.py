@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from apollo_kernels import checks, plan
 
@@ -149,8 +149,8 @@ class Release:
             return
         optimizer = self._optimizer
         arguments: tuple[Any, ...] = (optimizer,), {}
-        globals_ = torch_optimizer._global_optimizer_pre_hooks
-        for hook in chain(globals_.values(), optimizer._optimizer_step_pre_hooks.values()):
+        own = optimizer._optimizer_step_pre_hooks
+        for hook in chain(_global_optimizer_pre_hooks.values(), own.values()):
             if hook(optimizer, *arguments) not in (None, arguments):
                 raise RuntimeError(
                     "a step pre hook returned other arguments for step(): with gradient release it "
@@ -255,8 +255,8 @@ def once_per_step(func: Callable[..., Any]) -> Callable[..., Any]:
         with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
             out = func(self, *args, **kwargs)
             self._optimizer_step_code()
-            globals_ = torch_optimizer._global_optimizer_post_hooks
-            for hook in chain(self._optimizer_step_post_hooks.values(), globals_.values()):
+            own = self._optimizer_step_post_hooks
+            for hook in chain(own.values(), _global_optimizer_post_hooks.values()):
                 hook(self, (self, *args), kwargs)
         return out
 

@@ -4,16 +4,19 @@ gradients at a time; what cannot work that way is refused before anything is wri
 import copy
 import gc
 import io
-import os
 import pickle
 import weakref
 
 import pytest
 import torch
 from helpers import all_of, changed, parameters, randn, refuses, same, snapshot
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.checkpoint import checkpoint
 
-from apollo_kernels import APOLLO, plan, release
+from apollo_kernels import APOLLO, plan
 
 # Shapes of both orientations, experts, and dense ones; each weighs in the loss by itself.
 SHAPES = {"up": (24, 16), "down": (16, 24), "experts": (2, 8, 16), "bias": (9,), "scalar": ()}
@@ -238,7 +241,7 @@ def test_a_group_that_is_added_is_released_too(backend):
         optimizer = optimizer_of(net, gradient_release=gradient_release)
         net.late = torch.nn.Parameter(randn((8, 8), backend, seed=9))
         train(net, optimizer, range(1))
-        optimizer.add_param_group({"params": [net.late], "rank": 2})
+        optimizer.add_param_group({"params": [("late", net.late)], "rank": 2})
         net.late.grad = None
         net.loss(1).backward()
         assert not gradient_release or net.late.grad is None
@@ -285,8 +288,8 @@ def test_step_hooks_run_once_around_all_updates(backend):
     own = [
         optimizer.register_step_pre_hook(watch("pre")),
         optimizer.register_step_post_hook(watch("post")),
-        torch.optim.optimizer.register_optimizer_step_pre_hook(watch("global pre")),
-        torch.optim.optimizer.register_optimizer_step_post_hook(watch("global post")),
+        register_optimizer_step_pre_hook(watch("global pre")),
+        register_optimizer_step_post_hook(watch("global post")),
     ]
     try:
         net.loss(0).backward()
@@ -393,12 +396,15 @@ def test_what_is_refused_is_not_stepped_and_named(backend):
 
 def test_an_error_from_below_names_the_parameter(backend, monkeypatch):
     net, optimizer = released(backend)
+    assert optimizer.gradient_release
 
     def fails(*_, **__):
         raise torch.OutOfMemoryError("no memory left")
 
     monkeypatch.setattr(plan, "build", fails)
-    with pytest.raises(torch.OutOfMemoryError, match=r"no memory left \(at the step of parameter '"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"no memory left \(at the step of parameter '"
+    ):
         net.loss(0).backward()
 
 
@@ -406,7 +412,7 @@ def test_a_wrong_group_value_surfaces_from_backward(backend):
     net, optimizer = released(backend)
     for group in optimizer.param_groups:
         group["lr"] = -1.0
-    refuses(optimizer, net.loss(0).backward, ValueError, r"lr must be .* at the step of parameter '")
+    refuses(optimizer, net.loss(0).backward, ValueError, r"lr must be .*at the step of parameter '")
 
 
 # ---- what cannot work ----------------------------------------------------------------------------
@@ -428,7 +434,9 @@ def test_a_scaler_in_use_is_refused_before_anything_is_written(backend):
     net, optimizer = released(backend)
     scaler = torch.amp.GradScaler(backend.device.type)
     loss = scaler.scale(net.loss(0))
-    refuses(optimizer, loss.backward, RuntimeError, "GradScaler.*bfloat16.*without gradient release")
+    refuses(
+        optimizer, loss.backward, RuntimeError, "GradScaler.*bfloat16.*without gradient release"
+    )
 
 
 def test_a_scaler_that_comes_later_is_refused_at_step(backend):
@@ -489,7 +497,9 @@ def test_attach_asks_for_the_model_of_the_optimizer(backend):
     refuses(optimizer, lambda: optimizer.attach(whole), match=match)
     refuses(optimizer, lambda: optimizer.attach(copy.deepcopy(net)), match="does not step: 'up'")
     part = torch.nn.ParameterList([net.up, net.down, net.experts, net.scalar])
-    refuses(optimizer, lambda: optimizer.attach(part), match=r"not in model: parameter 'bias' \(1 of")
+    refuses(
+        optimizer, lambda: optimizer.attach(part), match=r"not in model: parameter 'bias' \(1 of"
+    )
     refuses(optimizer, lambda: optimizer.attach(net.parameters()), TypeError, "torch.nn.Module")
     whole[1].requires_grad_(False)
     net.bias.requires_grad_(False)
@@ -505,9 +515,7 @@ def test_two_optimizers_do_not_release_one_parameter(backend):
     with pytest.raises(ValueError, match=r"parameter 'up' .* is released by another optimizer"):
         optimizer_of(net, gradient_release=True)
     late = APOLLO(parameters([(4, 4)], backend), gradient_release=True)
-    refuses(
-        late, lambda: late.add_param_group({"params": [net.up]}), match="released by another"
-    )
+    refuses(late, lambda: late.add_param_group({"params": [net.up]}), match="released by another")
     first.detach()
     optimizer_of(net, gradient_release=True)
 
@@ -597,25 +605,37 @@ def test_few_gradients_live_at_a_time(backend):
 # ---- compiled ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["forward", "backward", "step"])
+@pytest.mark.parametrize("how", ["forward", "forward and backward", "step"])
 def test_compiled_code_around_it(how):
-    """The last stands for a loop whose ``step`` is compiled: there is nothing left to trace."""
+    """With ``step`` there is nothing left to trace; a compiled backward breaks at each hook."""
+    compiled = torch._dynamo.utils.counters["compiled_autograd"]
 
     def run(gradient_release):
         torch._dynamo.reset()
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
         optimizer = APOLLO(net.parameters(), rank=2, gradient_release=gradient_release)
-        step = torch.compile(optimizer.step, backend="eager") if how == "step" else optimizer.step
-        forward = torch.compile(net, backend="aot_eager") if how != "step" else net
+
+        def backward():
+            loss = net(torch.ones(2, 8)).square().sum()
+            loss.backward()
+
+        step = optimizer.step
+        if how == "step":
+            step = torch.compile(step, backend="eager")
+        else:
+            backward = torch.compile(backward, backend="aot_eager")
         for _ in range(3):
-            loss = forward(torch.ones(2, 8)).square().sum()
-            with torch._dynamo.utils.maybe_enable_compiled_autograd(how == "backward"):
-                loss.backward()
+            before = compiled["captures"]
+            backward()
+            if gradient_release:
+                assert all(p.grad is None for p in net.parameters())
             step()
             optimizer.zero_grad()
+        assert how != "forward and backward" or before > 0
         return snapshot(optimizer), optimizer.stats()
 
-    (expected, stats), (found, found_stats) = run(False), run(True)
+    with torch._dynamo.config.patch(compiled_autograd=how == "forward and backward"):
+        (expected, stats), (found, found_stats) = run(False), run(True)
     assert changed(expected, found) == set()
     assert found_stats == stats
