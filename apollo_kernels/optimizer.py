@@ -353,7 +353,8 @@ class APOLLO(torch.optim.Optimizer):
         groups = self.param_groups
         for index, group in enumerate(groups):
             options.check_group(group, f" (parameter group {index})")
-        units, places = self._whole_groups(), self._places()
+        units = [plan.Unit(index, 0, group["params"]) for index, group in enumerate(groups)]
+        places = self._places()
         checks.check_units(units, groups, self.state, self._name_of)
         self._make_states(units, places)
         calls: list[tuple[int, torch.device, list[Tensor]]] = []
@@ -400,7 +401,8 @@ class APOLLO(torch.optim.Optimizer):
         As soon as a gradient is complete its parameter is stepped and the gradient is freed, so
         that a few gradients live at a time. The loop stays as it is: forward, backward,
         ``step()``, scheduler, ``zero_grad()``. ``step()`` steps what still holds a gradient and
-        ends the step; every bit is as without release. Micro-batches: see ``accumulate``.
+        ends the step; every bit is as without release. Micro-batches, and a backward whose
+        gradients are not meant for these parameters, belong into ``accumulate()``.
 
         Returns
             a context manager that detaches at its end; without ``with`` until ``detach()``.

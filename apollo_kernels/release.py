@@ -304,13 +304,21 @@ def _refuse_surroundings(p: Tensor, name: Callable[[], str]) -> None:
     """Looks for what will want ``p``'s gradient after the step: DistributedDataParallel, and a
     GradScaler in use (one that has scaled a loss). Once, before the first update: both exist by
     then, and nothing tells of them in a hook."""
+    if _in_the_way(p) is not None:
+        gc.collect()  # it may be garbage
+        if (text := _in_the_way(p)) is not None:
+            raise RuntimeError(text.format(name=name()))
+
+
+def _in_the_way(p: Tensor) -> str | None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     for found in gc.get_objects():
         kind = type(found)
         if issubclass(kind, torch.amp.GradScaler):
             if getattr(found, "_enabled", False) and getattr(found, "_scale", None) is not None:
-                raise RuntimeError(_SCALER.format(name=name()))
+                return _SCALER
         elif distributed and issubclass(kind, DistributedDataParallel):
             module = getattr(found, "module", None)
             if module is not None and any(q is p for q in module.parameters()):
-                raise RuntimeError(_DISTRIBUTED.format(name=name()))
+                return _DISTRIBUTED
+    return None

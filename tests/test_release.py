@@ -475,6 +475,22 @@ def test_a_scaler_that_does_nothing_is_no_obstacle(backend, used):
     has_the_bits(optimizer, normal(backend, range(1)))
 
 
+def test_a_scaler_that_is_garbage_is_no_obstacle(backend):
+    net, optimizer = released(backend)
+    scaler = torch.amp.GradScaler(backend.device.type)
+    scaler.scale(torch.ones((), device=backend.device))
+    scaler.itself = scaler
+    gone = weakref.ref(scaler)
+    gc.disable()
+    try:
+        del scaler
+        assert gone() is not None
+        train(net, optimizer, range(1))
+    finally:
+        gc.enable()
+    has_the_bits(optimizer, normal(backend, range(1)))
+
+
 @pytest.fixture
 def one_process(tmp_path):
     from torch import distributed
