@@ -29,6 +29,10 @@ def selection() -> list[Case]:
         found.append(Case((shape,), rank, proj, weight, grad, order, rows, hyper=hyper))
     for weight, grad in itertools.product(DTYPES, DTYPES):
         found.append(Case(((501,), (8,)), weight=weight, grad=grad))
+    exact = {"exact_projection": True}
+    for rank, grad in itertools.product((1, 3, 5, 20, 65), DTYPES):
+        hyper = {**exact, **(TENSOR if rank < 8 else {})}
+        found.append(Case(((66, 68),), rank, "gaussian", grad=grad, steps=1, hyper=hyper))
     found += [
         # Full tiles of channels beside a ragged one, and matrices that share their launches.
         Case(((300, 64), (33, 40)), 20, weight=BF16, grad=BF16),
