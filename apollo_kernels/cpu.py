@@ -21,6 +21,7 @@ from apollo_kernels.philox import scaled
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/cpu_element.h
 THIN_RANK = 7  # up to this rank reading X costs more than the products (csrc/cpu_stream.h)
+WIDENED = 2**20  # elements at a time: bounds the temporaries and keeps them in cache
 NATIVE = _C is not None and _C.cpu_supported()
 TILES = NATIVE and _C.cpu_tiles_supported()
 PAIRS = NATIVE and _C.cpu_bf16_supported()
@@ -94,7 +95,9 @@ def project(x: Tensor, z: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         _C.cpu_project_bf16(x.data_ptr(), *walk, z.data_ptr(), rank, z.shape[1], scale, *out)
     elif form == "scaled":  # the BLAS multiplies, and q is all that is left to do
         _C.cpu_project_thin(x.data_ptr(), element, *walk, 0, 0, 1.0, *out)
-        r = torch.mm(x.float(), z.t())
+        few = max(1, WIDENED // x.shape[1]) if x.dtype != torch.float32 else len(x)
+        for part, out in zip(x.split(few), r.split(few), strict=True):
+            torch.mm(part.float(), z.t(), out=out)
     else:
         padded = 16 * z.shape[1]
         _C.cpu_project_tiles(
