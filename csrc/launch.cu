@@ -146,7 +146,7 @@ int launch_advance(const Launch& launch) {
 }
 
 int load_low_rank(const Launch& launch) {
-  for (const int distribution : {kGaussian, kRademacher, kSparse}) {
+  for (const int distribution : {kGaussian, kExactGaussian, kRademacher, kSparse}) {
     const auto loaded = [](Kernel kernel, int, int shared) { return load(kernel, shared); };
     if (const int error = with_project(launch, distribution, loaded)) return error;
   }

@@ -26,6 +26,7 @@ FLOATS = ("f16", "bf16", "f32", "f64")
 # methods of their own), rounding to nearest, and alignment of warps.
 HINTS = ("L1::", "L2::", "volatile", "relaxed", "acquire", "release", "weak", "gpu", "sys", "cta",
          "cg", "ca", "cs", "lu", "cv", "wb", "wt")  # fmt: skip
+INTEGRAL = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
 PLAIN = {"rn", "ftz", "approx", "full", "lo", "wide", "hi", "NaN"}
 
 
@@ -252,6 +253,9 @@ class Translator:
         if of in FLOATS and to not in FLOATS:
             (how,) = how
             text = f"float_to_int({flush}({x}), {NUMPY[to]}, {how!r})"
+        elif of == to and how & set(INTEGRAL):
+            (how,) = how
+            text = f"np.{INTEGRAL[how]}({x})"
         elif how - {"rn"} or (to == "bf16" and of not in ("f32", "bf16")):
             raise KeyError(".".join(op))
         elif to == "bf16":
