@@ -164,10 +164,12 @@ APOLLO_DEVICE Keep keep_of(const Hyper& h) {
 // Adam's moments of one entry; it keeps them if its square is not finite.
 APOLLO_DEVICE bool update_moments(float r, float& m, float& v, const Hyper& h) {
   const float square = r * r;
-  if (!finite(square)) return false;
-  m = fmaf(h.beta1_float, m, h.keep1 * r);  // never m + (1 - b1) (r - m): m may be far larger
-  v = fmaf(h.beta2_float, v, h.keep2 * square);
-  return true;
+  const bool ok = finite(square);
+  const float next_m = fmaf(h.beta1_float, m, h.keep1 * r);  // m + (1 - b1) (r - m) may lose r
+  const float next_v = fmaf(h.beta2_float, v, h.keep2 * square);
+  m = ok ? next_m : m;
+  v = ok ? next_v : v;
+  return ok;
 }
 
 // N = M / (sqrt(V) + eps), and 0 where nothing has come yet and eps is 0. The approximations err by
