@@ -187,9 +187,12 @@ APOLLO_DEVICE void mix_moments(float r, float& m, float& v, const Hyper& h) {
 }
 // It keeps them if its square is not.
 APOLLO_DEVICE bool update_moments(float r, float& m, float& v, const Hyper& h) {
-  if (!finite(r * r)) return false;
-  mix_moments(r, m, v, h);
-  return true;
+  const bool ok = finite(r * r);
+  float next_m = m, next_v = v;
+  mix_moments(r, next_m, next_v, h);
+  m = ok ? next_m : m;  // no branch in the epilogue of `project`
+  v = ok ? next_v : v;
+  return ok;
 }
 
 // N = M / (sqrt(V) + eps), and 0 where nothing has come yet and eps is 0. The approximations err by

@@ -59,6 +59,19 @@ APOLLO_DEVICE float approx_reciprocal(float x) {
   return y;
 }
 
+// x, of which the compiler knows nothing: what follows from it is worked out where it is needed,
+// and holds no register in a loop.
+APOLLO_DEVICE int made_again(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// threadIdx.x, which the compiler would otherwise keep in a register from its first use on.
+APOLLO_DEVICE int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // An address from a table, which the compiler could not know to be global memory's.
 template <class T>
 APOLLO_DEVICE T* global(T* address) {

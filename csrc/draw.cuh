@@ -95,11 +95,12 @@ struct Drawing {
   }
 
   APOLLO_DEVICE void store(unsigned char* z_smem, uint32_t k0) const {
+    const int to = made_again(dst_smem);
 #pragma unroll
     for (int i = 0; i < kCalls; ++i) {
       const Pairs z = DISTRIBUTION::pairs(stream, k0, block + uint32_t(i));
-      *reinterpret_cast<uint32_t*>(z_smem + (dst_smem ^ 32 * i)) = z.low;
-      *reinterpret_cast<uint32_t*>(z_smem + (dst_smem ^ 32 * i ^ 16)) = z.high;
+      *reinterpret_cast<uint32_t*>(z_smem + (to ^ 32 * i)) = z.low;
+      *reinterpret_cast<uint32_t*>(z_smem + (to ^ 32 * i ^ 16)) = z.high;
     }
   }
 };

@@ -137,7 +137,11 @@ void LowRankPlan::add(Matrix m) {
 void LowRankPlan::add(Layout& layout, Matrix m, const Tiling& t) {
   const RankClass ranks = rank_class(m.rank);
   const bool sparse = &layout == &layouts_[1] && uses_sparse_kernel(ranks);
-  const bool summed = separate_ || (uses_dots(ranks) && !sparse) || t.chunks > 1;
+  // Tiles update moments by pairs of neighbours.
+  const bool pairs = m.rank % 2 == 0 && (reinterpret_cast<uintptr_t>(m.exp_avg) % 8 == 0) &&
+                     (reinterpret_cast<uintptr_t>(m.exp_avg_sq) % 8 == 0);
+  const bool later = uses_dots(ranks) || !pairs;
+  const bool summed = separate_ || (later && !sparse) || t.chunks > 1;
   if (summed) m.flags |= kSummed;
   m.chunks = t.chunks;
   m.chunk_length = t.chunk_length;

@@ -6,70 +6,35 @@
 
 namespace apollo {
 
-// Two neighbours of which `left` are there, 0 beyond. PAIRS: they are there or not together, at a
-// multiple of 8 bytes.
-template <bool PAIRS>
-APOLLO_DEVICE float2 load_two(const float* from, int left) {
-  if constexpr (PAIRS) {
-    return left > 0 ? *reinterpret_cast<const float2*>(from) : float2{0.0f, 0.0f};
-  } else {
-    return {left > 0 ? from[0] : 0.0f, left > 1 ? from[1] : 0.0f};
-  }
-}
-template <bool PAIRS>
-APOLLO_DEVICE void store_two(float* to, float2 x, int left) {
-  if constexpr (PAIRS) {
-    if (left > 0) *reinterpret_cast<float2*>(to) = x;
-  } else {
-    if (left > 0) to[0] = x.x;
-    if (left > 1) to[1] = x.y;
-  }
-}
-
-APOLLO_DEVICE bool in_pairs(const Matrix& p) {
-  const auto addresses =
-      reinterpret_cast<uintptr_t>(p.exp_avg) | reinterpret_cast<uintptr_t>(p.exp_avg_sq);
-  return p.rank % 2 == 0 && addresses % 8 == 0 && p.r % 2 == 0;
-}
-
 // A warp's share of the tile, in rows of 8 channels: 4 lanes hold a channel.
-template <bool PAIRS, class PRODUCT>
+template <class PRODUCT>
 struct Epilogue {
-  static constexpr int kRows = 2 * PRODUCT::kM;
+  static constexpr int kRows = 2 * PRODUCT::kM, kTogether = 2;  // loads before the first store
   const PRODUCT& product;
   float factor;
   int channels, ranks;  // that are left from the lane's first on
   int stride;           // of a row of channels, in entries
+  bool first_lane;      // of a channel
 
   APOLLO_DEVICE int left(int row) const { return 8 * row < channels ? ranks : 0; }
-  APOLLO_DEVICE float2 r(int row, int n) const {
-    const int there = left(row) - 8 * n;
-    return {there > 0 ? factor * product.sum(row, n, 0) : 0.0f,
-            there > 1 ? factor * product.sum(row, n, 1) : 0.0f};
-  }
-
   APOLLO_DEVICE void store(float* r_workspace) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        store_two<PAIRS>(r_workspace + 8 * n, r(row, n), left(row) - 8 * n);
+      for (int k = 0; k < 8; ++k) {
+        const int j = k / 2 * 8 + k % 2;
+        if (j < left(row)) r_workspace[j] = factor * product.sum(row, k / 2, k % 2);
       }
       r_workspace += stride;
     }
   }
 
-  // Moments, and the sums of squares of R and N per channel of the warp's rank rows.
+  // Moments, and the sums of squares of R and N per channel of the warp's rank rows. Neighbours are
+  // there or not together, since the rank is even.
   APOLLO_DEVICE void update(float* exp_avg, float* exp_avg_sq, const Hyper& h,
                             float* sums_smem) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      float2 m[4], v[4];
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {  // all loads before the first store
-        m[n] = load_two<PAIRS>(exp_avg + 8 * n, left(row) - 8 * n);
-        v[n] = load_two<PAIRS>(exp_avg_sq + 8 * n, left(row) - 8 * n);
-      }
       float rr = 0.0f, nn = 0.0f;
       const auto update_one = [&](float r, float& m, float& v) {
         update_moments(r, m, v, h);
@@ -78,43 +43,57 @@ struct Epilogue {
         nn = fmaf(n, n, nn);
       };
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const float2 both = r(row, n);
-        update_one(both.x, m[n].x, v[n].x);
-        update_one(both.y, m[n].y, v[n].y);
-        store_two<PAIRS>(exp_avg + 8 * n, m[n], left(row) - 8 * n);
-        store_two<PAIRS>(exp_avg_sq + 8 * n, v[n], left(row) - 8 * n);
+      for (int first = 0; first < 4; first += kTogether) {
+        float2 m[kTogether] = {}, v[kTogether] = {};
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const int j = 8 * (first + i);
+          if (j >= left(row)) continue;
+          m[i] = *reinterpret_cast<const float2*>(exp_avg + j);
+          v[i] = *reinterpret_cast<const float2*>(exp_avg_sq + j);
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const int n = first + i, j = 8 * n;
+          if (j >= left(row)) continue;
+          update_one(factor * product.sum(row, n, 0), m[i].x, v[i].x);
+          update_one(factor * product.sum(row, n, 1), m[i].y, v[i].y);
+          *reinterpret_cast<float2*>(exp_avg + j) = m[i];
+          *reinterpret_cast<float2*>(exp_avg_sq + j) = v[i];
+        }
       }
-      exp_avg += stride;
-      exp_avg_sq += stride;
+      const int next = made_again(stride);
+      exp_avg += next;
+      exp_avg_sq += next;
       for (int offset = 1; offset < 4; offset *= 2) {
         rr += __shfl_xor_sync(0xFFFFFFFFu, rr, offset);
         nn += __shfl_xor_sync(0xFFFFFFFFu, nn, offset);
       }
-      if (threadIdx.x % 4 == 0) *reinterpret_cast<float2*>(sums_smem + 16 * row) = {rr, nn};
+      if (first_lane) *reinterpret_cast<float2*>(sums_smem + 16 * row) = {rr, nn};
     }
   }
 };
 
 // scratch_smem holds two floats per channel and 32 rank rows.
-template <bool PAIRS, class PRODUCT>
+template <class PRODUCT>
 APOLLO_DEVICE void finish_tile(const PRODUCT& product, const Matrix& p, const Launch& launch,
-                               int c0, int j0, int chunk, float* scratch_smem) {
+                               int c0, int j0, int chunk, float* scratch_smem, int thread) {
   constexpr int kChannels = PRODUCT::kChannels;
   const int rank = int(p.rank), channels = int(p.channels);
-  const int channel = PRODUCT::warp_channel() + int(threadIdx.x % 32) / 4;
-  const int c = c0 + channel, j = j0 + PRODUCT::warp_rank() + 2 * int(threadIdx.x % 4);
+  const int channel = PRODUCT::warp_channel(thread) + thread % 32 / 4;
+  const int c = c0 + channel, j = j0 + PRODUCT::warp_rank(thread) + 2 * (thread % 4);
   const float factor = rsqrtf(float(rank)) * sign_and_scale(launch.hyper);
-  const Epilogue<PAIRS, PRODUCT> epilogue = {product, factor, channels - c, rank - j, 8 * rank};
+  const Epilogue<PRODUCT> epilogue = {product,  factor,   channels - c,
+                                      rank - j, 8 * rank, thread % 4 == 0};
   const int64_t entry = int64_t(c) * rank + j;
   if (summed(p)) {
     epilogue.store(global(r_of(p, launch, chunk)) + entry);
     return;
   }
-  float* sums_smem = scratch_smem + (PRODUCT::warp_rank() / 32 * kChannels + channel) * 2;
+  float* sums_smem = scratch_smem + (PRODUCT::warp_rank(thread) / 32 * kChannels + channel) * 2;
   epilogue.update(global(p.exp_avg) + entry, global(p.exp_avg_sq) + entry, launch.hyper, sums_smem);
   __syncthreads();  // all warps' sums are there
-  const int row = int(threadIdx.x);
+  const int row = thread;
   if (row < kChannels && c0 + row < channels) {
     float rr = 0.0f, nn = 0.0f;
     for (int i = 0; i < PRODUCT::kWarpsRank; ++i) {

@@ -60,8 +60,12 @@ struct Stage {
   Pack<T, kVector> packs[kVectors];
   float squares[BY_ROW ? kVectors : kVector] = {};
 
-  APOLLO_DEVICE static int row(int i) { return int(threadIdx.x) / kRowVectors + i * kRowsApart; }
-  APOLLO_DEVICE static int first() { return int(threadIdx.x) % kRowVectors * kVector; }
+  APOLLO_DEVICE static int row(int i, int thread = int(threadIdx.x)) {
+    return thread / kRowVectors + i * kRowsApart;
+  }
+  APOLLO_DEVICE static int first(int thread = int(threadIdx.x)) {
+    return thread % kRowVectors * kVector;
+  }
 
   APOLLO_DEVICE void begin(const Matrix& p, int c0, int64_t k_begin) {
     const int left = int(p.channels) - c0;
@@ -120,19 +124,19 @@ struct Stage {
 
   // q of the tile's channels, of which `left` are there; `scratch` holds kRowsApart rows of them.
   // Fixed order, so the same bits.
-  APOLLO_DEVICE void reduce(float* scratch, float* q, int left) {
+  APOLLO_DEVICE void reduce(float* scratch, float* q, int left, int thread) {
     if constexpr (BY_ROW) {
       for (int i = 0; i < kVectors; ++i) {
         float sum = squares[i];
         for (int o = 1; o < kRowVectors; o *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, o);
-        if (first() == 0 && row(i) < left) q[row(i)] = sum;
+        if (first(thread) == 0 && row(i, thread) < left) q[row(i, thread)] = sum;
       }
     } else {
       for (int e = 0; e < kVector; ++e) {
-        scratch[row(0) * Shape::kChannels + first() + e] = squares[e];
+        scratch[row(0, thread) * Shape::kChannels + first(thread) + e] = squares[e];
       }
       __syncthreads();  // all rows of squares are there
-      const int c = int(threadIdx.x);
+      const int c = thread;
       if (c < Shape::kChannels && c < left) {
         float sum = 0.0f;
         for (int i = 0; i < kRowsApart; ++i) sum += scratch[i * Shape::kChannels + c];
@@ -166,10 +170,12 @@ struct Product {
   int x_smem, z_smem;
   float sums[kM][4][4] = {};
 
-  APOLLO_DEVICE static int warp_channel() {
-    return int(threadIdx.x / 32) / kWarpsRank * kWarpChannels;
+  APOLLO_DEVICE static int warp_channel(int thread = int(threadIdx.x)) {
+    return thread / 32 / kWarpsRank * kWarpChannels;
   }
-  APOLLO_DEVICE static int warp_rank() { return int(threadIdx.x / 32) % kWarpsRank * 32; }
+  APOLLO_DEVICE static int warp_rank(int thread = int(threadIdx.x)) {
+    return thread / 32 % kWarpsRank * 32;
+  }
 
   APOLLO_DEVICE void begin() {
     const int lane = int(threadIdx.x % 32), low = lane & 7, second = (lane >> 3) & 1;
@@ -253,11 +259,11 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   // warps multiply first and half of them draw first, so that tensor cores and arithmetic are busy
   // at once.
   const bool makes_first = threadIdx.x < kTileThreads / 2;
-  int now = Layout::kStage;  // where the stage from k on lies
   const auto turn = [&](auto is_whole, int k) {
     constexpr bool WHOLE = decltype(is_whole)::value;
-    const unsigned char* from_smem = shared + now;
-    unsigned char* to_smem = shared + (Layout::kStage - now);
+    const bool odd = (k & kStep) != 0;  // stages lie in turns in either half
+    const unsigned char* from_smem = shared + (odd ? Layout::kStage : 0);
+    unsigned char* to_smem = shared + (odd ? 0 : Layout::kStage);
     const auto make = [&] {
       if (!WHOLE && k + kStep >= length) return;
       stage.store(to_smem);
@@ -267,7 +273,6 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
     if (makes_first) make();
     if (WHOLE || k >= 0) product.add(from_smem, from_smem + Layout::kX);
     if (!makes_first) make();
-    now = Layout::kStage - now;
     __syncthreads();  // the next stage is there, and this one was read by all
   };
   const int whole = stage.whole() ? length / kStep * kStep : 0;
@@ -279,16 +284,14 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   }
   float* scratch = reinterpret_cast<float*>(shared);
   // Looked up again: cheaper than registers kept till here.
+  const int thread = thread_again();
   const Matrix& matrix = matrix_of(launch);
   const auto end = place_of<Tile<T>::kChannels, RANKS>(matrix);
   if (end.j0 == 0) {
-    stage.reduce(scratch, q_of(matrix, launch, end.chunk) + end.c0, int(matrix.channels) - end.c0);
+    float* q = q_of(matrix, launch, end.chunk) + end.c0;
+    stage.reduce(scratch, q, int(matrix.channels) - end.c0, thread);
   }
-  if (in_pairs(matrix)) {
-    finish_tile<true>(product, matrix, launch, end.c0, end.j0, end.chunk, scratch);
-  } else {
-    finish_tile<false>(product, matrix, launch, end.c0, end.j0, end.chunk, scratch);
-  }
+  finish_tile(product, matrix, launch, end.c0, end.j0, end.chunk, scratch, thread);
 }
 
 template <class T, int RANKS, class DISTRIBUTION>

@@ -54,13 +54,13 @@ CUDA = [
     ),
     Mutant(
         "finite asked of R, not of its square", "csrc/common.cuh",
-        "if (!finite(r * r)) return false;", "if (!finite(r)) return false;",
+        "const bool ok = finite(r * r);", "const bool ok = finite(r);",
         "test_extremes.py::test_a_channel_of_rank_one_whose_square_overflows_keeps_its_moments"
         "[cuda-channel-(24, 16)]",
     ),
     Mutant(
         "0 / 0 without eps", "csrc/common.cuh",
-        "denominator < kLeastNormal ? 0.0f : m *", "m *",
+        "denominator < kLeastNormal ? 0.0f : m", "m",
         "test_cuda_batch.py::test_without_eps_what_never_had_a_gradient_stays[False-8]",
     ),
     Mutant(
@@ -113,12 +113,12 @@ CUDA = [
     ),
     Mutant(
         "all rank tiles draw the first one's rows", "csrc/draw.cuh",
-        "uint32_t(j0 + row)", "uint32_t(row)",
+        "uint32_t(j0) + row", "row",
         "test_kernels.py::test_every_rank_and_orientation[std-200]",
     ),
     Mutant(
-        "the word of a run of signs is kept", "csrc/draw.cuh",
-        "static constexpr uint32_t kRun = 128;", "static constexpr uint32_t kRun = 512;",
+        "signs of the call's first word alone", "csrc/draw.cuh",
+        "kRademacher), k0);", "kRademacher), 0);",
         "test_kernels.py::test_the_kernels_draw_the_contracts_numbers[right-8-rademacher]",
     ),
     Mutant(
@@ -140,13 +140,31 @@ CUDA = [
     ),
     Mutant(
         "a run of the tensor cores counts twice", "csrc/project_mma.cuh",
-        "run[m][n][e] = 0.0f;", "",
+        "sums[i / 16][i / 4 % 4][i % 4] += run", "sums[i / 16][i / 4 % 4][i % 4] += 2 * run",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.float32-rows]",
     ),
     Mutant(
-        "the last run is lost", "csrc/project_mma.cuh",
-        "product.end_run();\n  __syncthreads();", "__syncthreads();",
+        "the last stage is not multiplied", "csrc/project_mma.cuh",
+        "k < length; k += kStep) {", "k + kStep < length; k += kStep) {",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.float32-rows]",
+    ),
+    Mutant(
+        "whole stages are loaded beyond the end", "csrc/project_mma.cuh",
+        "k + 4 * kStep <= whole", "k + 3 * kStep <= whole",
+        "test_cuda_batch.py::test_tiles_read_each_element_once_in_16_bytes_and_nothing_beyond"
+        "[512-True]",
+    ),
+    Mutant(
+        "narrow tiles are loaded whole", "csrc/project_mma.cuh",
+        "return wide && channels == Shape::kChannels;", "return wide;",
+        "test_cuda_batch.py::test_tiles_read_each_element_once_in_16_bytes_and_nothing_beyond"
+        "[360-False]",
+    ),
+    Mutant(
+        "moments askew are taken in pairs", "csrc/plan.cpp",
+        "m.rank % 2 == 0 &&", "",
+        "test_cuda_batch.py::test_every_rank_class_and_orientation_takes_the_steps_of_the"
+        "_restatement[False-False]",
     ),
     Mutant(
         "fragments of Z in another order", "csrc/project_mma.cuh",
@@ -162,7 +180,7 @@ CUDA = [
     ),
     Mutant(
         "K is not counted down", "csrc/project_mma.cuh",
-        "    k -= kStep;\n", "",
+        "length - (k + 2 * kStep)", "length",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.float32-sliced]",
     ),
     Mutant(
@@ -177,23 +195,22 @@ CUDA = [
     ),
     Mutant(
         "tiles' offsets in 32 bits", "csrc/project_mma.cuh",
-        "static_cast<const T*>(p.grad) + outer * p.grad_ld + inner",
-        "static_cast<const T*>(p.grad) + int(outer * p.grad_ld) + inner",
+        "outer * ld + inner", "int(outer * ld) + inner",
         "test_kernels.py::test_offsets_beyond_two_to_the_31[std-True-8]",
     ),
     Mutant(
         "tiles forget grad_scale and maximize", "csrc/project_epilogue.cuh",
-        "rsqrtf(float(p.rank)) * sign_and_scale(h)", "rsqrtf(float(p.rank))",
+        "rsqrtf(float(rank)) * sign_and_scale(launch.hyper)", "rsqrtf(float(rank))",
         "test_nonfinite.py::test_grad_scale_equals_the_unscaled_gradient[cuda-shape2-8-False]",
     ),
     Mutant(
         "the last rank row of a tile is left out", "csrc/project_epilogue.cuh",
-        "c < channels ? rank - j : 0", "c < channels ? rank - j - 1 : 0",
+        "8 * row < channels ? ranks : 0", "8 * row < channels ? ranks - 2 : 0",
         "test_kernels.py::test_every_rank_and_orientation[std-8]",
     ),
     Mutant(
         "rank tiles share a place for their sums", "csrc/project_epilogue.cuh",
-        "int64_t(j0 / kRanks) * p.channels + c0 + row", "int64_t(0) + c0 + row",
+        "int64_t(j0 / PRODUCT::kRanks) * channels + c0 + row", "int64_t(0) + c0 + row",
         "test_kernels.py::test_every_rank_and_orientation[std-200]",
     ),
     Mutant(
@@ -213,7 +230,7 @@ CUDA = [
     ),
     Mutant(
         "dots run beyond the end of K", "csrc/project_dot.cuh",
-        "slab_k < last ? left : 0", "left",
+        "slab_k < last ? p.channels - next_c : 0", "p.channels - next_c",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order"
         "[2-torch.float32-sliced columns]",
     ),
@@ -459,13 +476,13 @@ CUDA = [
     ),
     Mutant(
         "a cut matrix is not summed", "csrc/plan.cpp",
-        "separate_ || (uses_dots(ranks) && !sparse) || t.chunks > 1",
+        "separate_ || (later && !sparse) || t.chunks > 1",
         "separate_ || (uses_dots(ranks) && !sparse)",
         "test_kernels.py::test_a_long_contracted_side_is_split_and_summed[torch.float32-16]",
     ),
     Mutant(
         "separate is forgotten", "csrc/plan.cpp",
-        "separate_ || (uses_dots(ranks) && !sparse) || t.chunks > 1",
+        "separate_ || (later && !sparse) || t.chunks > 1",
         "(uses_dots(ranks) && !sparse) || t.chunks > 1",
         "test_cuda_batch.py::test_clip_multiplies_r_and_q_and_the_step[8]",
     ),

@@ -699,6 +699,23 @@ def test_the_sparse_projection_reads_each_element_once_in_16_bytes(module, rank,
         assert module.watched_bytes() == size
 
 
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("channels", [512, 360])
+def test_tiles_read_each_element_once_in_16_bytes_and_nothing_beyond(module, channels, rows):
+    """Whole tiles take the loop without guards up to the last stage, 360 channels the other one."""
+    for dtype in (F32, BF16, F16):
+        order = "rows" if rows else "columns"
+        item = low_rank((channels, 1000), 16, True, grad=dtype, order=order)
+        buffer = torch.full((2 * item.grad.numel(),), math.nan).to(dtype)
+        front = buffer[: item.grad.numel()].view(item.grad.shape if rows else (1000, channels))
+        front.copy_(item.grad if rows else item.grad.t())
+        item = dataclasses.replace(item, grad=front if rows else front.t())
+        (batch,) = batches([item], False)
+        module.watch(buffer.data_ptr(), buffer.numel() * buffer.element_size())
+        batch.project(hyper(), signals())
+        assert module.watched_bytes() == front.numel() * front.element_size()
+
+
 def test_every_switch_takes_sparse_steps_too():
     h = hyper(
         distribution="sparse", maximize=True, correct_bias=False, scale=4.0, scale_front=True,

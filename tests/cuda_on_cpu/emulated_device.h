@@ -129,6 +129,8 @@ inline void sine_and_cosine_of_turns(double turns, double& sine, double& cosine)
   cosine = std::cos(6.283185307179586476925 * turns);
 }
 
+inline int made_again(int x) { return x; }
+inline int thread_again() { return int(threadIdx.x); }
 template <class T>
 T* global(T* address) {
   return address;
