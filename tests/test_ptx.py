@@ -17,6 +17,7 @@ from ptx.machine import Device
 
 from apollo_kernels import cuda
 
+pytestmark = pytest.mark.timeout(900)  # nvcc takes many times its half a minute on busy machines
 REASON = cuda_host.why_not()
 needs_nvcc = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 TESTS = Path(__file__).parent

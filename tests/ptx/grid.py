@@ -16,7 +16,7 @@ from ptx import arithmetic, cuda_host, mutants, selection
 from ptx.cases import BF16, F32, Case, Host, bits, take
 from ptx.machine import Device
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.timeout(1800)]
 EVERY = int(os.environ.get("EVERY", "1"))  # EVERY=10 takes a tenth of the grid
 
 
