@@ -55,6 +55,11 @@ class Case:
     signals: dict[str, float] = field(default_factory=dict)
     hyper: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def ranks(self) -> set[int]:
+        """Of the matrices: none is above its K."""
+        return {min(self.rank, shape[1 if self.rows else 0]) for shape in self.shapes if self.rank}
+
     def __str__(self) -> str:
         kind = f"rank {self.rank} {self.proj}" if self.rank else "dense"
         shapes = " ".join("x".join(map(str, s)) for s in self.shapes)
@@ -184,22 +189,28 @@ def _run(
         memory += matrix.memory()
     items: list[Any] = [matrix.item for matrix in matrices]
     with host.running(device, memory):
-        if case.rank:
-            batch = host.backend.build(items, separate=case.separate)
-        else:
-            batch = host.backend.build_dense(items)
-        memory += host.memory(batch)
+        families: dict[Any, list[Any]] = {}
+        for item in items:
+            families.setdefault(host.backend.family(item), []).append(item)
+        batches: list[Any] = []
+        for family in families.values():
+            if case.rank:
+                batches.append(host.backend.build(family, separate=case.separate))
+            else:
+                batches.append(host.backend.build_dense(family))
+            memory += host.memory(batches[-1])
         for _ in range(case.steps):
             for matrix in matrices:
                 matrix.new_gradient()
                 if restated:
                     matrix.restate(-factor if h.maximize else factor)
-            if case.rank:
-                batch.project(h, replace(signals, clip=None))
-                batch.scale(h, signals)
-                batch.apply(h, signals)
-            else:
-                batch.adamw(h, signals)
+            for batch in batches:
+                if case.rank:
+                    batch.project(h, replace(signals, clip=None))
+                    batch.scale(h, signals)
+                    batch.apply(h, signals)
+                else:
+                    batch.adamw(h, signals)
     return matrices, counters
 
 

@@ -47,8 +47,12 @@ def selection() -> list[Case]:
         # Ranks whose last rows nobody asks for.
         Case(((40, 70),), 2, hyper=TENSOR), Case(((40, 70),), 6, hyper=TENSOR, order="columns"),
         Case(((40, 70),), 7, hyper=TENSOR), Case(((40, 70),), 4, hyper=TENSOR),
+        # Rounding by chance, by rows and by columns of the matrix.
         Case(((70, 72),), 16, weight=BF16, hyper={"stochastic_rounding": True}),
-        Case(((72, 70),), 16, weight=BF16, rows=False, hyper={"stochastic_rounding": True}),
+        Case(((72, 70),), 16, weight=BF16, grad=BF16, rows=False,
+             hyper={"stochastic_rounding": True}),
+        Case(((72, 70),), 16, weight=BF16, grad=F16, order="columns",
+             hyper={"stochastic_rounding": True}),
         Case(((40, 70),), 8, hyper={"scale_front": True, "maximize": True, "correct_bias": False}),
         Case(((40, 70),), 8, hyper={"disable_nl": True, "weight_decay": 0.0}, steps=3),
     ]  # fmt: skip
