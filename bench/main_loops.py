@@ -68,12 +68,13 @@ def main_loops(function: Function) -> list[MainLoop]:
 
 
 def way_to(function: Function, main: MainLoop) -> tuple[Instruction, ...]:
-    """What leads from the kernel's first instruction to its main loop."""
+    """What leads from the kernel's first instruction to its main loop; not what one thread of a
+    block computes for all."""
     if main.loop is None:
         return ()
     before = {b for b in function.order if b not in main.loop.blocks}
     ends = {b for b in before if main.loop.head in function.successors[b]}
-    return path(function, 0, ends, before, guarded=True)
+    return path(function, 0, ends, before, guarded=True, computing=False)
 
 
 def _orientations(traces: list[tuple[Instruction, ...]]) -> list[str]:
@@ -111,7 +112,12 @@ def _turn(function: Function, loop: Loop) -> tuple[Instruction, ...]:
 
 
 def path(
-    function: Function, start: int, ends: set[int], blocks: set[int], guarded: bool
+    function: Function,
+    start: int,
+    ends: set[int],
+    blocks: set[int],
+    guarded: bool,
+    computing: bool = True,
 ) -> tuple[Instruction, ...]:
     """The main way from ``start`` to one of ``ends`` within ``blocks``, each block at most once."""
 
@@ -122,7 +128,7 @@ def path(
             scalar = is_scalar(x)
             moved += is_vector(x) or x.name in _TENSOR or (scalar and not guarded)
             avoided += (scalar and guarded) or (x.name == "CALL" and not x.conditional)
-            computed += x.name == "MUFU"
+            computed += computing and x.name == "MUFU"
         return moved, -avoided, computed, -length
 
     best: dict[int, tuple[_Weight, int | None]] = {}

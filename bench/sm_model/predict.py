@@ -14,7 +14,7 @@ from functools import cache, cached_property
 import loop_figures
 from loop_figures import gradient_bytes, moved_bytes, weight_bytes
 from main_loops import MainLoop, way_to
-from sass import Function, Instruction, is_scalar
+from sass import Function, Instruction
 from shapes import LLAMA
 
 from sm_model.cards import Card
@@ -30,6 +30,7 @@ SPARSE_HOLDERS = {"row": 32, "column": 8}
 MOMENT_BYTES = 16  # per entry of R: M and V, read and written, in float32
 EPILOGUE = 1.05  # times the floor of the moments' bytes [guess]
 STREAM = 0.95  # of the copy bandwidth at most, for kernels with more than a copy's streams [guess]
+TURNS = 8  # that are simulated
 SMALL_LAUNCHES = 0.03  # ms of `scale` and `limit` over a whole model [guess]
 
 
@@ -118,8 +119,9 @@ def stream_vector(kernel: str) -> int:
 
 
 def named(kernels: Iterable[str], beginning: str) -> str | None:
-    """The kernel whose name begins so; `apply` is that which rounds to nearest."""
-    found = (name for name in kernels if name.startswith(beginning) and "ByChance" not in name)
+    """The kernel whose name begins so; of `apply` that which rounds to nearest."""
+    ends = (f"{beginning}>", f"{beginning}, ToNearest>")
+    found = (name for name in kernels if name in ends)
     return next(found, None)
 
 
@@ -129,8 +131,11 @@ def stream(kernel: Kernel, orientation: str, card: Card) -> Prediction:
     own = STREAM_VECTORS * stream_vector(kernel.name)
     turns = max(1, own // loop_figures.elements(kernel.name, loop))
     elements = turns * loop_figures.elements(kernel.name, loop) * kernel.threads
-    life = [*way_to(kernel.function, loop), *loop.trace * turns]
-    clocks = _turn(card, tuple(life), kernel.warps, kernel.blocks, 1.0, 8).clocks / kernel.blocks
+    before = way_to(kernel.function, loop)
+    life = _turn(
+        card, before + loop.trace * turns, kernel.warps, kernel.blocks, beginning=len(before)
+    )
+    clocks = life.clocks / kernel.blocks
     return Prediction(clocks, elements * moved_bytes(kernel.name) / card.share)
 
 
@@ -146,23 +151,17 @@ def _turn(
     trace: tuple[Instruction, ...],
     warps: int,
     blocks: int,
-    bandwidth: float,
-    turns: int = 8,
+    bandwidth: float = 1.0,
+    beginning: int = 0,
 ) -> Result:
-    return simulate(card, trace, warps, blocks, turns, bandwidth, _first_load(trace))
-
-
-def _first_load(trace: tuple[Instruction, ...]) -> frozenset[int]:
-    """Of a block's life: where it looks itself up in the map, which lies in L2; L1 keeps the rest
-    from block to block."""
-    life = any(x.op.startswith("S2R") and "CTAID" in x.operands for x in trace)
-    scalars = [i for i, x in enumerate(trace) if is_scalar(x)]
-    return frozenset(scalars[:1]) if life else frozenset()
+    return simulate(card, trace, warps, blocks, TURNS, bandwidth, beginning)
 
 
 def _prologue(card: Card, kernel: Kernel, loop: MainLoop) -> float:
     before = way_to(kernel.function, loop)
-    return _turn(card, before, kernel.warps, 1, 1.0, 6).clocks if before else 0.0
+    if not before:
+        return 0.0
+    return _turn(card, before, kernel.warps, 1, beginning=len(before)).clocks
 
 
 def matrices(k_of: str = "7b") -> Iterable[tuple[str, int, int]]:
