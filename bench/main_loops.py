@@ -14,7 +14,7 @@ main one
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -97,7 +97,7 @@ def _orientations(traces: list[tuple[Instruction, ...]]) -> list[str]:
     return ["row", "column"] if signs(traces[0]) > signs(traces[1]) else ["column", "row"]
 
 
-def _accesses(function: Function, loop: Loop, of_kind) -> int:
+def _accesses(function: Function, loop: Loop, of_kind: Callable[[Instruction], bool]) -> int:
     return sum(of_kind(x) for b in loop.blocks for x in function.blocks[b])
 
 

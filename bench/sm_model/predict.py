@@ -7,6 +7,7 @@ waves. The floor is the bytes that must move over the card's copy bandwidth.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -164,10 +165,14 @@ def _prologue(card: Card, kernel: Kernel, loop: MainLoop) -> float:
     return _turn(card, before, kernel.warps, 1, beginning=len(before)).clocks
 
 
-def matrices(k_of: str = "7b") -> Iterable[tuple[str, int, int]]:
-    """(orientation, channels, K) of a LLaMA's matrices under proj_type "std"."""
-    for m, n in LLAMA[k_of].matrices():
-        yield ("row", m, n) if m >= n else ("column", n, m)
+def matrices() -> Counter[tuple[str, int, int]]:
+    """How many of LLaMA-7B's matrices have an orientation, channels and K, if "std" projects."""
+    shapes = LLAMA["7b"].matrices()
+    return Counter(("row", m, n) if m >= n else ("column", n, m) for m, n in shapes)
+
+
+def weights() -> int:
+    return sum(count * c * k for (_, c, k), count in matrices().items())
 
 
 @dataclass(frozen=True)
@@ -180,9 +185,9 @@ class StepModel:
     def project_ms(self, name: str, rank: int) -> float:
         """All matrices are one launch: blocks of either orientation fill the SMs in waves."""
         kernel, clocks, blocks = self.kernels[name], 0.0, 0
-        for orientation, channels, k in matrices():
+        for (orientation, channels, k), count in matrices().items():
             what = work(name, orientation, k, rank)
-            own = channels * k / what.elements * what.readers
+            own = count * channels * k / what.elements * what.readers
             clocks += own * project(kernel, orientation, self.card, k, rank).clocks
             blocks += math.ceil(own)
         slots = self.card.sms * kernel.blocks
@@ -193,9 +198,9 @@ class StepModel:
         name = named(self.kernels, "apply_update<bfloat16, bfloat16")
         assert name is not None
         kernel, total = self.kernels[name], 0.0
-        for orientation, channels, k in matrices():
+        for (orientation, channels, k), count in matrices().items():
             share = stream(kernel, orientation, self.card).share
-            total += channels * k * moved_bytes(kernel.name) / share
+            total += count * channels * k * moved_bytes(kernel.name) / share
         return 1e3 * total / self.card.bandwidth
 
     def step_ms(self, name: str, rank: int) -> float:
@@ -203,12 +208,12 @@ class StepModel:
 
     def floor_ms(self, rank: int) -> float:
         """Two reads of G, W in and out, and the moments."""
-        total = sum(8 * c * k + MOMENT_BYTES * c * min(rank, k) for _, c, k in matrices())
-        return 1e3 * total / self.card.bandwidth
+        moments = sum(n * c * min(rank, k) for (_, c, k), n in matrices().items())
+        return 1e3 * (8 * weights() + MOMENT_BYTES * moments) / self.card.bandwidth
 
     def adamw_ms(self) -> float:
         """PyTorch's fused AdamW with bf16 moments: 14 bytes per weight, at copy bandwidth."""
-        return 1e3 * 14 * sum(c * k for _, c, k in matrices()) / self.card.bandwidth
+        return 1e3 * 14 * weights() / self.card.bandwidth
 
 
 STEPS = {  # what the table says -> kernel of `project`, rank
