@@ -68,13 +68,13 @@ def main_loops(function: Function) -> list[MainLoop]:
 
 
 def way_to(function: Function, main: MainLoop) -> tuple[Instruction, ...]:
-    """What leads from the kernel's first instruction to its main loop; not what one thread of a
-    block computes for all."""
+    """The shortest way from the kernel's first instruction to its main loop: neither through other
+    loops, nor through what one thread of a block computes for all."""
     if main.loop is None:
         return ()
     before = {b for b in function.order if b not in main.loop.blocks}
     ends = {b for b in before if main.loop.head in function.successors[b]}
-    return path(function, 0, ends, before, guarded=True, computing=False)
+    return path(function, 0, ends, before, guarded=True, shortest=True)
 
 
 def _orientations(traces: list[tuple[Instruction, ...]]) -> list[str]:
@@ -117,9 +117,9 @@ def path(
     ends: set[int],
     blocks: set[int],
     guarded: bool,
-    computing: bool = True,
+    shortest: bool = False,
 ) -> tuple[Instruction, ...]:
-    """The main way from ``start`` to one of ``ends`` within ``blocks``, each block at most once."""
+    """The main way, or the shortest, from ``start`` to one of ``ends`` within ``blocks``."""
 
     def weight(block: Iterable[Instruction]) -> _Weight:
         moved = avoided = computed = length = 0
@@ -128,8 +128,8 @@ def path(
             scalar = is_scalar(x)
             moved += is_vector(x) or x.name in _TENSOR or (scalar and not guarded)
             avoided += (scalar and guarded) or (x.name == "CALL" and not x.conditional)
-            computed += computing and x.name == "MUFU"
-        return moved, -avoided, computed, -length
+            computed += x.name == "MUFU"
+        return (0, 0, 0, -length) if shortest else (moved, -avoided, computed, -length)
 
     best: dict[int, tuple[_Weight, int | None]] = {}
     for b in reversed([b for b in function.order if b in blocks]):

@@ -165,6 +165,14 @@ def test_the_main_way_through_a_loop_takes_16_bytes_at_a_time_and_calls_nothing(
     assert [x.name for x in main_loops.way_to(function(*GUARDED), loop)] == ["S2R"]
 
 
+def test_the_way_to_a_main_loop_leads_through_no_other():
+    lines = ["S2R R0, SR_TID.X", "@P0 BRA {lean}", "edge: LDG.E.128 R4, [R2]"]
+    lines += ["LDG.E R4, [R2]"] * 8 + ["HMMA.16816.F32.BF16 R4, R8, R12, R4", "@P1 BRA {edge}"]
+    code = function(*lines, "lean: LDG.E.128 R4, [R2]", "@P2 BRA {lean}", "EXIT")
+    (loop,) = main_loops.main_loops(code)
+    assert [x.name for x in main_loops.way_to(code, loop)] == ["S2R", "BRA"]
+
+
 def test_what_was_moved_is_computed_with_and_not_skipped():
     lines = ["top: LDG.E.128 R4, [R2]", "@P1 BRA {next}", "MUFU.SQRT R1, R2", "next: @P2 BRA {top}"]
     (loop,) = main_loops.main_loops(function(*lines, "EXIT"))
