@@ -14,7 +14,7 @@ main one
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -68,12 +68,13 @@ def main_loops(function: Function) -> list[MainLoop]:
 
 
 def way_to(function: Function, main: MainLoop) -> tuple[Instruction, ...]:
-    """What leads from the kernel's first instruction to its main loop."""
+    """The shortest way from the kernel's first instruction to its main loop: neither through other
+    loops, nor through what one thread of a block computes for all."""
     if main.loop is None:
         return ()
     before = {b for b in function.order if b not in main.loop.blocks}
     ends = {b for b in before if main.loop.head in function.successors[b]}
-    return path(function, 0, ends, before, guarded=True)
+    return path(function, 0, ends, before, guarded=True, shortest=True)
 
 
 def _orientations(traces: list[tuple[Instruction, ...]]) -> list[str]:
@@ -96,7 +97,7 @@ def _orientations(traces: list[tuple[Instruction, ...]]) -> list[str]:
     return ["row", "column"] if signs(traces[0]) > signs(traces[1]) else ["column", "row"]
 
 
-def _accesses(function: Function, loop: Loop, of_kind) -> int:
+def _accesses(function: Function, loop: Loop, of_kind: Callable[[Instruction], bool]) -> int:
     return sum(of_kind(x) for b in loop.blocks for x in function.blocks[b])
 
 
@@ -111,9 +112,14 @@ def _turn(function: Function, loop: Loop) -> tuple[Instruction, ...]:
 
 
 def path(
-    function: Function, start: int, ends: set[int], blocks: set[int], guarded: bool
+    function: Function,
+    start: int,
+    ends: set[int],
+    blocks: set[int],
+    guarded: bool,
+    shortest: bool = False,
 ) -> tuple[Instruction, ...]:
-    """The main way from ``start`` to one of ``ends`` within ``blocks``, each block at most once."""
+    """The main way, or the shortest, from ``start`` to one of ``ends`` within ``blocks``."""
 
     def weight(block: Iterable[Instruction]) -> _Weight:
         moved = avoided = computed = length = 0
@@ -123,7 +129,7 @@ def path(
             moved += is_vector(x) or x.name in _TENSOR or (scalar and not guarded)
             avoided += (scalar and guarded) or (x.name == "CALL" and not x.conditional)
             computed += x.name == "MUFU"
-        return moved, -avoided, computed, -length
+        return (0, 0, 0, -length) if shortest else (moved, -avoided, computed, -length)
 
     best: dict[int, tuple[_Weight, int | None]] = {}
     for b in reversed([b for b in function.order if b in blocks]):

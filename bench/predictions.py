@@ -11,19 +11,19 @@ from sm_model.predict import STEPS, Kernel, StepModel, named, predict
 if TYPE_CHECKING:
     from kernel_report import Binary
 
-# Kernel, as its name begins -> the ranks that it is looked at with.
+# Kernel, as its name begins -> the ranks that it is looked at with, none if it has none.
 SHARES = {
-    "project_tiles<bfloat16, 128, Gaussian>": (128, 256),
-    "project_tiles<bfloat16, 64, Gaussian>": (64,),
-    "project_tiles<float, 128, Gaussian>": (128, 256),
-    "project_dots<bfloat16, 1, Gaussian>": (1,),
-    "project_dots<float, 1, Gaussian>": (1,),
-    "project_sparse<bfloat16>": (128, 256),
-    "project_sparse<float>": (128, 256),
+    "project_tiles<bfloat16, 128, Gaussian": (128, 256),
+    "project_tiles<bfloat16, 64, Gaussian": (64,),
+    "project_tiles<float, 128, Gaussian": (128, 256),
+    "project_dots<bfloat16, 1, Gaussian": (1,),
+    "project_dots<float, 1, Gaussian": (1,),
+    "project_sparse<bfloat16": (128, 256),
+    "project_sparse<float": (128, 256),
     "apply_update<bfloat16, bfloat16": (0,),
     "apply_update<float, float": (0,),
-    "adamw_update<bfloat16, bfloat16>": (0,),
-    "adamw_update<float, float>": (0,),
+    "adamw_update<bfloat16, bfloat16": (0,),
+    "adamw_update<float, float": (0,),
 }
 CONTRACTED = 4096
 

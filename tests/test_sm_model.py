@@ -88,7 +88,7 @@ def test_latency_binds_a_lone_warp_that_waits(card):
     lines = ["LDG.E R4, [R2] sets=0", "FADD R1, R4, R5 waits=0"]
     near = cards.LSU_LATENCY + 1 + cards.L1_LATENCY
     assert clocks(card, lines, warps=1) == pytest.approx(near, abs=3)
-    far = clocks(card, lines, warps=1, from_l2=frozenset([0]))
+    far = clocks(card, lines, warps=1, beginning=1)  # where a block looks itself up
     assert far == pytest.approx(near + cards.L2_LATENCY - cards.L1_LATENCY, abs=3)
 
 
@@ -163,6 +163,14 @@ def test_the_main_way_through_a_loop_takes_16_bytes_at_a_time_and_calls_nothing(
     assert names(loop) == ["BRA", "LDG", "BRA", "HMMA", "BRA", "BRA"]
     assert (loop.accesses(16), loop.accesses(1, 2, 4), loop.count("HMMA")) == (1, 0, 1)
     assert [x.name for x in main_loops.way_to(function(*GUARDED), loop)] == ["S2R"]
+
+
+def test_the_way_to_a_main_loop_leads_through_no_other():
+    lines = ["S2R R0, SR_TID.X", "@P0 BRA {lean}", "edge: LDG.E.128 R4, [R2]"]
+    lines += ["LDG.E R4, [R2]"] * 8 + ["HMMA.16816.F32.BF16 R4, R8, R12, R4", "@P1 BRA {edge}"]
+    code = function(*lines, "lean: LDG.E.128 R4, [R2]", "@P2 BRA {lean}", "EXIT")
+    (loop,) = main_loops.main_loops(code)
+    assert [x.name for x in main_loops.way_to(code, loop)] == ["S2R", "BRA"]
 
 
 def test_what_was_moved_is_computed_with_and_not_skipped():

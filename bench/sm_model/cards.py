@@ -19,7 +19,6 @@ ALU = 2  # a warp's integer or logic instruction: 64 results per SM and clock [g
 FMA_PIPE = 2  # a warp on one of the FMA pipes, 16 lanes each [sheet]
 WIDE_MULTIPLY = 4  # IMAD.WIDE and IMAD.HI: half the rate of IMAD [guess]
 MUFU = 8  # 16 results per SM and clock [guide]
-FLOAT64 = 64  # one result per scheduler and clock at most; half the cards have less [guess]
 UNIFORM = 2  # the uniform data path [guess]
 UNIFORM_LATENCY = 12  # [guess]
 MUFU_LATENCY = 20  # beyond the pipe itself [guess]
@@ -30,6 +29,7 @@ OPERANDS_READ = 8  # a memory instruction's registers are free again [guess]
 SHARED_LATENCY = 24  # 29 clocks in all with the steps before [luo]
 L1_LATENCY = 33  # 38 to 43 clocks in all [luo]
 L2_LATENCY = 280  # 262 to 273 clocks [luo], and some load
+STORES_IN_L2 = 64 * 1024  # bytes of an SM's stores that L2 keeps back from DRAM [guess]
 DATA_BYTES = 128  # of shared memory or L1 per SM and clock [guide]
 BARRIER = 16  # from the last arrival to the first instruction [guess]
 TAKEN_BRANCH = 8  # [guess]
@@ -44,7 +44,8 @@ class Card:
     bandwidth: float  # of a copy, bytes per second [copy]
     latency: float  # of DRAM under load, seconds: 1.4 times what an idle card shows [luo], [guess]
     fma_pipes: int  # 64 or 128 float32 results per SM and clock [guide]
-    mma: int  # clocks of mma.m16n8k16 with float32 sums per scheduler, from the dense rate
+    float64: int  # clocks of a warp: 32, 2 or 64 results per SM and clock [guide]
+    mma: int  # of mma.m16n8k16 with float32 sums per scheduler, from the dense rate
 
     @property
     def share(self) -> float:
@@ -62,9 +63,9 @@ class Card:
 CARDS = {
     card.name: card
     for card in (
-        Card("A100", "sm_80", 108, 1.41e9, 1.70e12, 500e-9, fma_pipes=1, mma=8),
-        Card("RTX 4090", "sm_89", 128, 2.52e9, 0.92e12, 400e-9, fma_pipes=2, mma=32),
-        Card("H100", "sm_90", 132, 1.755e9, 2.90e12, 600e-9, fma_pipes=2, mma=6),
-        Card("H200", "sm_90", 132, 1.83e9, 4.30e12, 650e-9, fma_pipes=2, mma=6),
+        Card("A100", "sm_80", 108, 1.41e9, 1.70e12, 500e-9, fma_pipes=1, float64=4, mma=8),
+        Card("RTX 4090", "sm_89", 128, 2.52e9, 0.92e12, 400e-9, fma_pipes=2, float64=64, mma=32),
+        Card("H100", "sm_90", 132, 1.755e9, 2.90e12, 600e-9, fma_pipes=2, float64=2, mma=6),
+        Card("H200", "sm_90", 132, 1.83e9, 4.30e12, 650e-9, fma_pipes=2, float64=2, mma=6),
     )
 }

@@ -33,7 +33,6 @@ _BUSY = {
     "multiply": cards.FMA_PIPE,
     "mufu": cards.MUFU,
     "uniform": cards.UNIFORM,
-    "float64": cards.FLOAT64,
 }
 
 # How a load's latency is counted.
@@ -61,6 +60,8 @@ def use(x: Instruction, card: Card) -> Use:
         return _memory(x)
     if pipe == "tensor":
         return Use(pipe, card.mma)
+    if pipe == "float64":
+        return Use(pipe, card.float64)
     if re.match(r"IMAD\.(WIDE|HI)", x.op):
         return Use(pipe, cards.WIDE_MULTIPLY)
     return Use(pipe, _BUSY.get(pipe, 0))
@@ -68,10 +69,12 @@ def use(x: Instruction, card: Card) -> Use:
 
 def _memory(x: Instruction) -> Use:
     found = re.search(r"\.(64|128)", x.op)
-    clocks = int(found[1]) // 32 if found else 1  # 128 bytes per clock: 4 bytes of each lane
+    size = int(found[1]) // 8 if found else 4
+    clocks = 32 * size // cards.DATA_BYTES
     if x.name in ("LDSM", "STSM"):
         return Use("lsu", 0, int(x.op[-1]) if x.op[-1] in "24" else 1, SHARED)
     size = global_bytes(x.op)
+    clocks = clocks if size == 0 else max(1, 32 * size // cards.DATA_BYTES)
     if x.name in ("STG", "ST"):
         return Use("lsu", 0, clocks, NOWHERE, 32 * size)
     if size:  # scalars are tables and scales, which many lanes and blocks read

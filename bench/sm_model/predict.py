@@ -7,6 +7,7 @@ waves. The floor is the bytes that must move over the card's copy bandwidth.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -14,7 +15,7 @@ from functools import cache, cached_property
 import loop_figures
 from loop_figures import gradient_bytes, moved_bytes, weight_bytes
 from main_loops import MainLoop, way_to
-from sass import Function, Instruction, is_scalar
+from sass import Function, Instruction
 from shapes import LLAMA
 
 from sm_model.cards import Card
@@ -30,6 +31,7 @@ SPARSE_HOLDERS = {"row": 32, "column": 8}
 MOMENT_BYTES = 16  # per entry of R: M and V, read and written, in float32
 EPILOGUE = 1.05  # times the floor of the moments' bytes [guess]
 STREAM = 0.95  # of the copy bandwidth at most, for kernels with more than a copy's streams [guess]
+TURNS = 8  # that are simulated
 SMALL_LAUNCHES = 0.03  # ms of `scale` and `limit` over a whole model [guess]
 
 
@@ -118,8 +120,9 @@ def stream_vector(kernel: str) -> int:
 
 
 def named(kernels: Iterable[str], beginning: str) -> str | None:
-    """The kernel whose name begins so; `apply` is that which rounds to nearest."""
-    found = (name for name in kernels if name.startswith(beginning) and "ByChance" not in name)
+    """The kernel whose name begins so; of `apply` that which rounds to nearest."""
+    ends = (f"{beginning}>", f"{beginning}, ToNearest>")
+    found = (name for name in kernels if name in ends)
     return next(found, None)
 
 
@@ -129,8 +132,11 @@ def stream(kernel: Kernel, orientation: str, card: Card) -> Prediction:
     own = STREAM_VECTORS * stream_vector(kernel.name)
     turns = max(1, own // loop_figures.elements(kernel.name, loop))
     elements = turns * loop_figures.elements(kernel.name, loop) * kernel.threads
-    life = [*way_to(kernel.function, loop), *loop.trace * turns]
-    clocks = _turn(card, tuple(life), kernel.warps, kernel.blocks, 1.0, 8).clocks / kernel.blocks
+    before = way_to(kernel.function, loop)
+    life = _turn(
+        card, before + loop.trace * turns, kernel.warps, kernel.blocks, beginning=len(before)
+    )
+    clocks = life.clocks / kernel.blocks
     return Prediction(clocks, elements * moved_bytes(kernel.name) / card.share)
 
 
@@ -146,29 +152,27 @@ def _turn(
     trace: tuple[Instruction, ...],
     warps: int,
     blocks: int,
-    bandwidth: float,
-    turns: int = 8,
+    bandwidth: float = 1.0,
+    beginning: int = 0,
 ) -> Result:
-    return simulate(card, trace, warps, blocks, turns, bandwidth, _first_load(trace))
-
-
-def _first_load(trace: tuple[Instruction, ...]) -> frozenset[int]:
-    """Of a block's life: where it looks itself up in the map, which lies in L2; L1 keeps the rest
-    from block to block."""
-    life = any(x.op.startswith("S2R") and "CTAID" in x.operands for x in trace)
-    scalars = [i for i, x in enumerate(trace) if is_scalar(x)]
-    return frozenset(scalars[:1]) if life else frozenset()
+    return simulate(card, trace, warps, blocks, TURNS, bandwidth, beginning)
 
 
 def _prologue(card: Card, kernel: Kernel, loop: MainLoop) -> float:
     before = way_to(kernel.function, loop)
-    return _turn(card, before, kernel.warps, 1, 1.0, 6).clocks if before else 0.0
+    if not before:
+        return 0.0
+    return _turn(card, before, kernel.warps, 1, beginning=len(before)).clocks
 
 
-def matrices(k_of: str = "7b") -> Iterable[tuple[str, int, int]]:
-    """(orientation, channels, K) of a LLaMA's matrices under proj_type "std"."""
-    for m, n in LLAMA[k_of].matrices():
-        yield ("row", m, n) if m >= n else ("column", n, m)
+def matrices() -> Counter[tuple[str, int, int]]:
+    """How many of LLaMA-7B's matrices have an orientation, channels and K, if "std" projects."""
+    shapes = LLAMA["7b"].matrices()
+    return Counter(("row", m, n) if m >= n else ("column", n, m) for m, n in shapes)
+
+
+def weights() -> int:
+    return sum(count * c * k for (_, c, k), count in matrices().items())
 
 
 @dataclass(frozen=True)
@@ -181,9 +185,9 @@ class StepModel:
     def project_ms(self, name: str, rank: int) -> float:
         """All matrices are one launch: blocks of either orientation fill the SMs in waves."""
         kernel, clocks, blocks = self.kernels[name], 0.0, 0
-        for orientation, channels, k in matrices():
+        for (orientation, channels, k), count in matrices().items():
             what = work(name, orientation, k, rank)
-            own = channels * k / what.elements * what.readers
+            own = count * channels * k / what.elements * what.readers
             clocks += own * project(kernel, orientation, self.card, k, rank).clocks
             blocks += math.ceil(own)
         slots = self.card.sms * kernel.blocks
@@ -194,9 +198,9 @@ class StepModel:
         name = named(self.kernels, "apply_update<bfloat16, bfloat16")
         assert name is not None
         kernel, total = self.kernels[name], 0.0
-        for orientation, channels, k in matrices():
+        for (orientation, channels, k), count in matrices().items():
             share = stream(kernel, orientation, self.card).share
-            total += channels * k * moved_bytes(kernel.name) / share
+            total += count * channels * k * moved_bytes(kernel.name) / share
         return 1e3 * total / self.card.bandwidth
 
     def step_ms(self, name: str, rank: int) -> float:
@@ -204,12 +208,12 @@ class StepModel:
 
     def floor_ms(self, rank: int) -> float:
         """Two reads of G, W in and out, and the moments."""
-        total = sum(8 * c * k + MOMENT_BYTES * c * min(rank, k) for _, c, k in matrices())
-        return 1e3 * total / self.card.bandwidth
+        moments = sum(n * c * min(rank, k) for (_, c, k), n in matrices().items())
+        return 1e3 * (8 * weights() + MOMENT_BYTES * moments) / self.card.bandwidth
 
     def adamw_ms(self) -> float:
         """PyTorch's fused AdamW with bf16 moments: 14 bytes per weight, at copy bandwidth."""
-        return 1e3 * 14 * sum(c * k for _, c, k in matrices()) / self.card.bandwidth
+        return 1e3 * 14 * weights() / self.card.bandwidth
 
 
 STEPS = {  # what the table says -> kernel of `project`, rank

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sass import Instruction
+from sass import Instruction, global_bytes
 
 from sm_model import cards
 from sm_model.cards import SCHEDULERS, Card
@@ -61,8 +61,9 @@ class _Step:
     groups: int  # DEPBAR: how many may be under way
 
 
-def _steps(trace: Sequence[Instruction], card: Card, from_l2: frozenset[int]) -> list[_Step]:
+def _steps(trace: Sequence[Instruction], card: Card, beginning: int) -> list[_Step]:
     found = []
+    tables = [i for i, x in enumerate(trace[:beginning]) if 0 < global_bytes(x.op) < 16]
     for i, x in enumerate(trace):
         following = trace[(i + 1) % len(trace)]
         what = use(x, card)
@@ -75,8 +76,8 @@ def _steps(trace: Sequence[Instruction], card: Card, from_l2: frozenset[int]) ->
                 pipe=what.pipe,
                 busy=what.busy,
                 data=what.data,
-                place=L2 if i in from_l2 else what.place,
-                moved=what.moved,
+                place=what.place if i not in tables else L2 if i == tables[0] else L1,
+                moved=what.moved if i not in tables else 0,
                 stall=max(1, x.stall),
                 boards=tuple(b for b in range(6) if x.waits >> b & 1),
                 sets=x.sets,
@@ -97,15 +98,16 @@ def simulate(
     blocks: int = 1,
     turns: int = 24,
     bandwidth: float = 1.0,
-    from_l2: frozenset[int] = frozenset(),
+    beginning: int = 0,
 ) -> Result:
     """``trace``, over and over, by ``blocks`` blocks of ``warps`` warps on one SM.
 
     Args
         bandwidth: times the SM's share of the memory's (what neighbours leave in L2 is not read).
-        from_l2: places in ``trace`` of loads that L1 does not hold.
+        beginning: so many instructions of ``trace`` are a block's first. What they load by less
+            than 16 bytes are tables: the block's place in the map from L2, and what L1 has kept.
     """
-    sm = _Sm(card, _steps(trace, card, from_l2), warps, blocks, turns, card.share * bandwidth)
+    sm = _Sm(card, _steps(trace, card, beginning), warps, blocks, turns, card.share * bandwidth)
     return sm.run()
 
 
@@ -181,8 +183,8 @@ class _Sm:
                 queue.popleft()
             if len(queue) >= cards.LSU_QUEUE:
                 return queue[0]
-            if step.moved and step.place == NOWHERE:  # a store waits for those before it
-                return self.dram_free - self.card.latency_clocks
+            if step.moved and step.place == NOWHERE:
+                return self.dram_free - cards.STORES_IN_L2 / self.share
             return clock
         return free[pipe]
 
