@@ -32,18 +32,6 @@ def host():
 CONFLICTS = {"project_dots": 3.1, "project_sparse": 3.5}
 
 
-<<<<<<< HEAD
-=======
-def unexpected(device, case):
-    """What the detectors found, but for the exceptions above, which have to be there."""
-    known = {f for f in device.findings if "nobody wrote" in f.what and "project_dots" in f.kernel}
-    if case.ranks & UNDRAWN_ROWS and case.proj != "sparse":
-        assert known, "UNDRAWN_ROWS is out of date"
-        return set(device.findings) - known
-    return set(device.findings)
-
-
->>>>>>> ptx
 @needs_nvcc
 @pytest.mark.parametrize("case", selection.selection(), ids=str)
 def test_the_compiled_kernels_take_the_steps_of_the_restatement(case):

@@ -9,7 +9,7 @@ import os
 import re
 
 import pytest
-from test_ptx import host, needs_nvcc, unexpected
+from test_ptx import host, needs_nvcc
 
 from apollo_kernels import cuda
 from ptx import arithmetic, cuda_host, mutants, selection
@@ -28,7 +28,7 @@ def backwards(blocks):
 def test_grid(case):
     device = Device()
     assert take(host(), device, case) == []
-    assert unexpected(device, case) == set()
+    assert set(device.findings) == set()
 
 
 @pytest.mark.parametrize("case", selection.selection(), ids=str)
@@ -37,7 +37,7 @@ def test_no_order_of_warps_and_blocks_changes_a_bit(case):
     for ahead, blocks in itertools.product((0, 1, -1), (range, backwards)):
         device = Device(ahead=ahead, blocks=blocks)
         assert bits(host(), device, case) == expected
-        assert unexpected(device, case) == set()
+        assert set(device.findings) == set()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_sm_90_takes_the_same_steps():
     for case in selection.selection():
         device = Device()
         assert take(Host(cuda, running, cuda_host.batch_memory), device, case) == []
-        assert unexpected(device, case) == set()
+        assert set(device.findings) == set()
 
 
 @pytest.mark.parametrize("mutant", mutants.INLINE, ids=lambda m: m.name)
