@@ -24,6 +24,7 @@ from torch import Tensor
 from apollo_kernels import backends, checks, clipping, library, options, plan, state
 from apollo_kernels.batch import Hyper, Signals
 from apollo_kernels.memory import MemoryReport, measure
+from apollo_kernels.quantized import Int8Weight
 from apollo_kernels.state import as_step
 
 _OWN_DEFAULTS = ("seed", "backend", "max_grad_norm")  # of the optimizer, not of its groups
@@ -219,11 +220,15 @@ class APOLLO(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            if torch.compiler.is_compiling():  # which cannot look into the choice of a back end
-                self._compiled_step()
+            if torch.compiler.is_compiling() and not self._any_int8():
+                self._compiled_step()  # a trace cannot look into the choice of a back end
             else:
                 self._eager_step()
         return loss
+
+    def _any_int8(self) -> bool:
+        """The operator of a compiled step knows no int8 weights: that step breaks the graph."""
+        return any(isinstance(p, Int8Weight) for g in self.param_groups for p in g["params"])
 
     @torch._disable_dynamo  # where a trace breaks, what follows is not to be traced piece by piece
     def _eager_step(self) -> None:
@@ -362,7 +367,7 @@ class APOLLO(torch.optim.Optimizer):
             (p, group)
             for group in groups
             for p in group["params"]
-            if p.grad is not None and not self.state.get(p)
+            if p.grad is not None and not self._state_is_whole(p, group)
         ]
         if not new:
             return
@@ -371,11 +376,17 @@ class APOLLO(torch.optim.Optimizer):
             if self.state[p] is None:
                 self.state[p] = {}
             own = self.state[p]  # the user's own dict, if he has put an empty one there
-            own.update(state.zeros(p, group, p.device))
-            if "update_norm" in own:
+            if not own:
+                own.update(state.zeros(p, group, p.device))
+            if state.needs_key(p, group):
                 key = state.new_key(self.defaults["seed"], positions[p], len(positions), taken)
                 own["seed"] = key
                 taken.add(key)
+
+    def _state_is_whole(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """A dense weight that was quantized in mid-run lacks nothing but a key."""
+        own = self.state.get(p)
+        return bool(own) and ("seed" in own or not state.needs_key(p, group))
 
     def _positions(self) -> dict[Tensor, int]:
         everything = [p for group in self.param_groups for p in group["params"]]
