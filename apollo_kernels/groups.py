@@ -102,7 +102,8 @@ def choose_parameters(
     *,
     frozen: bool = False,
 ) -> list[Choice]:
-    """One Choice per trainable (or ``frozen``) parameter; a tied one stands under its first name."""
+    """One Choice per trainable parameter, or if ``frozen`` per parameter; a tied weight stands once,
+    under its first name."""
     if not isinstance(targets, str):
         targets = list(targets)
     head = _output_head(model)

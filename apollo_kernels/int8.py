@@ -36,9 +36,10 @@ def scale_and_zero(grid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grouped(t: Tensor, size: int) -> Tensor:
-    """[m, n] -> [m, groups, size]; the last group is filled up with zeros, which every range has."""
-    short = -t.shape[1] % size
-    return (pad(t, (0, short)) if short else t).reshape(t.shape[0], -1, size)
+    """[m, n] -> [m, groups, size]; the last group is filled up with 0, which every range has."""
+    m, n = t.shape
+    short = -n % size
+    return (pad(t, (0, short)) if short else t).reshape(m, (n + short) // size, size)
 
 
 def _flat(t: Tensor, columns: int) -> Tensor:
@@ -103,7 +104,7 @@ def _range(w: Tensor) -> tuple[Tensor, Tensor]:
 def quantize(w: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """w [m, n] float32, finite -> codes [m, n] and grid [m, groups], to the nearest."""
     groups = _grouped(w.clamp(-LARGEST, LARGEST), size)
-    grid = fit(*_range(groups)) if groups.numel() else groups.new_zeros(groups.shape[:2]).int()
+    grid = fit(*_range(groups))
     return _flat(encode(groups, grid, NEAREST), w.shape[1]).contiguous(), grid
 
 
@@ -115,8 +116,6 @@ def requantize(codes: Tensor, grid: Tensor, old: Tensor, new: Tensor, bits: Tens
             nothing, and beyond LARGEST a weight saturates.
         bits: int32 [m, n] in [0, 65536), uniform.
     """
-    if not codes.numel():
-        return
     size = group_size(codes.shape[1], grid.shape[1])
     new = torch.where(new == new, new, old).clamp_(-LARGEST, LARGEST)
     groups = _grouped(new, size)

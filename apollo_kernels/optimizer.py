@@ -385,7 +385,7 @@ class APOLLO(torch.optim.Optimizer):
 
     def _state_is_whole(self, p: Tensor, group: dict[str, Any]) -> bool:
         """A dense weight that was quantized in mid-run lacks nothing but a key."""
-        own = self.state.get(p)
+        own = self.state.get(p) or {}
         return bool(own) and ("seed" in own or not state.needs_key(p, group))
 
     def _positions(self) -> dict[Tensor, int]:

@@ -3,8 +3,8 @@
     quantize_(model)     weights of nn.Linear, and of nn.Embedding if asked, become Int8Weight
     dequantize_(model)   and back
 
-int8.py is the arithmetic. A layer dequantizes its own weight when it runs, forward and backward, and
-keeps nothing of it; APOLLO's step updates the codes (reference.py).
+int8.py is the arithmetic. A layer dequantizes its own weight when it runs, forward and backward,
+and keeps nothing of it; APOLLO's step updates the codes (reference.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
@@ -76,7 +77,7 @@ class Int8Weight(Tensor):
         shapes = tuple(self.codes.shape), tuple(self.grid.shape)
         return f"{type(self).__name__} {__version__} {shapes} {self.dtype} {self.device}"
 
-    def __repr__(self, *_: Any, **__: Any) -> str:
+    def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return (
             f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"group_size={self.group_size}, requires_grad={self.requires_grad})"
@@ -96,9 +97,7 @@ class Int8Weight(Tensor):
         return out
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         layer = _LAYERS.get(func)
         if layer is not None:
             return layer(*args, **(kwargs or {}))
@@ -106,9 +105,7 @@ class Int8Weight(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = _OPERATIONS.get(func)
         if known is not None and isinstance(args[0], Int8Weight):
@@ -253,7 +250,7 @@ _LAYERS: dict[Any, Callable[..., Tensor]] = {
 
 @torch.no_grad()
 def quantized(w: Tensor, group_size: int = 128) -> Int8Weight:
-    """A weight [m, n] of any float dtype as int8, each value at the nearest of its group's codes."""
+    """A weight [m, n] of any float dtype as int8, each value at the nearest code of its group."""
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     groups = -(-w.shape[1] // group_size)
     grid = torch.empty((w.shape[0], groups), dtype=torch.int32, device=w.device)
@@ -314,7 +311,7 @@ def quantize_(
         if not _finite(p):
             raise ValueError(f"{name} cannot be int8: it holds NaN or Inf")
     for p in chosen.values():
-        _swap(p, quantized(p.detach(), int(group_size)))
+        _set(p, quantized(p.detach(), int(group_size)), owners[p])
         for module, _ in owners[p]:
             _keep_plain_state(module)
     return list(chosen)
@@ -323,9 +320,10 @@ def quantize_(
 @torch.no_grad()
 def dequantize_(model: nn.Module) -> list[str]:
     """Turns every int8 weight of ``model`` into a plain one, in place; the names of those."""
+    owners = _owners(model)
     found = {name: p for name, p in model.named_parameters() if isinstance(p, Int8Weight)}
     for p in found.values():
-        _swap(p, p.dequantize())
+        _set(p, p.dequantize(), owners[p])
     return list(found)
 
 
@@ -352,17 +350,29 @@ def _why_not(p: Tensor, owners: Sequence[tuple[nn.Module, str]]) -> str | None:
 
 def _finite(p: Tensor) -> bool:
     """Whether all numbers are; of a tensor without numbers (meta, fake) nobody can tell."""
-    if p.device.type == "meta" or isinstance(p, torch._subclasses.FakeTensor):
+    if p.device.type == "meta" or isinstance(p, FakeTensor):
         return True
     return all(bool(torch.isfinite(part).all()) for part in p.detach().split(2**12))
 
 
-def _swap(p: Tensor, value: Tensor) -> None:
-    """Makes ``p`` a parameter with this value and stays the same object, whoever refers to it."""
+def _set(p: Tensor, value: Tensor, owners: Sequence[tuple[nn.Module, str]]) -> None:
+    """Makes ``p`` a parameter with this value and the same object, whoever refers to it."""
     other, grad = nn.Parameter(value, requires_grad=p.requires_grad), p.grad
+    if any(isinstance(part, FakeTensor) for part in (*stored(p), *stored(value))):
+        for module, key in owners:  # fake tensors are referred to weakly, and cannot be swapped
+            module._parameters[key] = other
+        other.grad = grad
+        return
     p.grad = None
-    torch.utils.swap_tensors(p, other)
-    p.grad = grad
+    try:
+        torch.utils.swap_tensors(p, other)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"a weight of shape {tuple(p.shape)} cannot change its format in place, since something"
+            f" else refers to it: quantize a model before it is compiled ({error})"
+        ) from error
+    finally:
+        p.grad = grad
 
 
 # ---- state dicts ---------------------------------------------------------------------------------
@@ -396,16 +406,13 @@ def _read_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
         return
     with contextlib.suppress(KeyError):
         del state[prefix + _CODES], state[prefix + _GRID]
-    good = isinstance(codes, Tensor) and isinstance(grid, Tensor)
-    if good and (codes.dtype, grid.dtype) == (torch.uint8, torch.int32):
-        fits = codes.shape == own.codes.shape and grid.shape == own.grid.shape
-        if fits:
-            state[key] = Int8Weight(codes.contiguous(), grid.contiguous(), own.dtype)
-            return
-    raise ValueError(
-        f"{key}: codes must be uint8 {tuple(own.codes.shape)} and the grid int32 "
-        f"{tuple(own.grid.shape)} (groups of {own.group_size}), got {_told(codes)} and {_told(grid)}"
-    )
+    found, wanted = (_told(codes), _told(grid)), (_told(own.codes), _told(own.grid))
+    if found != wanted:
+        raise ValueError(
+            f"{key}: codes must be {wanted[0]} and the grid {wanted[1]} (groups of "
+            f"{own.group_size}), got {found[0]} and {found[1]}"
+        )
+    state[key] = Int8Weight(codes.contiguous(), grid.contiguous(), own.dtype)  # type: ignore
 
 
 def _told(t: Any) -> str:

@@ -224,8 +224,10 @@ class Builder:
 
     def _add_dense(self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
         own, *grid = (t.detach() for t in stored(p))
-        rest = dict(step=state["step"], grid=grid[0] if grid else None, key=state.get("seed", 0))
-        tensors = {"weight": own, "grad": grad}
+        rest: dict[str, Any] = dict(
+            step=state["step"], grid=grid[0] if grid else None, key=state.get("seed", 0)
+        )
+        tensors: dict[str, Any] = {"weight": own, "grad": grad}
         tensors.update(exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"])
         taker = self._taker(Dense(**tensors, **rest))
         stand_ins: list[StandIn] = []
