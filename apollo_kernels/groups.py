@@ -102,8 +102,10 @@ def choose_parameters(
     *,
     frozen: bool = False,
 ) -> list[Choice]:
-    """One Choice per trainable parameter, or if ``frozen`` per parameter; a tied weight stands once,
-    under its first name."""
+    """One Choice per trainable parameter; a tied weight stands once, under its first name.
+
+    ``frozen``: of parameters that are not trained, too.
+    """
     if not isinstance(targets, str):
         targets = list(targets)
     head = _output_head(model)

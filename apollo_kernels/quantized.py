@@ -104,7 +104,7 @@ class Int8Weight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
-    @classmethod
+    @classmethod  # type: ignore[override]
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = _OPERATIONS.get(func)

@@ -468,8 +468,8 @@ class DenseBatch:
 
             def update(rows: slice, wide: Tensor) -> None:
                 nonlocal finite
-                parts = (t[rows] for t in (grad, item.exp_avg, item.exp_avg_sq))
-                finite &= adamw(wide, *parts, hyper, step, factor)
+                m, v = item.exp_avg[rows], item.exp_avg_sq[rows]
+                finite &= adamw(wide, grad[rows], m, v, hyper, step, factor)
 
             update_int8(item.weight, item.grid, item.key, step % 2**32, update)
             _count(signals, UPDATED if finite else NOT_FINITE)

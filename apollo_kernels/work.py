@@ -224,9 +224,9 @@ class Builder:
 
     def _add_dense(self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
         own, *grid = (t.detach() for t in stored(p))
-        rest: dict[str, Any] = dict(
-            step=state["step"], grid=grid[0] if grid else None, key=state.get("seed", 0)
-        )
+        rest: dict[str, Any] = {"step": state["step"]}
+        if grid:
+            rest.update(grid=grid[0], key=state["seed"])
         tensors: dict[str, Any] = {"weight": own, "grad": grad}
         tensors.update(exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"])
         taker = self._taker(Dense(**tensors, **rest))
