@@ -39,6 +39,7 @@ class Hyper:
     update_proj_gap: int = 200
     distribution: str = "gaussian"
     stochastic_rounding: bool = False
+    exact_projection: bool = False
 
     def step_size(self, step: int) -> float:
         """lr times Adam's bias correction, kept outside of the limiter (as published)."""

@@ -22,7 +22,8 @@ from apollo_kernels.native import _C as _native
 
 # What the kernels read and write; csrc/apollo.h says what else a new dtype needs.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1, "sparse": 4}  # as csrc/philox.cuh numbers them
+# As csrc/philox.cuh numbers them; the last has the gaussian's numbers by exact functions.
+DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1, "sparse": 4, "exact gaussian": 16}
 
 BY_ADDRESS = True  # plan.py lends no gradients
 SAME_ORDER = True  # the kernels walk weight and gradient together
@@ -155,7 +156,7 @@ class _Placed:
             maximize=h.maximize,
             scale=h.scale,
             update_proj_gap=h.update_proj_gap,
-            distribution=DISTRIBUTIONS[h.distribution],
+            distribution=_distribution(h),
             tensor_scale=h.scale_type == "tensor",
             scale_front=h.scale_front,
             disable_nl=h.disable_nl,
@@ -167,6 +168,11 @@ class _Placed:
         changes = isinstance(h.lr, Tensor) and lr is not h.lr  # a copy, of what may change unseen
         self._made = None if changes else h, signals, native, lr
         return native
+
+
+def _distribution(hyper: Hyper) -> int:
+    exact = hyper.exact_projection and hyper.distribution == "gaussian"
+    return DISTRIBUTIONS["exact gaussian" if exact else hyper.distribution]
 
 
 def _address(t: Tensor | None) -> int:
@@ -209,7 +215,7 @@ class LowRankBatch(_Placed):
         self._drawn = 0  # the distribution of the last projection
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
-        self._drawn = DISTRIBUTIONS[hyper.distribution]
+        self._drawn = _distribution(hyper)
         self.plan.project(self._hyper(hyper, signals), self._stream())
 
     def square_norm(self) -> Tensor:

@@ -54,7 +54,7 @@ def packed(
     lr = 0.0 if isinstance(hyper.lr, Tensor) else hyper.lr
     numbers = [lr, *hyper.betas, hyper.eps, hyper.weight_decay, hyper.scale]
     switches: list[Any] = [hyper.correct_bias, hyper.maximize, hyper.scale_front, hyper.disable_nl]
-    switches += [hyper.stochastic_rounding, hyper.update_proj_gap]
+    switches += [hyper.stochastic_rounding, hyper.exact_projection, hyper.update_proj_gap]
     switches += [group["rank"] or 0, group["batch_dims"], group["capturable"]]
     names = [backend, hyper.scale_type, hyper.distribution, group["proj_type"], store, str(slot)]
     return numbers, [int(s) for s in switches], names
@@ -64,14 +64,14 @@ def _unpacked(
     lr: Tensor | None, numbers: Sequence[float], switches: Sequence[int], names: Sequence[str]
 ) -> tuple[Hyper, dict[str, Any]]:
     rate, beta1, beta2, eps, weight_decay, scale = numbers
-    correct_bias, maximize, scale_front, disable_nl, stochastic = map(bool, switches[:5])
+    correct_bias, maximize, scale_front, disable_nl, stochastic, exact = map(bool, switches[:6])
     hyper = Hyper(
         lr=rate if lr is None else lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay,
         correct_bias=correct_bias, maximize=maximize, scale_type=names[1], scale=scale,
-        scale_front=scale_front, disable_nl=disable_nl, update_proj_gap=switches[5],
-        distribution=names[2], stochastic_rounding=stochastic,
+        scale_front=scale_front, disable_nl=disable_nl, update_proj_gap=switches[6],
+        distribution=names[2], stochastic_rounding=stochastic, exact_projection=exact,
     )  # fmt: skip
-    group = {"rank": switches[6] or None, "batch_dims": switches[7], "proj_type": names[3]}
+    group = {"rank": switches[7] or None, "batch_dims": switches[8], "proj_type": names[3]}
     return hyper, group
 
 
@@ -103,7 +103,7 @@ def _step(
     states = _states(exp_avgs, exp_avg_sqs, steps, update_norms, keys)
     device = counters.device
     chosen = backends.choose(names[0], device)
-    backends.check_capturable(chosen, device, bool(switches[8]))
+    backends.check_capturable(chosen, device, bool(switches[9]))
     backend = backends.load(chosen)
     key = backend, clip is not None, *group.values()
     store, place = Store.find(names[4]), (names[5], device)

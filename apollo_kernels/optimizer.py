@@ -84,6 +84,9 @@ class APOLLO(torch.optim.Optimizer):
         differentiable: refused.
         stochastic_rounding: bf16 matrices in low-rank groups are rounded up or down by chance, so
             that updates far below a weight's precision add up; no master copy is needed.
+        exact_projection: normals come from correctly rounded functions on a GPU too, so that every
+            card, and the CPU, draws the same bits. For replicas on unlike cards; slower where
+            float64 is (consumer cards). Signs and "sparse" are exact anyway.
         batch_dims: that many leading dimensions count matrices: an expert weight [E, m, n] with
             batch_dims 1 is E matrices, each with its own projection, scales and limiter.
         max_grad_norm: clips the norm of all gradients together to this, as
@@ -121,6 +124,7 @@ class APOLLO(torch.optim.Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         stochastic_rounding: bool = False,
+        exact_projection: bool = False,
         batch_dims: int = 0,
         max_grad_norm: float | None = None,
     ):

@@ -23,6 +23,8 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right")
 FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr"}
 FOREIGN_KEYS |= {"base_momentum", "max_momentum"}
 HYPER_KEYS = tuple(f.name for f in dataclasses.fields(Hyper) if f.name != "distribution")
+SWITCHES: tuple[str, ...] = ("correct_bias", "maximize", "scale_front", "disable_nl")
+SWITCHES += ("stochastic_rounding", "exact_projection")
 INTEGERS = ("rank", "update_proj_gap", "batch_dims")
 
 
@@ -53,6 +55,8 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
     known = tuple(PROJECTIONS)
     check("proj", group["proj"] in known, f"one of {known} (an SVD is not offered)")
     check("differentiable", not group["differentiable"], "False: the step has no derivative")
+    for key in SWITCHES:
+        check(key, isinstance(group[key], (bool, Integral)), "True or False")
     both = bool(group["foreach"] and group["fused"])
     check("fused", not both, "False or None together with foreach=True")
 

@@ -3,16 +3,17 @@
     python bench/bench_ops.py [--quick] [--model 7b] [--out DIR]
 
 Inputs rotate through more memory than the caches hold. Every result is asserted against float64
-before it is timed. A back end joins by an entry in VERBS.
+before it is timed, and what has been timed is written at once. Every back end that can run joins.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from roofline import Configuration, costs
 from shapes import LLAMA
 from torch import Tensor
 
-from apollo_kernels import backends, batch, cpu, philox, reference
+from apollo_kernels import backends, batch, philox, reference
 
 RANKS = (1, 8, 64, 128, 256, 512)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,6 +37,7 @@ class Case:
     rank: int
     dtype: torch.dtype
     device: torch.device
+    distribution: str = "gaussian"
 
     @property
     def rows(self) -> bool:
@@ -56,7 +58,19 @@ class Case:
 
     def hyper(self) -> batch.Hyper:
         kind = "tensor" if self.rank == 1 else "channel"
-        return batch.Hyper(1e-3, (0.9, 0.999), 1e-6, 0.0, True, False, scale_type=kind)
+        return batch.Hyper(
+            1e-3, (0.9, 0.999), 1e-6, 0.0, True, False, scale_type=kind,
+            distribution=self.distribution,
+        )  # fmt: skip
+
+    def exact_projection(self) -> Tensor:
+        """P [r, K] in float64: also of the sparse distribution, which the verbs never build."""
+        if self.distribution == "sparse" and self.rank > 1:
+            row, sign = philox.sparse(1, 0, self.rank, self.k)
+            p = torch.zeros(self.rank, self.k, dtype=torch.float64)
+            return p.index_put_((row, torch.arange(self.k)), sign.double()).to(self.device)
+        z = philox.draw(1, 0, self.rank, self.k, self.distribution)
+        return philox.scaled(z, torch.float64).to(self.device)
 
 
 def agree(found: Tensor, exact: Tensor, eps: float, what: str) -> None:
@@ -66,135 +80,96 @@ def agree(found: Tensor, exact: Tensor, eps: float, what: str) -> None:
         raise AssertionError(f"{what}: relative error {error:.2e} exceeds {eps:.2e}")
 
 
-def torch_project(case: Case) -> Callable[[Tensor], Any]:
-    """``project`` as the PyTorch back end runs it on this device."""
-    z = philox.draw(1, 0, case.rank, case.k, device=case.device)
-    p, x = philox.scaled(z, torch.float32), case.matrix(0)
-    native = cpu.supported(x)
-    packed = cpu.arrange(z, cpu.layout(x, case.rank)) if native else None
-    call = (
-        (lambda x: cpu.project(x, packed, case.rank))
-        if native
-        else lambda x: reference.project(x, p)
-    )
-    r, q = call(x)
-    exact = reference.project(x.double(), philox.scaled(z, torch.float64))
-    bound = 2e-6 * max(1.0, math.sqrt(case.k / 256))  # float32 sums of k terms
-    agree(r, exact[0], bound, "project R")
-    agree(q, exact[1], bound, "project q")
-    return call
+VERBS = ("project", "scale", "apply")
 
 
-def torch_scale(case: Case) -> Callable[[Tensor], Any]:
-    def inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(1)
-        r = torch.randn(case.channels, case.rank, generator=generator)
-        return tuple(t.to(case.device, dtype) for t in (r, r.square().sum(1), r * 0.1, r**2 + 0.1))
+@dataclass
+class Stepped:
+    """One matrix in a Batch of its own, past its first step, so that any verb can run alone."""
 
-    s, u2 = reference.scale(*inputs(torch.float32), case.hyper())
-    exact = reference.scale(*inputs(torch.float64), case.hyper())
-    agree(s, exact[0], 1e-5, "scale s")
-    agree(u2, exact[1], 1e-5, "scale u^2")
-    r, q, m, v = inputs(torch.float32)
-    return lambda _: reference.scale(r, q, m, v, case.hyper())
+    item: batch.LowRank  # a Batch may hold nothing but its addresses
+    batch: batch.Batch
+    hyper: batch.Hyper
+    signals: batch.Signals
 
+    def run(self, verb: str) -> None:
+        getattr(self.batch, verb)(self.hyper, self.signals)
 
-def torch_apply(case: Case) -> Callable[[Tensor], Any]:
-    coefficient = torch.full((case.channels,), 1e-3, device=case.device)
-    w, x = case.matrix(1), case.matrix(2)
-    call = cpu.apply if cpu.supported(w, x) else reference.apply
-    exact = w.double() - coefficient.double()[:, None] * x.double()
-    found = w.clone()
-    call(found, x, coefficient, 0.0)
-    agree(found, exact, torch.finfo(case.dtype).eps, "apply")
-    return lambda x: call(w, x, coefficient, 0.0)
-
-
-def kernel_verb(backend: str, verb: str) -> Callable[[Case], Callable[[Tensor], Any]]:
-    """One verb of a back end's Batch, the others left out; a whole step is checked before."""
-
-    def prepare(case: Case) -> Callable[[Tensor], Any]:
-        made: dict[int, tuple[batch.LowRank, batch.Batch]] = {}  # a Batch holds addresses only
-        hyper = case.hyper()
-        counters = torch.zeros((3,), dtype=torch.int64, device=case.device)
-        signals = batch.Signals(counters)
-
-        def batch_of(x: Tensor) -> tuple[batch.LowRank, batch.Batch]:
-            if x.data_ptr() not in made:
-                grad = x if case.rows else x.t()
-                shape = (case.channels, case.rank)
-                moments = [torch.zeros(shape, device=case.device) for _ in "mv"]
-                norm = torch.zeros((), device=case.device)
-                step = torch.zeros((), dtype=torch.int64, device=case.device)
-                item = batch.LowRank(
-                    torch.zeros_like(grad), grad, *moments, norm, step, 1, case.rows
-                )
-                module = backends.load(backend)
-                made[x.data_ptr()] = item, module.build([item], separate=False)
-            return made[x.data_ptr()]
-
-        x = case.matrix(0)
-        item, whole = batch_of(x)
-        for name in ("project", "scale", "apply"):
-            getattr(whole, name)(hyper, signals)
-        z = philox.draw(1, 0, case.rank, case.k)
-        p = philox.scaled(z, torch.float64).to(case.device)
-        r, q = reference.project(x.double(), p)
-        zeros = torch.zeros_like(r), torch.zeros_like(r)
-        s, _ = reference.scale(r, q, *zeros, hyper)
-        w = -s[:, None] * x.double() * hyper.step_size(1)
-        # One normal in 1000 may be bf16's other neighbour, 2^-8 away: 2^-8 sqrt(1e-3) of R.
-        agree(item.exp_avg, zeros[0], 2**-8 * 0.1, f"{backend} project")
-        found = item.weight if case.rows else item.weight.t()
-        agree(found, w, 2**-6 if case.rank < 4 else 2**-7, f"{backend} step")
-        return lambda x: getattr(batch_of(x)[1], verb)(hyper, signals)
-
-    return prepare
+    @classmethod
+    def of(cls, backend: str, case: Case, seed: int) -> Stepped:
+        x, device = case.matrix(seed), case.device
+        grad = x if case.rows else x.t()
+        moments = [torch.zeros((case.channels, case.rank), device=device) for _ in "mv"]
+        norm, step = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64).to(device)
+        item = batch.LowRank(torch.zeros_like(grad), grad, *moments, norm, step, 1, case.rows)
+        module = backends.load(backend)
+        made = module.build([item], separate=False)
+        if not module.BY_ADDRESS:
+            made.lend([grad])
+        counters = torch.zeros((3,), dtype=torch.int64, device=device)
+        stepped = cls(item, made, case.hyper(), batch.Signals(counters))
+        for verb in VERBS:
+            stepped.run(verb)
+        return stepped
 
 
-def kernel_verbs(backend: str) -> dict[str, Callable[[Case], Callable[[Tensor], Any]]]:
-    return {verb: kernel_verb(backend, verb) for verb in ("project", "scale", "apply")}
-
-
-VERBS: dict[str, dict[str, Callable[[Case], Callable[[Tensor], Any]]]] = {
-    "torch": {"project": torch_project, "scale": torch_scale, "apply": torch_apply},
-    "cuda": kernel_verbs("cuda"),
-    "triton": kernel_verbs("triton"),
-}
+def check(backend: str, case: Case) -> None:
+    """Raises unless the first step of this case is right, by float64."""
+    stepped, x = Stepped.of(backend, case, 0), case.matrix(0)
+    r, q = reference.project(x.double(), case.exact_projection())
+    zeros = torch.zeros_like(r), torch.zeros_like(r)
+    s, _ = reference.scale(r, q, *zeros, stepped.hyper)
+    w = -s[:, None] * x.double() * stepped.hyper.step_size(1)
+    # One normal in 1000 may be bf16's other neighbour on a card, 2^-8 away: 2^-8 sqrt(1e-3) of R;
+    # else float32 sums of K terms.
+    flips = backend != "torch" and case.distribution == "gaussian"
+    bound = 2**-8 * 0.1 if flips else 4e-6 * max(1.0, math.sqrt(case.k / 256))
+    agree(stepped.item.exp_avg, zeros[0], bound, f"{backend} project")
+    weight = stepped.item.weight
+    found = weight if case.rows else weight.t()
+    agree(found, w, 2**-6 if case.rank < 4 else 2**-7, f"{backend} step")
 
 
 def cases(model: str, quick: bool, device: torch.device) -> Iterator[Case]:
+    """Every shape, rank and dtype with normals; at two ranks, the other distributions too."""
     shapes = list(dict.fromkeys(LLAMA[model].layer_matrices()))
     ranks = (1, 128) if quick else RANKS
     for shape in shapes[1:] if quick else shapes:
         for rank in ranks:
-            if rank <= min(shape):
+            for distribution in philox.DISTRIBUTIONS:
+                if rank > min(shape) or (distribution != "gaussian" and rank not in (128, 256)):
+                    continue
                 for dtype in DTYPES.values():
-                    yield Case(shape, rank, dtype, device)
+                    yield Case(shape, rank, dtype, device, distribution)
 
 
 def measure_case(case: Case, copy: float, budget_s: float) -> Iterator[dict[str, Any]]:
     width = float(case.dtype.itemsize)
-    model = costs([case.shape], Configuration("", case.rank, width, width))
-    for backend, verbs in VERBS.items():
-        if dict(backends.backends(case.device))[backend] is not None:
+    sparse = case.distribution == "sparse"
+    model = costs([case.shape], Configuration("", case.rank, width, width, sparse=sparse))
+    for backend, reason in backends.backends(case.device):
+        if reason is not None:
             continue
-        for verb, prepare in verbs.items():
-            call = prepare(case)
+        check(backend, case)
+        for verb in VERBS:
             nbytes = int(width * case.channels * case.k)
-            timing = measure.cold(case.matrix, call, nbytes, case.device, budget_s)
+            make = partial(Stepped.of, backend, case)
+            run = methodcaller("run", verb)
+            timing = measure.cold(make, run, nbytes, case.device, budget_s)
             rate = model[verb].nbytes / (timing.median * 1e-3)
             yield {
                 "backend": backend,
                 "verb": verb,
                 "shape": "x".join(map(str, case.shape)),
                 "rank": case.rank,
+                "proj": case.distribution,
                 "dtype": str(case.dtype).removeprefix("torch."),
                 "ms": timing.median,
                 "p20": timing.p20,
                 "p80": timing.p80,
                 "GB/s": rate / 1e9,
                 "of copy": rate / copy,
+                "flops/byte": model[verb].flops / model[verb].nbytes,
             }
 
 
@@ -224,14 +199,23 @@ def main() -> None:
     print(f"LLaMA-{model} on {measure.card_name(device)}: copies {copy / 1e9:.1f} GB/s")
     rows: list[dict[str, Any]] = []
     todo = list(cases(model, args.quick, device))
+
+    def write() -> None:  # at once: a run that is stopped leaves what it has
+        if args.out:
+            measure.write(args.out, "ops", rows, device, copy=copy)
+
     with measure.Progress("ops", len(todo)) as bar:
         for case in todo:
             rows += measure_case(case, copy, budget)
+            write()
             bar.update()
     rows += measure_generator(device, budget)
+    write()
     print(measure.table(rows))
     if args.out:
-        measure.write(args.out, "ops", rows, device, copy=copy)
+        import plot
+
+        plot.roofline(args.out)
 
 
 if __name__ == "__main__":

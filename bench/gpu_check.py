@@ -4,7 +4,8 @@
 
 Needs no network: it uses the PyTorch, CUDA toolkit and tools that are installed. Each part has its
 own time limit and log, and one that fails hides no other. Results go to OUT/<card>/, with
-summary.md; parts that need a GPU are skipped, with the reason, where there is none.
+summary.md; parts that need a GPU are skipped, with the reason, where there is none. The exit status
+is 1 if a part failed, and 3 if one could not run for want of a tool.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from card_facts import cuda_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu-check"
@@ -34,13 +36,14 @@ class Part:
     command: list[str]
     limit: int  # seconds
     gpu: bool = True
-    needs: str | None = None  # a program on PATH
+    needs: str | None = None  # a program of the CUDA toolkit
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
 class Outcome:
     part: str
-    result: str  # pass, FAIL, skipped
+    result: str  # pass, FAIL, skipped (no GPU), no tool
     seconds: float = 0.0
     detail: str = ""
 
@@ -61,7 +64,9 @@ def parts(out: Path, gpu: bool) -> list[Part]:
     ]
     # Kernels that Triton compiles take seconds each: several processes where pytest-xdist is there.
     workers = ["-n", "6"] if gpu and importlib.util.find_spec("xdist") else []
-    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    sanitizer = [cuda_tool("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "9"]
+    # Bounds and first reads show only where each tensor has an allocation of its own.
+    apart = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     return [
         Part("build", [python, "setup.py", "build_ext", "--inplace"], 150, gpu=False),
         Part("environment", [python, "-m", "apollo_kernels", "info"], 30, gpu=False),
@@ -71,7 +76,13 @@ def parts(out: Path, gpu: bool) -> list[Part]:
         Part("ops", [python, f"{bench}/bench_ops.py", *quick, "--out", str(out)], 75, gpu=False),
         Part("kernels", [python, f"{bench}/kernel_report.py", "--out", str(out)], 60, gpu=False),
         *(
-            Part(tool, [*sanitizer, tool, *pytest, "-m", "sanitize"], 75, needs=sanitizer[0])
+            Part(
+                tool,
+                [*sanitizer, "--tool", tool, *pytest, "-m", "sanitize"],
+                75,
+                needs="compute-sanitizer",
+                environment=apart if tool in ("memcheck", "initcheck") else (),
+            )
             for tool in TOOLS
         ),
     ]
@@ -103,8 +114,8 @@ def run(part: Part, limit: float, log: Path) -> Outcome:
     begin = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
-            part.command, cwd=folder, env=surroundings(), stdout=file,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            part.command, cwd=folder, env={**surroundings(), **dict(part.environment)},
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
             code: int | None = process.wait(limit)
@@ -124,12 +135,21 @@ def run(part: Part, limit: float, log: Path) -> Outcome:
     return Outcome(part.name, "FAIL" if code else "pass", seconds, last[-100:])
 
 
-def reason_to_skip(part: Part, no_gpu: str | None) -> str | None:
+def not_run(part: Part, no_gpu: str | None) -> Outcome | None:
+    """Why a part cannot run here: without a GPU that is no fault, without its tool it is."""
     if part.gpu and no_gpu is not None:
-        return no_gpu
-    if part.needs is not None and shutil.which(part.needs) is None:
-        return f"{part.needs} is not on PATH"
+        return Outcome(part.name, "skipped", 0.0, no_gpu)
+    if part.needs is not None and cuda_tool(part.needs) is None:
+        return Outcome(
+            part.name, "no tool", 0.0, f"{part.needs} is neither on PATH nor in CUDA_HOME"
+        )
     return None
+
+
+def status(outcomes: list[Outcome]) -> int:
+    """Of the process: 1 if a part failed, 3 if one was left out for want of a tool, else 0."""
+    results = {outcome.result for outcome in outcomes}
+    return 1 if "FAIL" in results else 3 if "no tool" in results else 0
 
 
 def headlines(folder: Path) -> list[dict[str, Any]]:
@@ -191,8 +211,8 @@ def main() -> None:
         if args.parts and part.name not in args.parts:
             continue
         left = DEADLINE - (time.monotonic() - begin)
-        if reason := reason_to_skip(part, no_gpu):
-            outcome = Outcome(part.name, "skipped", 0.0, reason)
+        if outcome := not_run(part, no_gpu):
+            pass
         elif left < 5:
             outcome = Outcome(part.name, "FAIL", 0.0, f"the {DEADLINE} s for everything were over")
         else:
@@ -209,7 +229,7 @@ def main() -> None:
     for o in outcomes:
         print(f"{o.part:<13}{o.result:<9}{o.seconds:>8.1f}  {o.detail}")
     print(f"logs: {logs}/PART.log")
-    sys.exit(any(o.result == "FAIL" for o in outcomes))
+    sys.exit(status(outcomes))
 
 
 if __name__ == "__main__":

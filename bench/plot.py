@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -49,29 +51,63 @@ def _color(name: str) -> str:
     return OURS if name.startswith("ours") else PUBLISHED if "apollo_torch" in name else OTHER
 
 
-def roofline(
-    ceilings: dict[str, float], card: str, verbs: list[tuple[str, int, Any]], path: Path
-) -> None:
-    """Attainable rate over flops per byte, and where each verb (label, rank, cost) stands."""
-    rate, bandwidth = ceilings["matmul bf16"], ceilings["copy"]
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+def roofline(folder: Path) -> None:
+    """roofline.png from the folder's roofline.json and, once it is there, ops.json: the measured
+    ceilings, hollow marks where the model of roofline.py puts each verb, filled ones for what
+    bench_ops.py measured of it in bf16, one per shape and back end."""
+    source = folder / "roofline.json"
+    if not source.exists():
+        return
+    content = json.loads(source.read_text())
+    rate, bandwidth = content["ceilings"]["matmul bf16"], content["ceilings"]["copy"]
+    figure, axes = plt.subplots(figsize=(7.8, 4.8), layout="constrained")
     intensity = [2 ** (i / 4) for i in range(-12, 52)]
     roof = [min(rate, x * bandwidth) / 1e9 for x in intensity]
-    axes.loglog(intensity, roof, color="#4C566A", lw=2)
-    colors = {1: PUBLISHED, 64: "#7A9E3F", 256: OURS}
-    for label, rank, cost in verbs:
-        x = cost.flops / cost.nbytes
+    axes.loglog(intensity, roof, color="#4C566A", lw=2, label="ceilings measured here")
+    colors = {1: PUBLISHED, 64: "#7A9E3F", 128: "#8A6BBE", 256: OURS}
+    for verb in content["verbs"]:
+        x, rank = verb["flops/byte"], verb["rank"]
         y = min(rate, x * bandwidth) / 1e9
-        axes.plot(x, y, "o", color=colors[rank], ms=8)
-        axes.annotate(
-            label, (x, y), xytext=(4, -6), textcoords="offset points", rotation=-30, va="top"
-        )
+        axes.plot(x, y, "o", mfc="none", mec=colors[rank], ms=10, mew=1.6)
+        label = verb["verb"] if verb["verb"] == "apply" else f"project, rank {rank}"
+        place = {"xytext": (-6, 10), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(label, (x, y), **place)
+    for row in _measured(folder / "ops.json", colors):
+        y = row["GB/s"] * row["flops/byte"]
+        axes.plot(row["flops/byte"], y, MARKS[row["backend"]], color=colors[row["rank"]], ms=5)
+    for mark, label in (("o", "the model: on the roof"), *_legend(folder / "ops.json")):
+        hollow = {"mfc": "none"} if "model" in label else {}
+        axes.plot([], [], mark, color=OTHER, ls="", label=label, **hollow)
     axes.set(
-        xlabel="flops per byte", ylabel="attainable Gflop/s", title=f"Roofline of {card}, bf16"
+        xlabel="flops per byte that must move",
+        ylabel="Gflop/s",
+        title=f"{content['environment']['card']}: verbs in bf16, gaussian projection",
     )
+    axes.legend(frameon=False, loc="lower right", fontsize=9)
     axes.grid(alpha=0.25, which="both")
-    figure.savefig(path, dpi=130)
+    figure.savefig(folder / "roofline.png", dpi=130)
     plt.close(figure)
+
+
+MARKS = {"torch": ".", "cuda": "D", "triton": "^"}
+
+
+def _measured(path: Path, ranks: Container[int]) -> list[dict[str, Any]]:
+    """The rows of ops.json that have a place on the roof: they compute."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [
+        row
+        for row in rows
+        if row.get("flops/byte")
+        and row["dtype"] == "bfloat16"
+        and row["proj"] == "gaussian"
+        and (row["rank"] in ranks if row["verb"] == "project" else row["rank"] == 1)
+    ]
+
+
+def _legend(path: Path) -> list[tuple[str, str]]:
+    found = sorted({row["backend"] for row in _measured(path, range(10**6))})
+    return [(MARKS[backend], f"measured, {backend} back end") for backend in found]
 
 
 def convergence(runs: list[tuple[str, str, int, str, bool, list[Any]]], path: Path) -> None:

@@ -10,12 +10,10 @@ copy bandwidth and its flops over the matmul rate.
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import card_facts
 import measure
 import torch
 from shapes import LLAMA
@@ -33,6 +31,8 @@ CARDS = {
 UNITS = {
     "copy": ("GB/s", 1e9),
     "read": ("GB/s", 1e9),
+    "rows of 64 bytes": ("GB/s", 1e9),
+    "rows of 128 bytes": ("GB/s", 1e9),
     "Philox normals": ("G/s", 1e9),
     "Philox normals per SM and clock": ("", 1.0),
 }
@@ -40,13 +40,15 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Configuration:
-    """``weight`` and ``grad``: bytes a value; ``reads``: how often G crosses the memory border."""
+    """``weight`` and ``grad``: bytes per value; ``reads``: how often G crosses the memory border;
+    ``sparse``: a projection that adds each entry once, whatever the rank."""
 
     name: str
     rank: int
     weight: float = 2.0
     grad: float = 2.0
     reads: int = 2
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def costs(shapes: list[tuple[int, int]], c: Configuration) -> dict[str, Cost]:
     channels = sum(max(shape) for shape in shapes)
     second_read = c.grad * weights if c.reads == 2 else 0.0
     return {
-        "project": Cost(c.grad * weights, 2.0 * (c.rank + 1) * weights),
+        "project": Cost(c.grad * weights, 2.0 * ((1 if c.sparse else c.rank) + 1) * weights),
         "scale": Cost(2.0 * moments + 8.0 * channels),
         "apply": Cost(2 * c.weight * weights + second_read, 3.0 * weights),
     }
@@ -117,19 +119,16 @@ def _host_normals() -> float:
 
 
 def _device_normals() -> dict[str, float]:
-    """Of the GPU, by philox_rate.cu: per second, and per SM and clock. Empty without nvcc."""
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        return {}
-    with tempfile.TemporaryDirectory() as folder:
-        program = str(Path(folder) / "philox_rate")
-        source = str(Path(__file__).with_name("philox_rate.cu"))
-        major, minor = torch.cuda.get_device_capability()
-        flags = ["-O3", "-std=c++17", f"-arch=sm_{major}{minor}", "-o", program, source]
-        subprocess.run([nvcc, *flags], check=True, capture_output=True)
-        done = subprocess.run([program], check=True, capture_output=True, text=True)
-    rate, sms, kilohertz = (float(word) for word in done.stdout.split())
-    return {"Philox normals": rate, "Philox normals per SM and clock": rate / sms / kilohertz / 1e3}
+    """Of the GPU: per second, and per SM and clock. Empty without nvcc."""
+    major, minor = torch.cuda.get_device_capability()
+    facts = card_facts.collect(f"sm_{major}{minor}")
+    names = {
+        "Philox normals": "normals_per_second",
+        "Philox normals per SM and clock": "normals_per_sm_and_clock",
+        "rows of 64 bytes": "rows_of_64_bytes_per_second",
+        "rows of 128 bytes": "rows_of_128_bytes_per_second",
+    }
+    return {ours: facts[theirs] for ours, theirs in names.items() if theirs in facts}
 
 
 def predictions(
@@ -148,14 +147,16 @@ def predictions(
     return rows
 
 
-def verbs_on_the_roof() -> list[tuple[str, int, Cost]]:
-    """Each verb that computes, at three ranks, over a layer of LLaMA-7B in bf16."""
-    shapes = LLAMA["7b"].layer_matrices()
+def verbs_on_the_roof(model: str) -> list[dict[str, object]]:
+    """Each verb that computes, at some ranks, over a layer in bf16: what its picture needs."""
+    shapes = LLAMA[model].layer_matrices()
     found = []
-    for rank in (1, 64, 256):
-        verbs = costs(shapes, Configuration("", rank))
-        found.append((f"project, rank {rank}", rank, verbs["project"]))
-    return [*found, ("apply", 1, verbs["apply"])]
+    for rank in (1, 64, 128, 256):
+        for verb, cost in costs(shapes, Configuration("", rank)).items():
+            if verb == "project" or (verb == "apply" and rank == 1):
+                row: dict[str, object] = {"verb": verb, "rank": rank}
+                found.append({**row, "flops/byte": cost.flops / cost.nbytes})
+    return found
 
 
 def main() -> None:
@@ -177,10 +178,11 @@ def main() -> None:
     print(f"\nPredicted ms per step, LLaMA-{args.model}'s {len(shapes)} matrices:")
     print(measure.table(rows))
     if args.out:
-        measure.write(args.out, "roofline", rows, device, ceilings=here)
+        verbs = verbs_on_the_roof(args.model)
+        measure.write(args.out, "roofline", rows, device, ceilings=here, verbs=verbs)
         import plot
 
-        plot.roofline(here, name, verbs_on_the_roof(), args.out / "roofline.png")
+        plot.roofline(args.out)
 
 
 if __name__ == "__main__":

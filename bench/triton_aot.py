@@ -54,9 +54,11 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
             side = f"{NAMES[dtype]} {'rows' if k_unit else 'columns'}"
             for rank in (1, 16, 64, 256) if everything else (1, 256):
                 tiling = project.choose(layout(dtype, k_unit, rank), arch in ("90", "100"))
-                for signs, store in ((0, 0), (1, 0), (0, 1)) if everything else ((0, 0),):
-                    rest = {"STORE": bool(store), "SIGNS": bool(signs), "FAST": True}
-                    name = f"project {side} rank {rank}{' signs' * signs}{' stored' * store}"
+                kinds = ("", " signs", " exact", " stored") if everything else ("",)
+                for kind in kinds:
+                    rest = {"STORE": kind == " stored", "SIGNS": kind == " signs"}
+                    rest |= {"EXACT": kind == " exact", "FAST": True}
+                    name = f"project {side} rank {rank}{kind}"
                     yield name, project._project, {**tiling._asdict(), **rest}
             for rank in (1, 3, 8, 20, 64, 128, 256) if everything else (1, 20, 128):
                 tiling = sparse.choose(layout(dtype, k_unit, rank), arch in ("90", "100"))
@@ -81,7 +83,7 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
     yield "begin", adamw._begin, {"CORRECT": True, "num_warps": 1}
     given = dict.fromkeys(OPTIONAL, "*fp32")  # lr in a tensor, GradScaler's tensors, and clip
     tiling = project.choose(layout(torch.float16, True, 64), arch in ("90", "100"))._asdict()
-    fused = {"STORE": False, "SIGNS": False, "FAST": True, **given}
+    fused = {"STORE": False, "SIGNS": False, "EXACT": False, "FAST": True, **given}
     yield "project f16 rows rank 64, signals", project._project, {**tiling, **fused}
     for k_unit, rank, aligned in ((True, 20, True), (True, 128, False), (False, 128, False)):
         shape = layout(torch.bfloat16, k_unit, rank)

@@ -42,6 +42,11 @@ APOLLO_DEVICE float approx_cos(float x) {
   return y;
 }
 
+// Of `turns` full turns, in float64.
+APOLLO_DEVICE void sine_and_cosine_of_turns(double turns, double& sine, double& cosine) {
+  sincospi(2.0 * turns, &sine, &cosine);
+}
+
 // 16 bytes of global memory. Addresses come from tables, so the compiler could only take the slower
 // generic path; and what streams through once need not stay in L1.
 APOLLO_DEVICE uint4 load16(const void* from) {

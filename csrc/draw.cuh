@@ -47,6 +47,17 @@ struct Gaussian {
   }
 };
 
+// For replicas on unlike cards, whose fast functions may round differently.
+struct ExactGaussian {
+  static constexpr uint32_t kRun = 16;
+
+  APOLLO_DEVICE void begin(const Stream&, uint32_t) {}
+  APOLLO_DEVICE Pairs pairs(const Stream& stream, uint32_t k0, uint32_t block) const {
+    const Words w = stream.call(k0 / 16 + block, kGaussian);
+    return {normal_pair_exact(w.w[0], w.w[1]), normal_pair_exact(w.w[2], w.w[3])};
+  }
+};
+
 struct Signs {
   static constexpr uint32_t kRun = 128;
   uint32_t word;  // one of a call's four; keeping all of them would spill registers

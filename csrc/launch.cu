@@ -59,7 +59,14 @@ int with_dtypes(const Launch& launch, Use use) {
 }
 template <class Use>
 int with_distribution(int distribution, Use use) {
-  return distribution == kRademacher ? use(Signs{}) : use(Gaussian{});
+  switch (distribution) {
+    case kRademacher:
+      return use(Signs{});
+    case kExactGaussian:
+      return use(ExactGaussian{});
+    default:
+      return use(Gaussian{});
+  }
 }
 
 // Calls use(kernel, threads, shared) with the kernel of `project` for these dtypes and rank.

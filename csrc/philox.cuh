@@ -18,7 +18,14 @@ struct Words {
 };
 
 // The counter's last word says what the numbers are for, so no two uses share a counter.
-enum Distribution : uint32_t { kGaussian = 0, kRademacher = 1, kRounding = 2, kSparse = 4 };
+// kExactGaussian is no such word: it asks for kGaussian's numbers by correctly rounded functions.
+enum Distribution : uint32_t {
+  kGaussian = 0,
+  kRademacher = 1,
+  kRounding = 2,
+  kSparse = 4,
+  kExactGaussian = 16
+};
 
 APOLLO_HOST_DEVICE Words philox4x32(Words c, uint32_t key0, uint32_t key1, int rounds = kRounds) {
   for (int i = 0; i < rounds; ++i) {
@@ -158,6 +165,15 @@ APOLLO_DEVICE uint32_t normal_pair_fast(uint32_t w0, uint32_t w1) {
   const float x = (__uint_as_float((w1 >> 9) | 0x3F800000u) - 1.5f) * 6.283185307179586f;
   const float rho = -approx_sqrt(1.3862943611198906f * fabsf(approx_log2(u1)));  // -2 ln u1
   return pack_bf16(rho * approx_cos(x), rho * approx_sin(x));
+}
+
+// The same two normals in float64, as the host computes them: every card rounds to the same bf16.
+APOLLO_DEVICE uint32_t normal_pair_exact(uint32_t w0, uint32_t w1) {
+  const double u1 = (double(w0 >> 9) + 0.5) * 0x1p-23;
+  const double rho = std::sqrt(-2.0 * std::log(u1));
+  double sine, cosine;
+  sine_and_cosine_of_turns(double(w1 >> 9) * 0x1p-23, sine, cosine);
+  return pack_bf16(float(rho * cosine), float(rho * sine));
 }
 
 // The word of a rademacher call that holds the signs of k (a multiple of 8), and from that word the

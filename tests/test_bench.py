@@ -213,14 +213,36 @@ def test_gpu_check_tells_pass_fail_and_limit_apart(check, tmp_path):
 
 
 def test_gpu_check_skips_only_what_needs_a_gpu_and_says_why(check, tmp_path):
-    reasons = {p.name: check.reason_to_skip(p, "no GPU") for p in check.parts(tmp_path, False)}
-    assert reasons["test"] == "no GPU"
-    assert reasons["memcheck"] == "no GPU"
-    assert [name for name, reason in reasons.items() if reason is None] == [
+    found = {p.name: check.not_run(p, "no GPU") for p in check.parts(tmp_path, False)}
+    assert (found["test"].result, found["test"].detail) == ("skipped", "no GPU")
+    assert found["memcheck"].detail == "no GPU"
+    assert [name for name, outcome in found.items() if outcome is None] == [
         "build", "environment", "roofline", "step", "ops", "kernels",
     ]  # fmt: skip
-    missing = check.Part("x", [], 1, needs="no-such-program")
-    assert check.reason_to_skip(missing, None) == "no-such-program is not on PATH"
+    assert check.status([o for o in found.values() if o]) == 0
+
+
+def test_gpu_check_tells_of_a_missing_tool_in_its_exit_status(check):
+    missing = check.not_run(check.Part("x", [], 1, needs="no-such-program"), None)
+    assert missing.result == "no tool"
+    assert missing.detail.startswith("no-such-program is neither on PATH")
+    passed, failed = check.Outcome("a", "pass"), check.Outcome("b", "FAIL")
+    assert check.status([passed, missing]) == 3
+    assert check.status([passed, missing, failed]) == 1
+    assert check.status([passed]) == 0
+
+
+def test_a_cuda_tool_is_found_in_cuda_home_too(tmp_path, monkeypatch):
+    from card_facts import cuda_tool
+
+    tool = tmp_path / "compute-sanitizer" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert cuda_tool("compute-sanitizer") == str(tool)
+    assert cuda_tool("no-such-program") is None
 
 
 def test_gpu_check_fits_its_deadline_and_every_part_has_a_target(check, tmp_path):

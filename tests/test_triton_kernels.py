@@ -59,8 +59,11 @@ def store_words(out, key, c0, j0, epoch_at, KIND: tl.constexpr, N: tl.constexpr)
 
 
 @triton.jit
-def store_z(out, key, epoch_at, j0, k0, SIGNS: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
-    z = drawn.draw(tl.load(key), tl.load(epoch_at), j0, k0, R, BK, SIGNS, False)
+def store_z(
+    out, key, epoch_at, j0, k0, SIGNS: tl.constexpr, EXACT: tl.constexpr, R: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    z = drawn.draw(tl.load(key), tl.load(epoch_at), j0, k0, R, BK, SIGNS, EXACT, False)
     at = tl.arange(0, R)[:, None] * BK + tl.arange(0, BK)[None, :]
     tl.store(out + at, narrow(z, tl.uint16))
 
@@ -71,7 +74,7 @@ def z_tile(key, epoch, j0, k0, rows, size, distribution):
     out = torch.empty(rows, size, dtype=torch.uint16)
     store_z[(1,)](
         out, torch.tensor(key), torch.tensor(epoch), j0, k0, distribution == "rademacher",
-        rows, size,
+        distribution == "exact", rows, size,
     )  # fmt: skip
     return out.view(torch.bfloat16)
 
@@ -113,6 +116,11 @@ def test_normals_round_as_the_contract_allows():
     exact = philox.draw(2**62 + 5, 3, 512, 128, start=4096)
     assert (z != exact).double().mean() < 1e-3
     torch.testing.assert_close(z.double(), exact.double(), rtol=2**-8 + 2**-9, atol=2**-10)
+
+
+def test_exact_normals_are_the_host_s_to_the_bit():
+    z = z_tile(2**62 + 5, 3, 0, 4096, 512, 128, "exact")
+    assert torch.equal(z, philox.draw(2**62 + 5, 3, 512, 128, start=4096))
 
 
 @triton.jit

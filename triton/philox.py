@@ -26,6 +26,15 @@ def _ptx(name: tl.constexpr, x):
 
 
 @triton.jit
+def exact_box_muller(w0, w1):
+    """The same in float64, so that every card, and the CPU, rounds to the same bf16."""
+    u = ((w0 >> 9).to(tl.float64) + 0.5) * 1.1920928955078125e-07
+    angle = (w1 >> 9).to(tl.float64) * (1.1920928955078125e-07 * 6.283185307179586)
+    rho = tl.sqrt(-2.0 * tl.log(u))
+    return (rho * tl.cos(angle)).to(tl.float32), (rho * tl.sin(angle)).to(tl.float32)
+
+
+@triton.jit
 def box_muller(w0, w1, FAST: tl.constexpr):
     """Two normals from two words. Both uniforms are exact in float32: no integer is converted."""
     u = ((w0 >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.99999994039535522461
@@ -56,14 +65,20 @@ def pick(w0, w1, w2, w3, v):
 
 
 @triton.jit
-def normals(key, epoch, j0, k0, R: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr):
+def normals(
+    key, epoch, j0, k0, R: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr
+):
     """z [R, BK] float32, not yet rounded; k0 and BK are multiples of 16."""
     BLOCKS: tl.constexpr = BK // 16
     c0 = 4 * (k0 // 16 + tl.arange(0, BLOCKS))[:, None] + tl.arange(0, 4)[None, :]
     j = (j0 + tl.arange(0, R)).to(tl.uint32)[:, None, None]
     w0, w1, w2, w3 = words(key, c0.to(tl.uint32)[None, :, :], j, epoch, GAUSSIAN)
-    z0, z1 = box_muller(w0, w1, FAST)
-    z2, z3 = box_muller(w2, w3, FAST)
+    if EXACT:
+        z0, z1 = exact_box_muller(w0, w1)
+        z2, z3 = exact_box_muller(w2, w3)
+    else:
+        z0, z1 = box_muller(w0, w1, FAST)
+        z2, z3 = box_muller(w2, w3, FAST)
     z = tl.join(tl.join(z0, z1), tl.join(z2, z3))  # [R, block, t, e, h]
     return tl.reshape(tl.permute(z, (0, 1, 4, 2, 3)), (R, BK))  # k = 16 block + 8h + 2t + e
 
@@ -85,13 +100,14 @@ def signs(key, epoch, j0, k0, R: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def draw(
-    key, epoch, j0, k0, R: tl.constexpr, BK: tl.constexpr, SIGNS: tl.constexpr, FAST: tl.constexpr
-):
+    key, epoch, j0, k0, R: tl.constexpr, BK: tl.constexpr,
+    SIGNS: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """z(j, k) [R, BK] float32 for j >= j0, k >= k0, before the contract's rounding to bf16."""
     if SIGNS:
         return signs(key, epoch, j0, k0, R, BK)
     else:
-        return normals(key, epoch, j0, k0, R, BK, FAST)
+        return normals(key, epoch, j0, k0, R, BK, EXACT, FAST)
 
 
 @triton.jit

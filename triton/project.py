@@ -87,7 +87,7 @@ def _project(
     table, items, space, clock, grad_scale, found_inf, direction, b1, w1, b2, w2, eps, gap,
     T: tl.constexpr, K_UNIT: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    STORE: tl.constexpr, SIGNS: tl.constexpr, FAST: tl.constexpr,
+    STORE: tl.constexpr, SIGNS: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     if not STORE:  # noqa: SIM102  (else it writes the workspace alone, and square_norm needs q)
         if tables.is_skipped(found_inf):
@@ -108,7 +108,7 @@ def _project(
     q = tl.zeros((BK, BC), tl.float32)
     for k0 in range(begin, end, BK):
         x = tl.load(x_at, mask=(c < channels)[None, :] & (k0 + k < size)[:, None], other=0)
-        z = to_bf16(draw(key, epoch, r_tile * BR, k0, BR, BK, SIGNS, FAST))
+        z = to_bf16(draw(key, epoch, r_tile * BR, k0, BR, BK, SIGNS, EXACT, FAST))
         wide = widen(x)
         q += wide * wide
         if BR == 1:  # the channels' dot products with one row: no use for a tensor core
@@ -194,5 +194,6 @@ def project(
     _project[(len(items),)](
         table, items, space, clock, signals.grad_scale, signals.found_inf, *adam(hyper),
         hyper.update_proj_gap, *kernel, STORE=store, SIGNS=hyper.distribution == "rademacher",
-        FAST=FAST, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+        EXACT=hyper.exact_projection, FAST=FAST, num_warps=num_warps, num_stages=num_stages,
+        enable_fp_fusion=True,
     )  # fmt: skip

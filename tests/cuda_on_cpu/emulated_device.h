@@ -106,6 +106,10 @@ inline float approx_log2(float x) { return std::log2(x); }
 inline float approx_sqrt(float x) { return std::sqrt(x); }
 inline float approx_sin(float x) { return std::sin(x); }
 inline float approx_cos(float x) { return std::cos(x); }
+inline void sine_and_cosine_of_turns(double turns, double& sine, double& cosine) {
+  sine = std::sin(6.283185307179586476925 * turns);
+  cosine = std::cos(6.283185307179586476925 * turns);
+}
 
 inline uint4 load16(const void* from) {
   emulated::count_load(from);
