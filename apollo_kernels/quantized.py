@@ -104,8 +104,8 @@ class Int8Weight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
-    @classmethod  # type: ignore[override]
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore
         kwargs = kwargs or {}
         known = _OPERATIONS.get(func)
         if known is not None and isinstance(args[0], Int8Weight):
