@@ -188,7 +188,9 @@ class _Linear(torch.autograd.Function):
         for_x = for_weight = for_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
-            for_x = grad @ weight.dequantize(grad.dtype)
+            # To torch.compile this is another weight than the forward's, which it would else keep.
+            again = Int8Weight(weight.codes, weight.grid | 0, weight.dtype)
+            for_x = grad @ again.dequantize(grad.dtype)
         if ctx.needs_input_grad[1]:
             for_weight = rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
         if ctx.needs_input_grad[2]:

@@ -28,9 +28,7 @@ def spread(x, GROUP: tl.constexpr):
     """[rows, groups] -> [rows, columns]: to each weight what its group has."""
     ROWS: tl.constexpr = x.shape[0]
     GROUPS: tl.constexpr = x.shape[1]
-    return tl.reshape(
-        tl.broadcast_to(x[:, :, None], (ROWS, GROUPS, GROUP)), (ROWS, GROUPS * GROUP)
-    )
+    return tl.reshape(tl.broadcast_to(x[:, :, None], (ROWS, GROUPS, GROUP)), (ROWS, GROUPS * GROUP))
 
 
 @triton.jit

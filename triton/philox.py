@@ -134,9 +134,7 @@ def sparse_place(places, b, size):
 
 
 @triton.jit
-def rounding(
-    key, step, i0, l0, M: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr = ROUNDING
-):
+def rounding(key, step, i0, l0, M: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr = ROUNDING):
     """16 random bits [M, N] uint32 for weights (i, l) from (i0, l0) on; l0 and N divide by 8."""
     c0 = (l0 // 8 + tl.arange(0, N // 8)).to(tl.uint32)[None, :]
     i = (i0 + tl.arange(0, M)).to(tl.uint32)[:, None]
