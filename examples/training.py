@@ -184,6 +184,8 @@ def build_model(settings: Settings) -> torch.nn.Module:
     )
     model = LlamaForCausalLM(config).to(settings.device, getattr(torch, settings.dtype))
     if settings.int8:
+        if not settings.optimizer.startswith("apollo"):
+            raise Stop(f"--int8: {settings.optimizer} cannot step int8 weights, the APOLLOs can")
         apollo_kernels.quantize_(model)
     return model.train()
 

@@ -21,7 +21,8 @@ from apollo_kernels.triton_kernels.philox import ROUNDING_INT8, rounding
 
 
 # Reads G once, reads and writes W: 6 bytes per bf16 weight, 12 per float32 weight, 4.06 per int8
-# weight with a bf16 gradient (GROUP > 0: how many share a grid). Nothing is used twice. Stochastic rounding draws one call, 60 issue slots, for 8 weights.
+# weight with a bf16 gradient (GROUP > 0: how many share a grid). Nothing is used twice. Rounding by
+# chance draws one call, 60 issue slots, for 8 weights.
 @triton.jit
 def _apply(
     table, items, space, clock,
