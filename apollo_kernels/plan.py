@@ -47,15 +47,13 @@ class GroupPlan:
         self.owned = [p for p, live in zip(self.params, self.live, strict=True) if live]
         self.entries = _entries(self.states)
         self.tensors = [v for v in self.entries if isinstance(v, Tensor)]
-        self.kinds = list(map(type, self.owned))  # an int8 weight holds other tensors
+        self.wrapping = any(isinstance(p, Int8Weight) for p in self.owned)
         self.watched = self._watched()
         self.watched_facts = tensor_facts(self.watched)
 
     def _watched(self) -> list[Tensor]:
-        weights = self.owned
-        if Int8Weight in self.kinds:
-            weights = [part for p in self.owned for part in stored(p)]
-        return [*weights, *self.tensors]
+        """The tensors in memory: of an int8 weight those that it holds now."""
+        return [*(part for p in self.owned for part in stored(p)), *self.tensors]
 
     def gradients(
         self, params: Sequence[Tensor], key: tuple[Any, ...], state: Mapping[Tensor, Any] | None
@@ -78,9 +76,7 @@ class GroupPlan:
             return None
         if not same_entries(self.states, self.entries):
             return None
-        if list(map(type, self.owned)) != self.kinds:
-            return None
-        if Int8Weight in self.kinds and not all(map(is_, self._watched(), self.watched)):
+        if self.wrapping and not all(map(is_, self._watched(), self.watched)):
             return None
         return gradients if self._unchanged(self.watched, gradients) else None
 

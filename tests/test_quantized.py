@@ -436,6 +436,12 @@ def test_what_cannot_be_int8_is_refused_and_nothing_changes():
     refused("up.weight cannot be int8: it is torch.float64", targets="up.weight")
 
 
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}])
+def test_an_embedding_that_would_need_more_is_refused(options):
+    with pytest.raises(NotImplementedError, match=r"neither max_norm \(.*\) nor sparse"):
+        functional.embedding(IDS, quantized(torch.ones(30, 8)), **options)
+
+
 def test_what_would_write_is_refused():
     model = Net()
     quantize_(model)
