@@ -72,15 +72,15 @@ def _apply(
     else:
         w = widen(stored)
     old, w = w, tl.fma(g, tl.broadcast_to(-(s * step), w.shape), decayed(w, high, low))
-    if GROUP:
+    if GROUP or STOCHASTIC:
         key, t = tl.load(row + tables.LOW_RANK.key), tl.load(clock + number)
+    if GROUP:
         bits = rounding(key, t, i0, l0, M, N, ROUNDING_INT8)
         codes, grid = int8.requantize(old, w, inside, grid, bits, GROUP)
         tl.store(w_at, codes, mask=inside, eviction_policy="evict_first")
         tl.store(grid_at, grid, mask=within)
         return
     if STOCHASTIC:
-        key, t = tl.load(row + tables.LOW_RANK.key), tl.load(clock + number)
         if ROWS:
             bits = rounding(key, t, c0, k0, BC, BK)
         else:
