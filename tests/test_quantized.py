@@ -491,11 +491,9 @@ def test_the_step_is_the_contracts(backend, shape, proj_type, rank):
     for i, row in enumerate(values(p).cpu().tolist()):
         for first in range(0, shape[1], 128):
             groups[i, first] = Int8Group(row[first : first + 128])
-    start = torch.tensor([[g.zero, float(g.scale)] for g in groups.values()])
-    scale, zero = int8.scale_and_zero(p.grid.cpu())
     twin = nn.Parameter(values(p).clone())
     other = APOLLO([twin], **options)
-    wrong = 0
+    wrong = wrong_grids = 0
     for step in (1, 2):
         # From the same weights: a restatement that strayed would not come back.
         for (i, first), group in groups.items():
@@ -518,7 +516,9 @@ def test_the_step_is_the_contracts(backend, shape, proj_type, rank):
             group.store(row, bits)
             codes = p.codes[i, first : first + 128].cpu().tolist()
             wrong += sum(a != b for a, b in zip(codes, group.codes, strict=True))
-    assert start.shape[0] == scale.numel() == zero.numel()
+            grid = numbers_of(p.grid[i, first // 128].cpu())
+            wrong_grids += grid != ([float(group.scale)], [group.zero])
+    assert wrong_grids <= max(1, 0.05 * len(groups))  # the same last bit moves one scale in 256
     # A last bit of float32 moves one value in some thousands over the edge, at each step.
     assert wrong <= max(1, 2e-3 * p.numel())
     for name, wanted in other.state[twin].items():  # the state is the one of a float32 weight
