@@ -6,47 +6,63 @@ a ``name`` here is a function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from apollo_kernels import state
+from apollo_kernels.plan import Unit
 from apollo_kernels.quantized import stored
 
 NameOf = Callable[[int, int], str]  # of the parameter at a place of a group
 
 
-def check_groups(
+class Place(NamedTuple):
+    """Where a parameter stands: ``place`` in group ``group``, and ``position`` over all groups."""
+
+    group: int
+    place: int
+    position: int
+
+
+def places_of(groups: Sequence[Mapping[str, Any]], name_of: NameOf) -> dict[Tensor, Place]:
+    """Where every parameter stands.
+
+    Raises
+        ValueError: for one that stands twice.
+    """
+    found: dict[Tensor, Place] = {}
+    for index, group in enumerate(groups):
+        for place, p in enumerate(group["params"]):
+            if p in found:
+                raise ValueError(
+                    f"{name_of(index, place)} is {name_of(*found[p][:2])}: it would be stepped "
+                    "twice"
+                )
+            found[p] = Place(index, place, len(found))
+    return found
+
+
+def check_units(
+    units: Iterable[Unit],
     groups: Sequence[Mapping[str, Any]],
-    indices: Sequence[int],
     states: Mapping[Tensor, Any],
     name_of: NameOf,
 ) -> None:
-    """Raises for what no step may rest on, in the groups at ``indices``; duplicates in all groups.
+    """Raises for what no step may rest on.
 
     Raises
         ValueError, RuntimeError, NotImplementedError: with the name of the parameter.
     """
-    _refuse_duplicates(groups, name_of)
-    for index in indices:
+    for unit in units:
         where: dict[int, str] = {}
-        for place, p in enumerate(groups[index]["params"]):
+        for place, p in enumerate(unit.params, unit.first):
             if p.grad is not None:
-                name = partial(name_of, index, place)
-                _check_one(p, groups[index], states.get(p), name, where)
-
-
-def _refuse_duplicates(groups: Sequence[Mapping[str, Any]], name_of: NameOf) -> None:
-    seen: dict[int, tuple[int, int]] = {}
-    for index, group in enumerate(groups):
-        for place, p in enumerate(group["params"]):
-            if seen.setdefault(id(p), (index, place)) != (index, place):
-                raise ValueError(
-                    f"{name_of(index, place)} is {name_of(*seen[id(p)])}: it would be stepped twice"
-                )
+                name = partial(name_of, unit.index, place)
+                _check_one(p, groups[unit.index], states.get(p), name, where)
 
 
 def _check_one(

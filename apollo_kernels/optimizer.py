@@ -7,13 +7,14 @@ it is. All checks of a step come before its first write.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
-from operator import is_, itemgetter
+from operator import is_, is_not, itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,9 +26,11 @@ from apollo_kernels import backends, checks, clipping, library, options, plan, s
 from apollo_kernels.batch import Hyper, Signals
 from apollo_kernels.memory import MemoryReport, measure
 from apollo_kernels.quantized import Int8Weight
+from apollo_kernels.release import Release, once_per_step, refuse_model
 from apollo_kernels.state import as_step
 
-_OWN_DEFAULTS = ("seed", "backend", "max_grad_norm")  # of the optimizer, not of its groups
+# Of the optimizer, not of its groups.
+_OWN_DEFAULTS = ("seed", "backend", "max_grad_norm", "gradient_release")
 
 # What of a group decides its plan, and what of it decides its Hyper; lr is looked at by itself.
 _structure = itemgetter("rank", "proj_type", "batch_dims", "capturable")
@@ -39,9 +42,10 @@ class _Runtime:
     """What an optimizer keeps beside its state; no copy and no checkpoint ever sees it."""
 
     def __init__(self) -> None:
-        self.plans: list[plan.GroupPlan | None] = []
+        self.units: list[plan.Unit] = []  # the groups, with their plans
+        self.release: Release | None = None
         self.states: tuple[list[Tensor], list[Any]] = [], []  # the state as the last step saw it
-        self.hypers: list[tuple[Any, Hyper]] = []
+        self.hypers: dict[int, tuple[Any, Hyper]] = {}
         self.counters: dict[torch.device, Tensor] = {}
         self.compiled = library.Store()
         self.grad_norm: Tensor | None = None
@@ -49,7 +53,9 @@ class _Runtime:
 
     def forget(self) -> None:
         """Plans, and with them the state that they own."""
-        self.plans.clear()
+        self.units.clear()
+        if self.release is not None:
+            self.release.forget_plans()
         self.states = [], []
         self.compiled.plans.clear()
 
@@ -92,6 +98,8 @@ class APOLLO(torch.optim.Optimizer):
         max_grad_norm: clips the norm of all gradients together to this, as
             ``torch.nn.utils.clip_grad_norm_`` before the step, without another read of the
             low-rank ones; ``p.grad`` stays as it is. ``grad_norm`` tells the norm.
+        gradient_release: each parameter is stepped inside of backward as soon as its gradient is
+            complete, and the gradient is freed; ``step()`` ends the step (see ``attach``).
     Errors
         ValueError: names the argument, or the key of the group, and its value.
     """
@@ -127,14 +135,17 @@ class APOLLO(torch.optim.Optimizer):
         exact_projection: bool = False,
         batch_dims: int = 0,
         max_grad_norm: float | None = None,
+        gradient_release: bool = False,
     ):
         if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise ValueError(f"seed must be an integer, got {seed!r}")
         backends.check_name(backend, "backend")
-        options.check_max_grad_norm(max_grad_norm)
+        options.check_max_grad_norm(max_grad_norm, gradient_release)
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         self._runtime = _Runtime()
         super().__init__(params, defaults)
+        if gradient_release:
+            self._release()
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -143,7 +154,7 @@ class APOLLO(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        options.check_max_grad_norm(value)
+        options.check_max_grad_norm(value, self.defaults["gradient_release"])
         self.defaults["max_grad_norm"] = value
 
     @property
@@ -185,6 +196,12 @@ class APOLLO(torch.optim.Optimizer):
                     f"APOLLO does not support complex parameters; one of shape {tuple(p.shape)} in "
                     f"group {len(self.param_groups)} is {p.dtype}"
                 )
+        if self._runtime.release is not None:
+            try:
+                self._runtime.release.follow()
+            except ValueError:
+                self.param_groups.pop()
+                raise
         self._warn_about_rank(added)
 
     def _warn_about_rank(self, group: Mapping[str, Any]) -> None:
@@ -219,12 +236,16 @@ class APOLLO(torch.optim.Optimizer):
 
         Non-finite gradients never reach a weight, a moment or the limiter; see ``stats()``.
         """
-        loss = None
+        loss, release = None, self._runtime.release
+        if release is not None:
+            release.begin_at_step()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            if torch.compiler.is_compiling() and not self._any_int8():
+            if release is not None:
+                release.end()
+            elif torch.compiler.is_compiling() and not self._any_int8():
                 self._compiled_step()  # a trace cannot look into the choice of a back end
             else:
                 self._eager_step()
@@ -236,9 +257,25 @@ class APOLLO(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # where a trace breaks, what follows is not to be traced piece by piece
     def _eager_step(self) -> None:
-        hypers = [self._hyper(index, group) for index, group in enumerate(self.param_groups)]
-        gradients = self._gradients()
-        made = [p for p in self._runtime.plans if p is not None]
+        units, known = self._whole_groups(), self._state_is_known()
+        plans = [unit.plan for unit in units]
+        self._step_units(units, known)
+        if not known or any(map(is_not, plans, [unit.plan for unit in units])):
+            self._runtime.states = list(self.state), list(self.state.values())
+
+    def _whole_groups(self) -> list[plan.Unit]:
+        units, groups = self._runtime.units, self.param_groups
+        del units[len(groups) :]
+        units += [plan.Unit(index, 0, []) for index in range(len(units), len(groups))]
+        for unit, group in zip(units, groups, strict=True):
+            unit.params = group["params"]
+        return units
+
+    def _step_units(self, units: list[plan.Unit], known: bool = False) -> None:
+        """Steps what has a gradient; ``known``: the state holds the dicts that it held before."""
+        hypers = [self._hyper(unit.index, self.param_groups[unit.index]) for unit in units]
+        gradients = self._gradients(units, known)
+        made = [unit.plan for unit in units if unit.plan is not None]
         parts = list(zip(made, gradients, hypers, strict=True))
         signals = {w.device: self._signals(w.device) for p in made for w in p.works}
 
@@ -257,45 +294,38 @@ class APOLLO(torch.optim.Optimizer):
         except KeyError as error:
             raise ValueError(f"key {error} is missing{where}") from None
         values = tuple(tuple(v) if isinstance(v, list) else v for v in values)  # lists may change
-        if index < len(known) and known[index][0] == values:
+        if index in known and known[index][0] == values:
             options.check_lr(lr, where)
             if known[index][1].lr is lr:
                 return known[index][1]
         else:
             options.check_group(group, where)
-        hyper = options.hyper_of(group)
-        if index < len(known):
-            known[index] = values, hyper
-        else:
-            known.append((values, hyper))
-        return hyper
+        known[index] = values, options.hyper_of(group)
+        return known[index][1]
 
-    def _gradients(self) -> list[list[Tensor]]:
-        """The gradients of every group, with a plan for each that is true now.
+    def _gradients(self, units: list[plan.Unit], known: bool) -> list[list[Tensor]]:
+        """The gradients of every unit, with a plan for each that is true now.
 
-        Everything is checked, in all groups, before a plan is built or a state is made.
+        Everything is checked, in all units, before a plan is built or a state is made.
         """
-        clip = self.max_grad_norm is not None
+        groups, clip = self.param_groups, self.max_grad_norm is not None
         asked = self.defaults["backend"], os.environ.get(backends.ENVIRONMENT), clip
-        keys = [(*asked, *_structure(group)) for group in self.param_groups]
-        plans = self._runtime.plans
-        plans[:] = plans[: len(keys)] + [None] * (len(keys) - len(plans))
-        known = self._state_is_known()
+        keys = [(*asked, *_structure(groups[unit.index])) for unit in units]
+        state = None if known else self.state
         gradients = [
-            None if p is None else p.gradients(group["params"], key, None if known else self.state)
-            for p, group, key in zip(plans, self.param_groups, keys, strict=True)
+            None if unit.plan is None else unit.plan.gradients(unit.params, key, state)
+            for unit, key in zip(units, keys, strict=True)
         ]
-        stale = [index for index, found in enumerate(gradients) if found is None]
+        stale = [i for i, found in enumerate(gradients) if found is None]
         if stale:
-            checks.check_groups(self.param_groups, stale, self.state, self._name_of)
-            chosen = [self._choose_backends(self.param_groups[index]) for index in stale]
-            self._make_states([self.param_groups[index] for index in stale])
-            for index, modules in zip(stale, chosen, strict=True):
-                plans[index] = None  # the old one goes before the new one takes its memory
-                plans[index] = self._build(self.param_groups[index], keys[index], modules)
-                gradients[index] = _gradients_of(self.param_groups[index])
-        if stale or not known:
-            self._runtime.states = list(self.state), list(self.state.values())
+            changed, places = [units[i] for i in stale], self._places()
+            checks.check_units(changed, groups, self.state, self._name_of)
+            chosen = [self._choose_backends(unit) for unit in changed]
+            self._make_states(changed, places)
+            for i, modules in zip(stale, chosen, strict=True):
+                units[i].plan = None  # the old one goes before the new one takes its memory
+                units[i].plan = self._build(units[i], keys[i], modules)
+                gradients[i] = units[i].gradients()
         return gradients  # type: ignore[return-value]
 
     def _state_is_known(self) -> bool:
@@ -305,21 +335,19 @@ class APOLLO(torch.optim.Optimizer):
             return False
         return all(map(is_, self.state, keys)) and all(map(is_, self.state.values(), values))
 
-    def _choose_backends(self, group: dict[str, Any]) -> dict[torch.device, ModuleType]:
+    def _choose_backends(self, unit: plan.Unit) -> dict[torch.device, ModuleType]:
         chosen: dict[torch.device, ModuleType] = {}
-        for device in dict.fromkeys(p.device for p in group["params"] if p.grad is not None):
+        for device in dict.fromkeys(p.device for p in unit.params if p.grad is not None):
             backend = backends.choose(self.defaults["backend"], device)
-            backends.check_capturable(backend, device, group["capturable"])
+            capturable = self.param_groups[unit.index]["capturable"]
+            backends.check_capturable(backend, device, capturable)
             chosen[device] = backends.load(backend)
         return chosen
 
     def _build(
-        self,
-        group: dict[str, Any],
-        key: tuple[Any, ...],
-        modules: Mapping[torch.device, ModuleType],
+        self, unit: plan.Unit, key: tuple[Any, ...], modules: Mapping[torch.device, ModuleType]
     ) -> plan.GroupPlan:
-        params = group["params"]
+        params, group = unit.params, self.param_groups[unit.index]
         states = [self.state[p] for p in params if p.grad is not None]
         gradients = [p.grad for p in params]
         separate = self.max_grad_norm is not None
@@ -330,8 +358,10 @@ class APOLLO(torch.optim.Optimizer):
         groups = self.param_groups
         for index, group in enumerate(groups):
             options.check_group(group, f" (parameter group {index})")
-        checks.check_groups(groups, range(len(groups)), self.state, self._name_of)
-        self._make_states(groups)
+        units = [plan.Unit(index, 0, group["params"]) for index, group in enumerate(groups)]
+        places = self._places()
+        checks.check_units(units, groups, self.state, self._name_of)
+        self._make_states(units, places)
         calls: list[tuple[int, torch.device, list[Tensor]]] = []
         for index, group in enumerate(groups):
             by_device: dict[torch.device, list[Tensor]] = {}
@@ -363,19 +393,73 @@ class APOLLO(torch.optim.Optimizer):
         scale, found = (None if t is None else t.to(device, torch.float32) for t in (scale, found))
         return Signals(counters[device], scale, found)
 
+    # ---- gradient release ------------------------------------------------------------------------
+
+    @property
+    def gradient_release(self) -> bool:
+        """Whether parameters are stepped inside of backward."""
+        return self._runtime.release is not None
+
+    def attach(self, model: torch.nn.Module) -> Release:
+        """Gradient release for ``model``: from now on each parameter is stepped inside of backward.
+
+        As soon as a gradient is complete its parameter is stepped and the gradient is freed, so
+        that a few gradients live at a time. The loop stays as it is: forward, backward,
+        ``step()``, scheduler, ``zero_grad()``. ``step()`` steps what still holds a gradient and
+        ends the step; every bit is as without release. Micro-batches, and a backward whose
+        gradients are not meant for these parameters, belong into ``accumulate()``.
+
+        Returns
+            a context manager that detaches at its end; without ``with`` until ``detach()``.
+        Raises
+            ValueError: if the trainable parameters of ``model`` are not the optimizer's, with
+                names; for DistributedDataParallel, and with ``max_grad_norm``.
+        """
+        options.check_max_grad_norm(self.max_grad_norm, True)
+        if self._runtime.release is not None:
+            raise RuntimeError("gradients are released already: call detach() first")
+        refuse_model(model, checks.places_of(self.param_groups, self._name_of), self._name_of)
+        return self._release()
+
+    def _release(self) -> Release:
+        release = Release(self)
+        release.follow()
+        self._runtime.release, self.defaults["gradient_release"] = release, True
+        self._runtime.units.clear()  # their plans
+        return release
+
+    def detach(self) -> None:
+        """The normal mode from now on: backward leaves gradients, and ``step()`` steps them."""
+        if self._runtime.release is not None:
+            self._runtime.release.remove_hooks()
+        self._runtime.release, self.defaults["gradient_release"] = None, False
+
+    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+        """Within it gradients add up and nothing is stepped inside of backward: for all
+        micro-batches but the last. Without gradient release it does nothing."""
+        release = self._runtime.release
+        return contextlib.nullcontext() if release is None else release.paused()
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's wrapper of ``step``; but a release may have run the pre hooks in backward."""
+        return once_per_step(func)
+
     # ---- state -----------------------------------------------------------------------------------
 
-    def _make_states(self, groups: Iterable[dict[str, Any]]) -> None:
+    def _make_states(
+        self, units: Iterable[plan.Unit], places: Mapping[Tensor, checks.Place]
+    ) -> None:
         """State for the parameters that have a gradient and no state yet."""
         new = [
-            (p, group)
-            for group in groups
-            for p in group["params"]
-            if p.grad is not None and not self._state_is_whole(p, group)
+            (p, self.param_groups[unit.index])
+            for unit in units
+            for p in unit.params
+            if p.grad is not None and not self._state_is_whole(p, self.param_groups[unit.index])
         ]
         if not new:
             return
-        positions, taken = self._positions(), self._taken_keys()
+        taken = self._taken_keys()
         for p, group in new:
             if self.state[p] is None:
                 self.state[p] = {}
@@ -383,7 +467,8 @@ class APOLLO(torch.optim.Optimizer):
             if not own:
                 own.update(state.zeros(p, group, p.device))
             if state.needs_key(p, group):
-                key = state.new_key(self.defaults["seed"], positions[p], len(positions), taken)
+                position = places[p].position
+                key = state.new_key(self.defaults["seed"], position, len(places), taken)
                 own["seed"] = key
                 taken.add(key)
 
@@ -392,9 +477,12 @@ class APOLLO(torch.optim.Optimizer):
         own = self.state.get(p) or {}
         return bool(own) and ("seed" in own or not state.needs_key(p, group))
 
-    def _positions(self) -> dict[Tensor, int]:
-        everything = [p for group in self.param_groups for p in group["params"]]
-        return {p: position for position, p in enumerate(everything)}
+    def _places(self) -> Mapping[Tensor, checks.Place]:
+        """Where every parameter stands; ValueError for one that stands twice."""
+        release = self._runtime.release
+        if release is not None:  # it looks in every step, and not for every parameter
+            return release.places
+        return checks.places_of(self.param_groups, self._name_of)
 
     def _taken_keys(self) -> set[int]:
         return {own["seed"] for own in self.state.values() if own and "seed" in own}
@@ -404,10 +492,9 @@ class APOLLO(torch.optim.Optimizer):
         own = self.state.get(p) or {}
         if "seed" in own:
             return own["seed"]
-        positions = self._positions()
-        return state.new_key(
-            self.defaults["seed"], positions[p], len(positions), self._taken_keys()
-        )
+        places = checks.places_of(self.param_groups, self._name_of)
+        seed, taken = self.defaults["seed"], self._taken_keys()
+        return state.new_key(seed, places[p].position, len(places), taken)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict(); what does not fit raises ValueError before any change.
@@ -466,8 +553,8 @@ class APOLLO(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_runtime", _Runtime())
-        for key, value in (("max_grad_norm", None), ("batch_dims", 0)):  # of an older pickle
-            self.defaults.setdefault(key, value)
+        of_an_older_pickle = {"max_grad_norm": None, "batch_dims": 0, "gradient_release": False}
+        self.defaults.update({**of_an_older_pickle, **self.defaults})
         for group in self.param_groups:  # of an older version: fill what it did not know
             for key, value in self.defaults.items():
                 if key not in _OWN_DEFAULTS:
@@ -475,6 +562,8 @@ class APOLLO(torch.optim.Optimizer):
         for p, own in self.state.items():
             if isinstance(p, Tensor) and own and "step" in own:
                 own["step"] = as_step(own["step"], p.device)
+        if self.defaults["gradient_release"] and self._runtime.release is None:
+            self._release()
 
     # ---- reports ---------------------------------------------------------------------------------
 
@@ -545,10 +634,6 @@ def _levels_to_the_caller() -> int:
     while frame is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1  # type: ignore[assignment]
     return level + 1
-
-
-def _gradients_of(group: dict[str, Any]) -> list[Tensor]:
-    return [p.grad for p in group["params"] if p.grad is not None]
 
 
 def parts_of(

@@ -78,10 +78,17 @@ def check_lr(lr: Any, where: str = "") -> None:
         raise ValueError(f"lr must be {expected}, got {lr!r}{where}")
 
 
-def check_max_grad_norm(value: Any) -> None:
+def check_max_grad_norm(value: Any, gradient_release: bool) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
     if value is not None and not (number and value > 0):  # infinity only measures
         raise ValueError(f"max_grad_norm must be None or a number > 0, got {value!r}")
+    if value is not None and gradient_release:
+        raise ValueError(
+            f"max_grad_norm must be None with gradient release, got {value!r}: the norm of all "
+            "gradients is known only after the last of them, when the others have been stepped. "
+            "Leave it out (the norm-growth limiter already bounds every low-rank step), or train "
+            "without gradient release"
+        )
 
 
 def hyper_of(group: Mapping[str, Any]) -> Hyper:

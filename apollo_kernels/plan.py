@@ -4,8 +4,9 @@ A back end walks addresses, so a plan *owns* the weights and the state that it w
 asked before each step whether they are still the same: by identity, address, shape, strides and
 dtype. Gradients it never keeps; one that has only moved costs a new table, and no new maps.
 
-    GroupPlan   one parameter group: its parameters, its state, and whether they are unchanged
-    run         the three verbs over all groups of an optimizer
+    Unit        what has a plan: a whole group, or with gradient release one parameter of it
+    GroupPlan   a unit's parameters, their state, and whether they are unchanged
+    run         the three verbs over all units of a step
 """
 
 from __future__ import annotations
@@ -33,10 +34,23 @@ _captured: list[GroupPlan] = []  # for good, since no one tells when a graph goe
 
 
 @dataclass
-class GroupPlan:
-    """The launches of one parameter group and what they rest on."""
+class Unit:
+    """What is stepped together: a whole parameter group, or one parameter of it."""
 
-    params: list[Tensor]  # all of the group's
+    index: int  # of the group
+    first: int  # the place of ``params[0]`` in the group
+    params: list[Tensor]
+    plan: GroupPlan | None = None
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.params if p.grad is not None]
+
+
+@dataclass
+class GroupPlan:
+    """The launches of one unit and what they rest on."""
+
+    params: list[Tensor]  # all of the unit's
     live: list[bool]  # which of them have a gradient
     key: tuple[Any, ...]  # what else decides the launches
     states: list[dict[str, Any]]  # of the live ones
@@ -145,7 +159,7 @@ def build(
     backends: Mapping[torch.device, ModuleType],
     separate: bool,
 ) -> GroupPlan:
-    """The plan of a group whose parameters, gradients and states have been checked.
+    """The plan of a unit whose parameters, gradients and states have been checked.
 
     Args
         gradients: of ``params``, None where there is none.
@@ -167,7 +181,7 @@ def build(
     return GroupPlan(list(params), live, key, states, works, tensor_facts(present))
 
 
-Part = tuple[GroupPlan, list[Tensor], Hyper]  # of one group, with its gradients
+Part = tuple[GroupPlan, list[Tensor], Hyper]  # of one unit, with its gradients
 
 
 def run(
@@ -175,7 +189,7 @@ def run(
     signals: Callable[[torch.device], Signals],
     max_grad_norm: float | None = None,
 ) -> Tensor | None:
-    """The step of every group; all checks lie behind.
+    """The step of every unit; all checks lie behind.
 
     Returns
         the norm of all gradients, float32 [], if ``max_grad_norm`` asks for it.

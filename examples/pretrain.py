@@ -59,12 +59,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=int, default=100, metavar="STEPS")
     add("--resume", type=Path, metavar="FILE", help="go on from a checkpoint")
     add("--log", type=Path, metavar="CSV")
+    add("--gradient-release", action="store_true", help="step in backward, and hold few gradients")
     add("--out", type=Path, default=Path("runs/demo"), help="of the demo; default runs/demo")
     options = parser.parse_args(arguments)
     for name in ("steps", "batch_size", "seq_len", "rank", "save_every", "eval_every", "lr"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if options.gradient_release and (options.demo or options.sweep):
+        parser.error("--gradient-release is for a run of one optimizer")
     return options
 
 
@@ -110,6 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
         content = load_checkpoint(options.resume) if options.resume else None
         settings = resumed_settings(options, content) if content else settings_of(options)
         run = Run(settings, *load_data(settings.data, settings.seq_len))
+        if options.gradient_release:  # no setting, since it changes no number of the run
+            run.release_gradients()
         if content:
             run.restore(content)
         pretrain(run, options.save, options.save_every, options.log)

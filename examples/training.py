@@ -99,6 +99,12 @@ class Run:
         s = self.settings
         return corpus.batch(data, s.batch_size, s.seq_len, seed, index).to(s.device)
 
+    def release_gradients(self) -> None:
+        """From now on backward steps, and ``step_ms`` is what is left of the step after it."""
+        if not isinstance(self.optimizer, apollo_kernels.APOLLO):
+            raise Stop(f"--gradient-release: {self.settings.optimizer} has none; take apollo")
+        self.optimizer.attach(self.model)
+
     def train_step(self) -> None:
         s, begin = self.settings, time.perf_counter()
         tokens = self.batch(self.train_data, self.step, s.seed)

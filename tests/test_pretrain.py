@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from apollo_kernels.release import Release
+
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parent.parent
 MICRO = ["--preset", "micro", "--batch-size", 2, "--seq-len", 32, "--eval-every", 4]
@@ -98,6 +100,33 @@ def test_a_run_that_breaks_off_and_is_resumed_has_the_same_losses_to_the_bit(
     assert [int(row[0]) for row in losses(log)] == list(range(1, 15))
 
 
+@pytest.mark.parametrize("optimizer", ["apollo", "apollo-mini"])
+def test_gradient_release_has_the_same_losses_to_the_bit(
+    run, monkeypatch, optimizer, text, tmp_path
+):
+    common = ["--optimizer", optimizer, *MICRO, "--data", text, "--steps", 8]
+    whole, log = tmp_path / "whole.csv", tmp_path / "log.csv"
+    run(*common, "--log", whole)
+    seen, end = [], Release.end
+    monkeypatch.setattr(Release, "end", lambda self: seen.append(len(self._stepped)) or end(self))
+    run(*common, "--log", log, "--gradient-release")
+    assert losses(log) == losses(whole)
+    assert seen == [12] * 8  # all in backward
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_is_resumed_with_gradient_release_or_without(run, interrupted, first, text, tmp_path):
+    common = [*MICRO, "--data", text, "--steps", 8]
+    whole, log, saved = tmp_path / "whole.csv", tmp_path / "log.csv", tmp_path / "run.pt"
+    run(*common, "--log", whole)
+    interrupted[4] = lambda: signal.raise_signal(signal.SIGTERM)
+    switch = ["--gradient-release"]
+    run(*common, "--save", saved, *(switch if first else []), code=1)
+    interrupted.clear()
+    run("--resume", saved, "--save", saved, "--log", log, *([] if first else switch))
+    assert losses(log) == losses(whole)
+
+
 def test_a_killed_and_resumed_run_has_the_same_losses_to_the_bit(run, text, tmp_path):
     """As a user starts it, and as a machine that goes down ends it."""
     common = ["--optimizer", "apollo", *MICRO, "--data", text, "--dtype", "bfloat16"]
@@ -153,6 +182,8 @@ def test_the_optimizer_s_choice_matters_and_sgd_runs(run, text, tmp_path):
         (["--resume", __file__], 1, "is no checkpoint of this script"),
         (["--steps", "0"], 2, "--steps must be positive, got 0"),
         (["--optimizer", "adam"], 2, "invalid choice: 'adam'"),
+        (["--optimizer", "sgd", "--gradient-release"], 1, "--gradient-release: sgd has none"),
+        (["--demo", "--gradient-release"], 2, "--gradient-release is for a run of one optimizer"),
     ],
 )
 def test_a_mistake_is_named(run, arguments, code, message):
