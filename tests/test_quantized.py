@@ -709,6 +709,17 @@ def test_a_resumed_run_goes_on_bit_for_bit(backend):
     assert not equal_models(model, make(backend)[0])
 
 
+def test_gradient_release_gives_the_same_bits(backend):
+    model, optimizer = make(backend)
+    other = copy.deepcopy(model)
+    _, released = make(backend, other)
+    steps_of(model, optimizer, backend, 2)
+    with released.attach(other):
+        steps_of(other, released, backend, 2)
+        assert all(p.grad is None for p in other.parameters())
+    assert equal_models(model, other)
+
+
 def test_a_bf16_run_goes_on_in_int8_and_back(backend):
     """State has the same shapes and keys; a dense weight gets a key for its rounding."""
     model = Net().to(backend.device)
