@@ -17,6 +17,7 @@ from torch import Tensor
 from apollo_kernels import reference
 from apollo_kernels.batch import Dense, LowRank
 from apollo_kernels.philox import parameter_key
+from apollo_kernels.quantized import stored
 from apollo_kernels.state import Layout
 
 
@@ -165,14 +166,15 @@ class Builder:
     ) -> None:
         shape = (layout.matrices, *layout.moments[-2:])
         stand_ins: list[StandIn] = []
-        weights, grads = _matrices(p.detach(), layout), _matrices(grad, layout)
+        own, *grid = (t.detach() for t in stored(p))
+        weights, grads = _matrices(own, layout), _matrices(grad, layout)
         moments = [state[key].reshape(shape) for key in ("exp_avg", "exp_avg_sq")]
         norms, key = state["update_norm"].reshape(-1), state["seed"]
 
         def item(i: int) -> LowRank:
             return LowRank(
                 weights[i], grads[i], moments[0][i], moments[1][i], norms[i], state["step"],
-                parameter_key(key, i) if layout.batch else key, layout.rows, leads=i == 0,
+                parameter_key(key, i) if layout.batch else key, layout.rows, i == 0, *grid,
             )  # fmt: skip
 
         if layout.matrices == 0:  # no matrix could count the step
@@ -180,9 +182,10 @@ class Builder:
             self._add_dense(index, p, grad, {**state, "exp_avg": nothing, "exp_avg_sq": nothing})
             return
         taker = self._taker(item(0))
-        if weights.data_ptr() != p.data_ptr() or (taker.BY_ADDRESS and not any(_walks(weights[0]))):
-            copy = torch.empty(weights.shape, dtype=p.dtype, device=p.device)
-            stand_ins.append(StandIn(copy, p))
+        walks = not taker.BY_ADDRESS or any(_walks(weights[0]))
+        if weights.data_ptr() != own.data_ptr() or not walks:
+            copy = torch.empty(weights.shape, dtype=own.dtype, device=p.device)
+            stand_ins.append(StandIn(copy, own))
             weights = copy
         other = self._other_gradient(taker, grad, grads, weights) if taker.BY_ADDRESS else None
         if other is not None:
@@ -220,12 +223,16 @@ class Builder:
         return torch.empty((b, n, m), dtype=grad.dtype, device=grad.device).transpose(1, 2)
 
     def _add_dense(self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
-        tensors = {"weight": p.detach(), "grad": grad}
+        own, *grid = (t.detach() for t in stored(p))
+        rest: dict[str, Any] = {"step": state["step"]}
+        if grid:
+            rest.update(grid=grid[0], key=state["seed"])
+        tensors: dict[str, Any] = {"weight": own, "grad": grad}
         tensors.update(exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"])
-        taker = self._taker(Dense(**tensors, step=state["step"]))
+        taker = self._taker(Dense(**tensors, **rest))
         stand_ins: list[StandIn] = []
         if taker.BY_ADDRESS:
-            like = p if _fills_memory(p) else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+            like = own if _fills_memory(own) else torch.empty_like(own).contiguous()
             for name, t in tensors.items():
                 if not _lies_like(t, like):
                     copy = torch.empty_strided(
@@ -235,7 +242,7 @@ class Builder:
                     stand_ins.append(StandIn(copy, original))
                     tensors[name] = copy
         copied = None if tensors["grad"] is grad else tensors["grad"].data_ptr()
-        item = Dense(**tensors, step=state["step"])
+        item = Dense(**tensors, **rest)
         self._join(taker, item, Place(index, copied=copied), stand_ins, stand_ins)
 
     def works(self) -> list[Work]:

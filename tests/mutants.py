@@ -727,6 +727,28 @@ TRITON = [
         "[row-major-True]",
     ),
     Mutant(
+        "int8 takes the bits of bf16", "triton/apply.py",
+        "i0, l0, M, N, ROUNDING_INT8)", "i0, l0, M, N)",
+        "test_quantized.py::test_the_step_is_the_contracts[triton-4-std-shape0]",
+    ),
+    Mutant(
+        "an int8 grid is never renewed", "triton/int8.py",
+        "tl.where(inside & (2 * fresh_scale >= scale), grid, fresh)", "grid",
+        "test_quantized.py::test_the_step_is_the_contracts[triton-4-std-shape3]",
+    ),
+    Mutant(
+        "what lies beyond an int8 row widens its range", "triton/int8.py",
+        "new = tl.where(inside, tl.minimum(tl.maximum(new, -LARGEST), LARGEST), 0.0)",
+        "new = tl.minimum(tl.maximum(new, -LARGEST), LARGEST)",
+        "test_quantized.py::test_the_step_is_the_contracts[triton-4-std-shape3]",
+    ),
+    Mutant(
+        "int8 rows and calls are swapped under AdamW", "triton/philox.py",
+        "c0, i = (call % per_row).to(tl.uint32), (call // per_row).to(tl.uint32)",
+        "c0, i = (call // per_row).to(tl.uint32), (call % per_row).to(tl.uint32)",
+        "test_quantized.py::test_the_step_is_the_contracts[triton-None-std-shape4]",
+    ),
+    Mutant(
         "the largest weights are rounded by chance", "triton/element.py",
         "(raw & 0x7FFFFFFF) < 0x7F7F0000", "(raw & 0x7FFFFFFF) < 0x7F800000",
         "test_stochastic_rounding.py::test_the_largest_numbers_are_not_rounded_up_to_infinity"
