@@ -439,11 +439,11 @@ APOLLO_DEVICE void sparse_by_column(const Launch& launch, float* sums_smem) {
     squares_smem[warp * Shape::kChannels + lane * kLoad + e] = squares[e];
   }
   __syncthreads();  // the sums of all rank rows are there
-
-  if (thread < Shape::kChannels && at.c0 + thread < p.channels) {
+  const int channel = thread_again();
+  if (channel < Shape::kChannels && at.c0 + channel < p.channels) {
     float sum = 0.0f;
-    for (int i = 0; i < kSparseWarps; ++i) sum += squares_smem[i * Shape::kChannels + thread];
-    q_of(p, launch, int64_t(at.chunk) * at.share.tiles + at.tile)[at.c0 + thread] = sum;
+    for (int i = 0; i < kSparseWarps; ++i) sum += squares_smem[i * Shape::kChannels + channel];
+    q_of(p, launch, int64_t(at.chunk) * at.share.tiles + at.tile)[at.c0 + channel] = sum;
   }
   finish_sparse<Shape::kChannels>(p, launch, at, int(at.share.width) * kRows, sums_smem,
                                   of_channel);
