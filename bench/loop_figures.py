@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from main_loops import MainLoop, main_loops
 from sass import Function
 
-_BYTES = {"float": 4, "bfloat16": 2, "float16": 2}
+_BYTES = {"float": 4, "bfloat16": 2, "float16": 2, "int8_code": 1}
 STREAMS = ("project_tiles", "project_dots", "project_sparse", "apply_update", "adamw_update")
 
 
