@@ -99,7 +99,7 @@ struct OntoGrid {
         step(uint32_t(t)) {}
 
   APOLLO_DEVICE int32_t* of(uint32_t outer, uint32_t inner) const {
-    return grid + (int64_t{outer} * groups + inner / kGroup);
+    return global(grid + (int64_t{outer} * groups + inner / kGroup));
   }
   template <int N>
   APOLLO_DEVICE void bits(uint32_t (&h)[N], uint32_t outer, uint32_t inner) const {
@@ -172,7 +172,7 @@ struct WeightPack<int8_code, N> {
   APOLLO_DEVICE void saturate(float (&y)[N]) const {
     bool usual = true;
 #pragma unroll
-    for (int e = 0; e < N; ++e) usual = usual && fabsf(y[e]) <= kLargest;
+    for (int e = 0; e < N; ++e) usual = usual & (fabsf(y[e]) <= kLargest);  // no branch for each
     if (usual) return;
     float old[N];
     get(old);
