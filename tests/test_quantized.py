@@ -476,7 +476,7 @@ def stored_state(optimizer):
 
 
 OPTIONS = {"rank": 4, "lr": 1e-2, "proj": "rademacher"}
-SHAPES = [(130, 70), (70, 133), (1, 200), (200, 1), (40, 256)]
+SHAPES = [(130, 70), (70, 133), (1, 200), (200, 1), (40, 256), (80, 136)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -607,6 +607,15 @@ def test_small_updates_add_up(backend, rank):
     # of 32768 weights.
     assert abs(wanted) < 5 * scale * math.sqrt(steps / 4 / p.numel())
     assert moved == pytest.approx(should, rel=0.1)
+
+
+def test_an_update_that_is_nan_keeps_its_weight(backend):
+    """Of a learning rate, say, which a step on a device cannot refuse."""
+    p = weight((40, 256), backend)
+    before = p.codes.clone(), p.grid.clone()
+    optimizer = APOLLO([p], **{**OPTIONS, "lr": torch.tensor(math.nan, device=backend.device)})
+    train([p], optimizer, backend, range(1))
+    assert torch.equal(p.codes, before[0]) and torch.equal(p.grid, before[1])
 
 
 def test_a_weight_without_an_update_keeps_its_code(backend):
