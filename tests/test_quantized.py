@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 import apollo_kernels
-from apollo_kernels import APOLLO, Int8Weight, dequantize_, int8, quantize_, reference
+from apollo_kernels import APOLLO, Int8Weight, backends, dequantize_, int8, quantize_, reference
+from apollo_kernels.batch import Dense, Hyper, Signals
 from apollo_kernels.philox import ROUNDING_INT8, rounding_bits
 from apollo_kernels.quantized import quantized
 
@@ -610,11 +611,19 @@ def test_small_updates_add_up(backend, rank):
 
 
 def test_an_update_that_is_nan_keeps_its_weight(backend):
-    """Of a learning rate, say, which a step on a device cannot refuse."""
+    """Of a learning rate on a device, which only the kernel sees: the optimizer refuses others."""
     p = weight((40, 256), backend)
     before = p.codes.clone(), p.grid.clone()
-    optimizer = APOLLO([p], **{**OPTIONS, "lr": torch.tensor(math.nan, device=backend.device)})
-    train([p], optimizer, backend, range(1))
+    grad, *moments = (torch.ones(40, 256, device=backend.device) for _ in range(3))
+    step = torch.zeros((), dtype=torch.int64, device=backend.device)
+    module = backends.load(backend.name)
+    batch = module.build_dense([Dense(p.codes, grad, *moments, step, p.grid, key=5)])
+    if not module.BY_ADDRESS:
+        batch.lend([grad])
+    counters = torch.zeros(3, dtype=torch.int64, device=backend.device)
+    hyper = Hyper(math.nan, (0.9, 0.999), 1e-6, 0.0, correct_bias=True, maximize=False)
+    batch.adamw(hyper, Signals(counters))
+    assert int(step) == 1
     assert torch.equal(p.codes, before[0]) and torch.equal(p.grid, before[1])
 
 
