@@ -477,7 +477,7 @@ def stored_state(optimizer):
 
 
 OPTIONS = {"rank": 4, "lr": 1e-2, "proj": "rademacher"}
-SHAPES = [(130, 70), (70, 133), (1, 200), (200, 1), (40, 256), (80, 136)]
+SHAPES = [(131, 70), (70, 133), (1, 200), (200, 1), (40, 256), (80, 136)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -558,17 +558,18 @@ def test_every_back_end_finds_the_same_codes(backend, order):
 @pytest.mark.parametrize("size", [1.0, 1e-24, 1e-35, 3e37])
 def test_equal_updates_give_equal_codes_to_the_last_bit(backend, size):
     """Updates by -lr, 0 or lr are equal floats everywhere: some leave the grid, some saturate."""
-    steps = 2 if backend.interpreted else 6
+    # A quotient off by a last bit moves one code in 65536.
+    steps, m, n = (2, 24, 256) if backend.interpreted else (3, 300, 1024)
 
     def run(backend):
-        w = size * randn((24, 256), backend).clamp(-2, 2)
+        w = size * randn((m, n), backend).clamp(-2, 2)
         p = nn.Parameter(quantized(w))
         options = {"rank": None, "betas": (0.0, 0.0), "eps": 0.0, "correct_bias": False}
         optimizer = APOLLO([p], lr=0.3 * size, **options)
         for step in range(steps):
-            g = randn((24, 256), backend, seed=step).mul(0.8).round().clamp(-1, 1)
+            g = randn((m, n), backend, seed=step).mul(0.8).round().clamp(-1, 1)
             g[:, 130:200] = -1
-            g[12:, :128] = 0
+            g[m // 2 :, :128] = 0
             g[step] = math.nan
             p.grad = g
             optimizer.step()
