@@ -21,7 +21,8 @@ from apollo_kernels.batch import Dense, Hyper, LowRank, Signals
 from apollo_kernels.native import _C as _native
 
 # What the kernels read and write; csrc/apollo.h says what else a new dtype needs.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # int8's codes
+GROUP = 128  # int8 weights that share a grid
 # As csrc/philox.cuh numbers them; the last has the gaussian's numbers by exact functions.
 DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1, "sparse": 4, "exact gaussian": 16}
 
@@ -58,7 +59,22 @@ def takes(item: LowRank | Dense) -> bool:
     """Whether the kernels know these dtypes and sizes."""
     weight, grad = item.weight, item.grad
     known = weight.dtype in DTYPES and grad.dtype in DTYPES
+    if item.grid is not None and not _takes_int8(item):
+        return False
     return known and (isinstance(item, Dense) or max(weight.shape) < 2**31)
+
+
+def _takes_int8(item: LowRank | Dense) -> bool:
+    """Codes lie as rows, and each row of a dense parameter as whole groups."""
+    weight, grid = item.weight, item.grid
+    assert grid is not None
+    m, n = weight.shape
+    grouped = grid.shape[1] == -(-n // GROUP) and max(m, n) < 2**31
+    if isinstance(item, Dense):
+        grouped = grouped and n % GROUP == 0
+    elif m == 1:  # a gradient that can be walked at all could be so across its only row
+        grouped = grouped and (n == 1 or item.grad.stride(1) == 1)
+    return grouped and weight.is_contiguous() and grid.is_contiguous()
 
 
 def family(item: LowRank | Dense) -> Hashable:
@@ -191,7 +207,7 @@ class LowRankBatch(_Placed):
         )
         for item in items:
             weight, grad = item.weight, item.grad
-            row_major = _row_major(weight, grad)
+            row_major = item.grid is not None or _row_major(weight, grad)
             outer = 0 if row_major else 1  # the dimension of what lies in memory as rows
             plan.add(
                 weight=weight.data_ptr(),
@@ -209,6 +225,7 @@ class LowRankBatch(_Placed):
                 by_row=item.rows == row_major,
                 row_major=row_major,
                 leads=item.leads,
+                grid=_address(item.grid),
             )
         super().__init__(plan, first.weight.device)
         self._q = {code: self.workspace[slice(*plan.q(code))] for code in DISTRIBUTIONS.values()}
@@ -244,6 +261,9 @@ class DenseBatch(_Placed):
                 exp_avg_sq=item.exp_avg_sq.data_ptr(),
                 step=item.step.data_ptr(),
                 count=item.weight.numel(),
+                grid=_address(item.grid),
+                key=item.key,
+                columns=item.weight.shape[-1] if item.weight.dim() else 1,
             )
         super().__init__(plan, first.weight.device)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from main_loops import MainLoop, main_loops
 from sass import Function
 
-_BYTES = {"float": 4, "bfloat16": 2, "float16": 2}
+_BYTES = {"float": 4, "bfloat16": 2, "float16": 2, "int8_code": 1}
 STREAMS = ("project_tiles", "project_dots", "project_sparse", "apply_update", "adamw_update")
 
 
@@ -61,6 +61,8 @@ def elements(kernel: str, loop: MainLoop) -> int:
     """From what a turn stores, where it stores, since scales may be loaded as vectors too."""
     if kernel.startswith(("apply", "adamw")):
         moments = 8 if kernel.startswith("adamw") else 0
+        if weight_bytes(kernel) == 1:  # codes are no vector beside wide gradients, and grids none
+            return loop.stored // 8 if moments else loop.accesses(16) * 16 // gradient_bytes(kernel)
         return loop.stored // (weight_bytes(kernel) + moments)
     return loop.loaded // gradient_bytes(kernel)
 

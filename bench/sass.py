@@ -63,10 +63,12 @@ class Instruction:
 
     @property
     def conditional(self) -> bool:
-        """By its guard, or by a predicate among the operands: BRA.U UP0, 0x80."""
+        """By its guard, or by a predicate among the operands: BRA.U UP0, 0x80; BRA.DIV goes where a
+        warp has parted."""
         if self.guard is not None and self.guard != "@PT":
             return True
-        return self.name == "BRA" and re.match(r"!?U?P\d", self.operands) is not None
+        parted = self.op.startswith("BRA.DIV")
+        return self.name == "BRA" and (parted or re.match(r"!?U?P\d", self.operands) is not None)
 
 
 _JUMPS = ("BRA", "CALL", "JMP")

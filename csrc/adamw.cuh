@@ -1,12 +1,36 @@
 // adamw: the low-rank rule without a projection, for dense parameters: M and V of the gradient,
 // then W <- (1 - lr wd) W - lr sqrt(1 - b2^t) / (1 - b1^t) M / (sqrt(V) + eps). It streams weight,
-// gradient and float32 moments in memory order, 22 bytes per bf16 weight.
+// gradient and float32 moments in memory order, 22 bytes per bf16 weight and 20 per int8 one.
 // advance: counts the step of every dense parameter.
 #pragma once
 
 #include "common.cuh"
+#include "weights.cuh"
 
 namespace apollo {
+
+// Row and column of the elements of a block, which an int8 weight asks for. Its groups are those of
+// a warp's vectors, since rows are whole groups: the lanes of a warp have an element all, or none.
+template <class W>
+struct DensePlaces {
+  using Rounding = ToNearest;
+  APOLLO_DEVICE DensePlaces(const DenseRow&, int64_t) {}
+  APOLLO_DEVICE uint32_t outer(int) const { return 0; }
+  APOLLO_DEVICE uint32_t inner(int) const { return 0; }
+};
+template <>
+struct DensePlaces<int8_code> {
+  using Rounding = OntoGrid;
+  static_assert(kDenseVector * 32 == kGroup);
+  uint32_t columns, row, column;  // of the block's first element
+
+  APOLLO_DEVICE DensePlaces(const DenseRow& p, int64_t begin)
+      : columns(uint32_t(p.columns)),
+        row(uint32_t(begin / p.columns)),
+        column(uint32_t(begin % p.columns)) {}
+  APOLLO_DEVICE uint32_t outer(int i) const { return row + (column + i) / columns; }
+  APOLLO_DEVICE uint32_t inner(int i) const { return (column + i) % columns; }
+};
 
 // The elements of one block. WHOLE: all are there, each vector at a multiple of its size; else both
 // are asked at each access. False if an element was left as it is: its square is not finite.
@@ -20,16 +44,18 @@ APOLLO_DEVICE bool update_elements(const DenseRow& p, const Hyper& h, int64_t be
   float *exp_avg = p.exp_avg + begin, *exp_avg_sq = p.exp_avg_sq + begin;
   const int count = p.count - begin < kDenseElements ? int(p.count - begin) : kDenseElements;
   const float factor = sign_and_scale(h) * clip_factor(h);
+  const DensePlaces<W> places(p, begin);
+  const typename DensePlaces<W>::Rounding rounding(p);
   bool good = true;
 #pragma unroll 1
   for (int first = N * int(threadIdx.x); first < count; first += kAhead * kApart) {
-    Pack<W, N> w[kAhead];
+    WeightPack<W, N> w[kAhead];
     Pack<G, N> g[kAhead];
     Pack<float, N> m[kAhead], v[kAhead];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
       const int i = first + a * kApart, n = WHOLE ? N : count - i;
-      w[a].load(weight + i, n, WHOLE || wide);
+      w[a].load(weight + i, n, WHOLE || wide, rounding, places.outer(i), places.inner(i));
       g[a].load(grad + i, n, WHOLE || wide);
       m[a].load(exp_avg + i, n, WHOLE || wide);
       v[a].load(exp_avg_sq + i, n, WHOLE || wide);
@@ -62,10 +88,9 @@ APOLLO_DEVICE bool update_elements(const DenseRow& p, const Hyper& h, int64_t be
           if (finite(x[e] * x[e])) step(e);
         }
       }
-      w[a].set(y);
       m[a].set(mm);
       v[a].set(vv);
-      w[a].store(weight + i, n, WHOLE || wide);
+      w[a].store(weight + i, y, n, WHOLE || wide, rounding, places.outer(i), places.inner(i));
       m[a].store(exp_avg + i, n, WHOLE || wide);
       v[a].store(exp_avg_sq + i, n, WHOLE || wide);
     }

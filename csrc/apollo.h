@@ -15,11 +15,12 @@
 namespace apollo {
 
 // A dtype joins here, in `pieces` below, in common.cuh (conversions and kDtypeOf), in `with_dtype`
-// of launch.cu and in DTYPES of cuda.py. A weight that is stored otherwise (int8 with scales) is
-// another WeightPack in weights.cuh.
-enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+// of launch.cu and in DTYPES of cuda.py. kInt8 is a weight's only: codes beside a grid for each
+// group of neighbours in a row (int8.cuh), which has a WeightPack of its own in weights.cuh.
+enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3 };
 
-constexpr int size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+constexpr int size_of(int dtype) { return dtype == kFloat32 ? 4 : dtype == kInt8 ? 1 : 2; }
+constexpr int kGroup = 128;  // int8 weights that share a grid
 
 // How many bf16 numbers hold a gradient's element exactly: the tensor cores multiply bf16.
 constexpr int pieces(int dtype) { return dtype == kBfloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
@@ -62,11 +63,11 @@ APOLLO_HOST_DEVICE constexpr int64_t scale_blocks(int64_t channels, int shift) {
 }
 
 // `apply` and `adamw` stream vectors of neighbours: 16 bytes of the wider element, so that a warp's
-// accesses lie side by side and touch each 32-byte sector once; beside it lie 16 or 8 bytes of the
-// other.
+// accesses lie side by side and touch each 32-byte sector once; beside it lie 16 bytes or less of
+// the other.
 constexpr int kStreamThreads = 256, kStreamVectors = 8;  // of a block, of a thread
 constexpr int apply_vector(int weight_dtype, int grad_dtype) {
-  return size_of(weight_dtype) + size_of(grad_dtype) == 4 ? 8 : 4;
+  return size_of(weight_dtype) == 4 || size_of(grad_dtype) == 4 ? 4 : 8;
 }
 constexpr int kDenseVector = 4;  // moments are float32
 constexpr int kDenseElements = kDenseVector * kStreamVectors * kStreamThreads;  // of a block
@@ -81,6 +82,7 @@ enum Flag : int64_t {
 };
 struct Matrix {
   void* weight;
+  int32_t* grid;  // of an int8 weight: [its rows, groups]
   const void* grad;
   float* exp_avg;      // [channels, rank]
   float* exp_avg_sq;   // [channels, rank]
@@ -119,6 +121,9 @@ static_assert(sizeof(Record) == 32, "records and parts need 8-byte aligned place
 // One dense parameter: `count` elements in the same memory order in all four tensors.
 struct DenseRow {
   void* weight;
+  int32_t* grid;    // of an int8 weight, whose rows are whole groups
+  uint64_t key;     // of its rounding
+  int64_t columns;  // the length of its rows
   const void* grad;
   float* exp_avg;
   float* exp_avg_sq;

@@ -21,6 +21,7 @@ struct ApplyTile {
   uint32_t rows_apart;    // of its vectors
   bool wide;              // every row begins at a multiple of a vector
   bool whole;             // so it does, ends at one, and all rows of the tile are there
+  bool beyond;            // the end of the rows: nothing to do
 
   APOLLO_DEVICE static ApplyTile of(const Matrix& p, uint32_t tile) {
     ApplyTile at;
@@ -35,6 +36,13 @@ struct ApplyTile {
     at.wide = aligned<N>(static_cast<const W*>(p.weight), p.weight_ld) &&
               aligned<N>(static_cast<const G*>(p.grad), p.grad_ld);
     at.whole = at.wide && at.inner % N == 0 && row + rows <= at.outer;
+    at.beyond = at.column >= at.inner;
+    if constexpr (kInGroups<W>) {  // a warp is whole, or leaves, with all of its lanes
+      const uint32_t lanes = shift < 5 ? 1u << shift : 32u;
+      const uint32_t first = at.column - N * (threadIdx.x & (lanes - 1));
+      at.whole = at.whole && first + N * lanes <= at.inner;
+      at.beyond = first >= at.inner;
+    }
     return at;
   }
 };
@@ -46,9 +54,9 @@ APOLLO_DEVICE void update_tile(const Matrix& p, const Launch& launch, const Reco
                                const ApplyTile<W, G>& at) {
   constexpr int N = kApplyVector<W, G>;
   constexpr int kAhead = WHOLE ? 4 : 1;  // loads under way before the first is used
-  if (at.column >= at.inner) return;
+  if (at.beyond) return;
   const bool wide = WHOLE || at.wide;
-  const int n = WHOLE ? N : int(at.inner - at.column);
+  int n = WHOLE ? N : int(at.inner - at.column);
   W* weight = static_cast<W*>(p.weight) + at.row * p.weight_ld + at.column;
   const G* grad = static_cast<const G*>(p.grad) + at.row * p.grad_ld + at.column;
   const float* s = launch.workspace + p.s + (PER_ROW ? at.row : at.column);
@@ -67,15 +75,18 @@ APOLLO_DEVICE void update_tile(const Matrix& p, const Launch& launch, const Reco
   uint32_t row = at.row;
 #pragma unroll 1
   for (int i = 0; i < kStreamVectors; i += kAhead) {
-    if (!WHOLE && row >= at.outer) return;
+    if (!WHOLE && row >= at.outer) {
+      if (!kInGroups<W>) return;
+      n = 0;  // other lanes of the warp may have a row
+    }
     WeightPack<W, N> w[kAhead];
     Pack<G, N> g[kAhead];
     float of_row[kAhead];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      w[a].load(weight + a * weight_stride, n, wide);
+      w[a].load(weight + a * weight_stride, n, wide, rounding, row + a * at.rows_apart, at.column);
       g[a].load(grad + a * grad_stride, n, wide);
-      if (PER_ROW) of_row[a] = s[a * at.rows_apart];
+      if (PER_ROW) of_row[a] = !kInGroups<W> || n > 0 ? s[a * at.rows_apart] : 0.0f;
     }
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {

@@ -15,6 +15,9 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
+struct int8_code {  // of a weight: nothing without its grid
+  uint8_t bits;
+};
 
 template <class T>
 constexpr Dtype kDtypeOf = kFloat32;
@@ -22,6 +25,8 @@ template <>
 constexpr Dtype kDtypeOf<bfloat16> = kBfloat16;
 template <>
 constexpr Dtype kDtypeOf<float16> = kFloat16;
+template <>
+constexpr Dtype kDtypeOf<int8_code> = kInt8;
 
 APOLLO_DEVICE float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 APOLLO_DEVICE float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
@@ -33,11 +38,12 @@ APOLLO_DEVICE void from_float(float x, float& to) { to = x; }
 APOLLO_DEVICE void from_float(float x, bfloat16& to) { to.bits = uint16_t(pack_bf16(x, 0.0f)); }
 APOLLO_DEVICE void from_float(float x, float16& to) { to.bits = float_to_half(x); }
 
-// N neighbours, in accesses of 16 bytes each or, where they fill no more, in one of 8.
+// N neighbours, in accesses of 16 bytes each or, where they fill no more, in one of 8 or 4.
 template <class T, int N>
 struct Pack {
   static constexpr int kBytes = N * int(sizeof(T));
-  using Word = std::conditional_t<kBytes == 8, uint2, uint4>;
+  using Word =
+      std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 8, uint2, uint4>>;
   static constexpr int kWords = kBytes / int(sizeof(Word));
   Word words[kWords];
 

@@ -97,7 +97,7 @@ APOLLO_DEVICE void store16(void* to, const uint4& x) {
                : "memory");
 }
 
-// The same by the word's own size, and 8 bytes: of two-byte elements beside float32 ones.
+// The same by the word's own size, and 8 or 4 bytes: of elements beside wider ones.
 APOLLO_DEVICE void load_word(uint4& word, const uint4* from) { word = load16(from); }
 APOLLO_DEVICE void store_word(uint4* to, const uint4& word) { store16(to, word); }
 APOLLO_DEVICE void load_word(uint2& word, const uint2* from) {
@@ -110,6 +110,18 @@ APOLLO_DEVICE void store_word(uint2* to, const uint2& word) {
   asm volatile("st.global.v2.u32 [%0], {%1,%2};"
                :
                : "l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y)
+               : "memory");
+}
+APOLLO_DEVICE void load_word(uint32_t& word, const uint32_t* from) {
+  asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];"
+               : "=r"(word)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+APOLLO_DEVICE void store_word(uint32_t* to, uint32_t word) {
+  asm volatile("st.global.u32 [%0], %1;"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(word)
                : "memory");
 }
 

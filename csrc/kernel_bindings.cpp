@@ -92,9 +92,10 @@ using PlacedDense = Placed<DensePlan>;
 void add_matrix(PlacedLowRank& plan, uintptr_t weight, uintptr_t grad, uintptr_t exp_avg,
                 uintptr_t exp_avg_sq, uintptr_t update_norm, uintptr_t step, uint64_t key,
                 int64_t channels, int64_t k, int64_t rank, int64_t weight_ld, int64_t grad_ld,
-                bool by_row, bool row_major, bool leads) {
+                bool by_row, bool row_major, bool leads, uintptr_t grid) {
   Matrix m{};
   m.weight = pointer<void>(weight);
+  m.grid = pointer<int32_t>(grid);
   m.grad = pointer<const void>(grad);
   m.exp_avg = pointer<float>(exp_avg);
   m.exp_avg_sq = pointer<float>(exp_avg_sq);
@@ -111,9 +112,13 @@ void add_matrix(PlacedLowRank& plan, uintptr_t weight, uintptr_t grad, uintptr_t
 }
 
 void add_dense(PlacedDense& plan, uintptr_t weight, uintptr_t grad, uintptr_t exp_avg,
-               uintptr_t exp_avg_sq, uintptr_t step, int64_t count) {
+               uintptr_t exp_avg_sq, uintptr_t step, int64_t count, uintptr_t grid, uint64_t key,
+               int64_t columns) {
   DenseRow row{};
   row.weight = pointer<void>(weight);
+  row.grid = pointer<int32_t>(grid);
+  row.key = key;
+  row.columns = columns;
   row.grad = pointer<const void>(grad);
   row.exp_avg = pointer<float>(exp_avg);
   row.exp_avg_sq = pointer<float>(exp_avg_sq);
@@ -187,7 +192,8 @@ void bind_kernels(py::module_& module) {
       .def("add", &add_matrix, py::kw_only(), py::arg("weight"), py::arg("grad"),
            py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("update_norm"), py::arg("step"),
            py::arg("key"), py::arg("channels"), py::arg("k"), py::arg("rank"), py::arg("weight_ld"),
-           py::arg("grad_ld"), py::arg("by_row"), py::arg("row_major"), py::arg("leads"))
+           py::arg("grad_ld"), py::arg("by_row"), py::arg("row_major"), py::arg("leads"),
+           py::arg("grid") = 0)
       .def(
           "q",
           [](const PlacedLowRank& p, int distribution) {
@@ -203,7 +209,8 @@ void bind_kernels(py::module_& module) {
                                 "Dense parameters of one family (csrc/plan.h).");
   dense.def(py::init<int, int>(), py::kw_only(), py::arg("weight_dtype"), py::arg("grad_dtype"))
       .def("add", &add_dense, py::kw_only(), py::arg("weight"), py::arg("grad"), py::arg("exp_avg"),
-           py::arg("exp_avg_sq"), py::arg("step"), py::arg("count"))
+           py::arg("exp_avg_sq"), py::arg("step"), py::arg("count"), py::arg("grid") = 0,
+           py::arg("key") = 0, py::arg("columns") = 0)
       .def("adamw", verb<PlacedDense>(&DensePlan::adamw, "adamw"), unlocked);
   define_common<PlacedDense>(dense);
 

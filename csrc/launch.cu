@@ -39,7 +39,7 @@ int run(Kernel kernel, int64_t blocks, int threads, int shared, const Launch& la
   return finish();
 }
 
-// Calls use(x) with a value of the element type that `dtype` names.
+// Calls use(x) with a value of the element type that `dtype` names, which only of a weight is int8.
 template <class Use>
 int with_dtype(int dtype, Use use) {
   switch (dtype) {
@@ -53,9 +53,11 @@ int with_dtype(int dtype, Use use) {
 }
 template <class Use>
 int with_dtypes(const Launch& launch, Use use) {
-  return with_dtype(launch.weight_dtype, [&](auto w) {
+  const auto with_grad = [&](auto w) {
     return with_dtype(launch.grad_dtype, [&](auto g) { return use(w, g); });
-  });
+  };
+  if (launch.weight_dtype == kInt8) return with_grad(int8_code{});
+  return with_dtype(launch.weight_dtype, with_grad);
 }
 template <class Use>
 int with_distribution(int distribution, Use use) {
@@ -108,10 +110,11 @@ int with_apply(const Launch& launch, bool by_chance, Use use) {
   return with_dtypes(launch, [&](auto w, auto g) {
     using W = decltype(w);
     using G = decltype(g);
+    if constexpr (kDtypeOf<W> == kInt8) return use(apply_update<W, G, OntoGrid>);
     if constexpr (kDtypeOf<W> == kBfloat16) {
       if (by_chance) return use(apply_update<W, G, ByChance>);
     }
-    return use(apply_update<W, G, ToNearest>);
+    if constexpr (kDtypeOf<W> != kInt8) return use(apply_update<W, G, ToNearest>);
   });
 }
 

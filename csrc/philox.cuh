@@ -23,6 +23,7 @@ enum Distribution : uint32_t {
   kGaussian = 0,
   kRademacher = 1,
   kRounding = 2,
+  kRoundingInt8 = 3,
   kSparse = 4,
   kExactGaussian = 16
 };

@@ -65,14 +65,15 @@ Tiling sparse_tiling(int64_t channels, int64_t k, int64_t rank, int grad_dtype, 
 
 // The rows of a matrix in memory, `vectors` long, as tiles of `apply`: 2^shift vectors wide, as
 // many as a block has threads or, where rows are shorter or the last tile of a row would leave more
-// than a ninth of the threads idle, a half, a quarter and so on of it, but no less than a warp's.
+// than a ninth of the threads idle, a half, a quarter and so on of it, but no less than a warp's,
+// nor than `least`: a group of int8 weights.
 struct ApplyTiling {
   int64_t shift, across, down;
 };
-ApplyTiling apply_tiling(int64_t rows, int64_t vectors) {
+ApplyTiling apply_tiling(int64_t rows, int64_t vectors, int64_t least) {
   int64_t width = kStreamThreads, shift = 0;
   const auto wasteful = [&] { return 8 * ceil_div(vectors, width) * width > 9 * vectors; };
-  while (width > 1 && (width / 2 >= vectors || (width > 32 && wasteful()))) width /= 2;
+  while (width > least && (width / 2 >= vectors || (width > 32 && wasteful()))) width /= 2;
   while (int64_t{1} << shift < width) ++shift;
   const int64_t rows_down = kStreamVectors * kStreamThreads / width;
   return {shift, std::max<int64_t>(1, ceil_div(vectors, width)), ceil_div(rows, rows_down)};
@@ -116,8 +117,9 @@ void LowRankPlan::add(Matrix m) {
 
   // Every matrix has a block of `scale`, which counts its step, and the one that leads has one of
   // `apply`, which stores it; an empty one has no others.
+  const int64_t vector = apply_vector(weight_dtype_, grad_dtype_);
   const ApplyTiling tiles =
-      apply_tiling(outer, ceil_div(inner, apply_vector(weight_dtype_, grad_dtype_)));
+      apply_tiling(outer, ceil_div(inner, vector), weight_dtype_ == kInt8 ? kGroup / vector : 1);
   m.apply_shift = tiles.shift;
   m.apply_across = tiles.across;
   m.first_apply = apply_blocks_;

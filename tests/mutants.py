@@ -400,6 +400,81 @@ CUDA = [
         "[cuda-std-shape0-rows]",
     ),
     Mutant(
+        "int8 takes the random bits of bf16", "csrc/weights.cuh",
+        "outer, step, kRoundingInt8}}", "outer, step, kRounding}}",
+        "test_quantized.py::test_the_step_is_the_contracts[cuda-4-std-shape0]",
+    ),
+    Mutant(
+        "int8 beside wide gradients takes half of each call", "csrc/weights.cuh",
+        "N < 8 ? inner % 8 : 0", "0",
+        "test_quantized.py::test_equal_updates_give_equal_codes_to_the_last_bit[cuda-1.0]",
+    ),
+    Mutant(
+        "int8 groups are half as wide as their grids", "csrc/weights.cuh",
+        "int lanes = kGroup / N / 2;", "int lanes = kGroup / N / 4;",
+        "test_quantized.py::test_a_group_goes_far_beyond_its_old_range_and_comes_back[cuda]",
+    ),
+    Mutant(
+        "what lies beyond an int8 row widens its range", "csrc/weights.cuh",
+        "      if (e >= n) y[e] = 0.0f;\n", "      if (e > n + N) y[e] = 0.0f;\n",
+        "test_quantized.py::test_the_step_is_the_contracts[cuda-4-std-shape3]",
+    ),
+    Mutant(
+        "an int8 NaN is taken", "csrc/weights.cuh",
+        "y[e] = y[e] == y[e] ? fminf(", "y[e] = e >= 0 ? fminf(",
+        "test_quantized.py::test_an_update_that_is_nan_keeps_its_weight[cuda]",
+    ),
+    Mutant(
+        "infinite int8 weights have no code", "csrc/weights.cuh",
+        "fabsf(y[e]) <= kLargest);", "y[e] == y[e]);",
+        "test_quantized.py::test_equal_updates_give_equal_codes_to_the_last_bit[cuda-3e+37]",
+    ),
+    Mutant(
+        "an int8 grid is stored by no lane", "csrc/weights.cuh",
+        "if (next != grid && inner % kGroup == 0 && n > 0)", "if (next == grid && inner < 0)",
+        "test_quantized.py::test_equal_updates_give_equal_codes_to_the_last_bit[cuda-1.0]",
+    ),
+    Mutant(
+        "int8 grids are never refined", "csrc/int8.cuh",
+        "if (inside && 2.0f * scale_of(fresh) >= scale_of(grid))", "if (inside)",
+        "test_quantized.py::test_a_group_goes_far_beyond_its_old_range_and_comes_back[cuda]",
+    ),
+    Mutant(
+        "quotients of int8 weights are not corrected", "csrc/int8.cuh",
+        "fmaf(fmaf(-quotient, scale, w), reciprocal, quotient) + zero", "quotient + zero",
+        "test_quantized.py::test_equal_updates_give_equal_codes_to_the_last_bit[cuda-1.0]",
+    ),
+    Mutant(
+        "int8 scales near 0 are not lifted", "csrc/int8.cuh",
+        "scale_of(grid) < 0x1p-64f ? 0x1p64f : 1.0f", "1.0f",
+        "test_quantized.py::test_equal_updates_give_equal_codes_to_the_last_bit[cuda-1e-35]",
+    ),
+    Mutant(
+        "int8 rows and columns change places under AdamW", "csrc/adamw.cuh",
+        "return row + (column + i) / columns;", "return row + (column + i) % columns;",
+        "test_quantized.py::test_equal_updates_give_equal_codes_to_the_last_bit[cuda-1.0]",
+    ),
+    Mutant(
+        "tiles of apply cut int8 groups", "csrc/plan.cpp",
+        "weight_dtype_ == kInt8 ? kGroup / vector : 1", "1",
+        "test_quantized.py::test_the_step_is_the_contracts[cuda-4-std-shape3]",
+    ),
+    Mutant(
+        "lanes leave before their int8 group is done", "csrc/apply.cuh",
+        "      at.beyond = first >= at.inner;\n", "",
+        "test_quantized.py::test_the_step_is_the_contracts[cuda-4-std-shape0]",
+    ),
+    Mutant(
+        "rows beyond the end leave an int8 warp", "csrc/apply.cuh",
+        "if (!kInGroups<W>) return;", "return;",
+        "test_quantized.py::test_the_step_is_the_contracts[cuda-4-std-shape0]",
+    ),
+    Mutant(
+        "an int8 warp is whole though its lanes reach beyond", "csrc/apply.cuh",
+        "      at.whole = at.whole && first + N * lanes <= at.inner;\n", "",
+        "test_quantized.py::test_the_step_is_the_contracts[cuda-4-std-shape5]",
+    ),
+    Mutant(
         "dense parameters forget clip", "csrc/adamw.cuh",
         "sign_and_scale(h) * clip_factor(h)", "sign_and_scale(h)",
         "test_cuda_batch.py::test_dense_parameters_follow_the_low_rank_rule_without_a_projection"

@@ -97,6 +97,11 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   }
   return picked;
 }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline int __float2int_rn(float x) {
+  if (std::isnan(x)) return 0;
+  return x < -0x1p31f ? INT32_MIN : x >= 0x1p31f ? INT32_MAX : int(std::nearbyint(x));
+}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) {
   return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
@@ -145,6 +150,8 @@ inline void load_word(uint4& word, const uint4* from) { word = load16(from); }
 inline void store_word(uint4* to, const uint4& word) { store16(to, word); }
 inline void load_word(uint2& word, const uint2* from) { word = *from; }
 inline void store_word(uint2* to, const uint2& word) { *to = word; }
+inline void load_word(uint32_t& word, const uint32_t* from) { word = *from; }
+inline void store_word(uint32_t* to, uint32_t word) { *to = word; }
 
 inline uint32_t bf16_bits(float x) {
   const uint32_t bits = __float_as_uint(x);

@@ -18,14 +18,17 @@ import numpy as np
 import restatement
 import torch
 
+from apollo_kernels import int8
 from apollo_kernels.batch import Dense, Hyper, LowRank, Signals
+from apollo_kernels.philox import ROUNDING_INT8, rounding_bits
 
 from .cuda_host import region
 from .machine import Device
 from .memory import Region
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-SHORT = {F32: "f32", BF16: "bf16", F16: "f16"}
+INT8 = torch.uint8  # codes of a weight, with rows in memory whatever the order
+SHORT = {F32: "f32", BF16: "bf16", F16: "f16", INT8: "int8"}
 
 restatement.projection = functools.lru_cache(maxsize=256)(restatement.projection)
 
@@ -85,9 +88,15 @@ class _Matrix:
     def __init__(self, case: Case, shape: tuple[int, ...], number: int, h: Hyper):
         random = np.random.default_rng(number)
         self.case, self.random, self.shape = case, random, shape
-        weight = laid_out(0.02 * random.standard_normal(shape), case.weight, case.order)
+        values = 0.02 * random.standard_normal(shape)
+        grid: torch.Tensor | None = None
+        if case.weight == INT8:
+            weight, grid = int8.quantize(torch.tensor(values, dtype=F32), 128)
+        else:
+            weight = laid_out(values, case.weight, case.order)
+            self.w = weight.double().numpy()
         grad = laid_out(np.zeros(shape), case.grad, case.order)
-        self.w = weight.double().numpy()
+        key = restatement.key_of(7, number)
         step = torch.zeros((), dtype=torch.int64)
         shared = dict(betas=h.betas, eps=h.eps, weight_decay=h.weight_decay, lr=float(h.lr),
                       correct_bias=h.correct_bias)  # fmt: skip
@@ -95,13 +104,14 @@ class _Matrix:
         self.item: LowRank | Dense
         if not case.rank:
             moments = torch.zeros(shape), torch.zeros(shape)
-            self.item = Dense(weight, grad, *moments, step)
+            self.item = Dense(weight, grad, *moments, step, grid, key)
             self.spec = restatement.Dense(**shared)
             return
         channels, k = shape if case.rows else shape[::-1]
-        rank, key = min(case.rank, k), restatement.key_of(7, number)
+        rank = min(case.rank, k)
         moments = torch.zeros(channels, rank), torch.zeros(channels, rank)
-        self.item = LowRank(weight, grad, *moments, torch.zeros(()), step, key, case.rows)
+        norm = torch.zeros(())
+        self.item = LowRank(weight, grad, *moments, norm, step, key, case.rows, grid=grid)
         self.spec = restatement.Apollo(
             shape, key=key, rank=rank, proj_type="right" if case.rows else "left",
             scale_type=h.scale_type, scale=h.scale, update_proj_gap=h.update_proj_gap,
@@ -111,6 +121,7 @@ class _Matrix:
 
     def memory(self) -> list[Region]:
         names = ["weight", "exp_avg", "exp_avg_sq", "step"] + ["update_norm"] * bool(self.case.rank)
+        names += ["grid"] * (self.item.grid is not None)
         tensors = [region(getattr(self.item, name), name) for name in names]
         return [*tensors, region(self.item.grad, "gradient", False)]
 
@@ -119,6 +130,9 @@ class _Matrix:
 
     def restate(self, factor: float) -> None:
         """The step that the kernels are about to take; what signals do is done to the gradient."""
+        if self.item.grid is not None:  # each step from the codes that the one before has left
+            self.before = self.item.weight.clone(), self.item.grid.clone()
+            self.w = int8.dequantize(*self.before).double().numpy()
         self.w = self.spec.step(self.w, factor * self.item.grad.double().numpy())
 
     def disagrees(self) -> list[str]:
@@ -139,14 +153,31 @@ class _Matrix:
         if self.case.rank and self.spec.norm is not None:
             norm = np.asarray(self.spec.norm)
             within("update_norm", self.item.update_norm, norm, 2**-14 + flips)
+        if int(self.item.step) != self.case.steps:
+            found.append(f"step is {int(self.item.step)}")
+        if self.item.grid is not None:
+            return found + self._codes_disagree()
         change = np.abs(self.spec.update).max()
         unit = torch.finfo(self.case.weight).eps
         rounding = self.case.steps * unit * (np.abs(self.w) + change)
         slack = (2**-13 + 4 * flips) * change * self.case.steps
         within("weight", self.item.weight, self.w, 0.0, rounding + slack)
-        if int(self.item.step) != self.case.steps:
-            found.append(f"step is {int(self.item.step)}")
         return found
+
+    def _codes_disagree(self) -> list[str]:
+        """With int8.py's codes of the restated weight under the same random bits. An update of
+        some codes is off by 2^-13 of itself at most, which moves one code in 100 over an edge."""
+        codes, grid = (t.clone() for t in self.before)
+        old, new = int8.dequantize(codes, grid), torch.tensor(self.w, dtype=F32)
+        m, n = codes.shape
+        bits = rounding_bits(self.item.key, self.case.steps, 0, m, n, codes.device, ROUNDING_INT8)
+        int8.requantize(codes, grid, old, new, bits)
+        assert self.item.grid is not None
+        moved = grid != self.item.grid
+        alike = ~moved.repeat_interleave(128, 1)[:, :n]
+        wrong = int((codes != self.item.weight)[alike].sum())
+        found = [f"{wrong} codes of {m * n}"] * (wrong > max(1, 0.01 * m * n))
+        return found + [f"{int(moved.sum())} grids"] * (int(moved.sum()) > 1 + 0.05 * moved.numel())
 
 
 def take(host: Host, device: Device, case: Case) -> list[str]:
@@ -217,6 +248,6 @@ def _run(
 def bits(host: Host, device: Device, case: Case) -> list[bytes]:
     """The bits of all that the steps of a case write."""
     matrices, _ = _run(host, device, case, restated=False)
-    names = ("weight", "exp_avg", "exp_avg_sq", "update_norm", "step")
-    values = [getattr(m.item, n) for m in matrices for n in names if hasattr(m.item, n)]
+    names = ("weight", "grid", "exp_avg", "exp_avg_sq", "update_norm", "step")
+    values = [v for m in matrices for n in names if (v := getattr(m.item, n, None)) is not None]
     return [v.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for v in values]

@@ -89,10 +89,10 @@ class Uses(NamedTuple):
 
 
 class GlobalWatch:
-    """Every access of a launch to global memory, two bytes at a time."""
+    """Every access of a launch to global memory, ``granule`` bytes at a time."""
 
-    def __init__(self, clocks: Clocks, find: Find):
-        self.clocks, self.find = clocks, find
+    def __init__(self, granule: int, clocks: Clocks, find: Find):
+        self.granule, self.clocks, self.find = granule, clocks, find
         self.launch: list[Uses] = []
         self._begin()
 
@@ -128,11 +128,11 @@ class GlobalWatch:
         self._begin()
 
     def _flat(self) -> tuple[np.ndarray, ...]:
-        """Place, entry of the log, warp and kind of every two bytes."""
+        """Place, entry of the log, warp and kind of every granule."""
         places, entries, warps, kinds = [], [], [], []
         for number, (at, warp, size, kind, _, _) in enumerate(self.log):
-            parts = max(1, size // 2)
-            places.append(((at >> 1)[:, None] + np.arange(parts)).ravel())
+            parts = max(1, size // self.granule)
+            places.append(((at // self.granule)[:, None] + np.arange(parts)).ravel())
             entries.append(np.full(parts * at.size, number))
             warps.append(np.repeat(warp, parts))
             kinds.append(np.repeat(kind, parts))

@@ -94,7 +94,7 @@ class Machine(Memory):
             np.full(threads, POISON[w], f"u{w}") if w else np.zeros(threads, bool)
             for w in kernel.widths
         ]
-        self.global_watch = GlobalWatch(Clocks(self.warps), self.find)
+        self.global_watch = GlobalWatch(kernel.global_granule, Clocks(self.warps), self.find)
 
     def find(self, what: str, line: int) -> None:
         self.device.findings[Finding(what, self.k.name, line, self.k.text.get(line, ""))] += 1

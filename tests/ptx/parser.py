@@ -66,8 +66,11 @@ class Kernel:
         self._read(body, first_line)
         self.by_order = _running_order(self.blocks, self._successors)
         code = [i for b in self.blocks for i in b.code]
-        narrow = [WIDTH[i.op[-1]] for i in code if i.op[0] in ("ld", "st") and "shared" in i.text]
+        accesses = [i for i in code if i.op[0] in ("ld", "st") and "param" not in i.op]
+        narrow = [WIDTH[i.op[-1]] for i in accesses if "shared" in i.text]
         self.granule = min([4, *narrow])  # bytes of shared memory that are watched as one
+        narrow = [WIDTH[i.op[-1]] for i in accesses if "shared" not in i.text]
+        self.global_granule = min([2, *narrow])  # and of global memory
         self.translated: dict = {}  # by threads per block; instructions.py fills it
 
     def where(self, line: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from .cases import BF16, F16, F32, Case
+from .cases import BF16, F16, F32, INT8, Case
 
 DTYPES = (BF16, F32, F16)
 TENSOR = {"scale_type": "tensor"}
@@ -53,6 +53,11 @@ def selection() -> list[Case]:
              hyper={"stochastic_rounding": True}),
         Case(((72, 70),), 16, weight=BF16, grad=F16, order="columns",
              hyper={"stochastic_rounding": True}),
+        # int8: rows of whole groups, with a short one and of less than one, in whole tiles too.
+        Case(((70, 384), (9, 133)), 16, weight=INT8, grad=BF16),
+        Case(((70, 256), (5, 20)), 16, weight=INT8, grad=F32, rows=False),
+        Case(((20, 200),), 16, weight=INT8, grad=F16, order="odd"),
+        *(Case(((33, 256), (3, 128)), weight=INT8, grad=grad) for grad in DTYPES),
         Case(((40, 70),), 8, hyper={"scale_front": True, "maximize": True, "correct_bias": False}),
         Case(((40, 70),), 8, hyper={"disable_nl": True, "weight_decay": 0.0}, steps=3),
     ]  # fmt: skip
@@ -89,7 +94,10 @@ def sectors() -> list[Case]:
         Case(((256, 256),), rank, proj, dtype, dtype, rows=rows, steps=1, hyper=TENSOR)
         for (dtype, count), rows in axes for rank, proj in kinds[:count]
     ]  # fmt: skip
-    return found + [Case(((32768,),), weight=dtype, grad=dtype, steps=1) for dtype in (BF16, F32)]
+    found += [Case(((32768,),), weight=dtype, grad=dtype, steps=1) for dtype in (BF16, F32)]
+    codes = [(grad, rank) for grad in (BF16, F32) for rank in (1, 0)]
+    return found + [Case(((128, 256),), rank, weight=INT8, grad=grad, steps=1, hyper=TENSOR)
+                    for grad, rank in codes]  # fmt: skip
 
 
 def triton_selection() -> list[Case]:
