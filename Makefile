@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test test-sanitizers test-mutants lint format bench kernel-report gpu-check wheel clean
+.PHONY: help demo test test-ptx test-sanitizers test-mutants lint format bench kernel-report gpu-check wheel clean
 help:
 	@echo "make demo    pre-train a small LLaMA with AdamW, APOLLO and APOLLO-Mini; a table and a PNG"
 	@echo "make test    the whole suite        make lint   ruff, clang-format, mypy"
 	@echo "make bench   roofline, the verbs, and a step next to the peers that are installed"
+	@echo "make test-ptx       what nvcc and Triton compile, run by an interpreter: an hour"
 	@echo "make gpu-check      with a GPU: build, test, sanitize, measure; writes bench/results/"
 	@echo "make kernel-report  registers, spills and instructions of every compiled kernel"
 	@echo "make wheel   dist/*.whl and sdist   make clean  remove what was built"
@@ -29,6 +30,13 @@ demo: $(READY)
 # pytest, not python -m pytest: the root on sys.path would let the folder triton/ pose as Triton.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# An hour, where nvcc is: what it compiles, and what Triton does, run by an interpreter of PTX.
+# A line for each case. EVERY=10 takes a tenth of the grid, PTX="-k 'rank and 130'" what it names.
+test-ptx: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -v tests/ptx/grid.py $(PTX)
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -v tests/ptx/triton_checks.py $(PTX)
+	$(BIN)/python tests/ptx/mutants.py
 
 # Minutes: every kernel on the emulated device under sanitizers, and seeded bugs that they must catch.
 test-sanitizers: $(READY)
@@ -59,7 +67,7 @@ bench: $(READY)
 	$(BIN)/python bench/bench_step.py $(BENCH) --out $(OUT)
 
 kernel-report: $(READY)
-	$(BIN)/python bench/kernel_report.py --out bench/results
+	$(BIN)/python bench/kernel_report.py --predict --out bench/results
 	$(BIN)/python bench/triton_aot.py --few --out bench/results
 
 # Uses what is installed (torch, nvcc, cmake, ninja, pybind11, pytest, matplotlib) and no network.

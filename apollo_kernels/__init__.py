@@ -15,14 +15,18 @@ from apollo_kernels.converters import load_apollo_torch
 from apollo_kernels.groups import apollo, apollo_mini, param_groups
 from apollo_kernels.optimizer import APOLLO, APOLLOAdamW
 from apollo_kernels.philox import projection_matrix
+from apollo_kernels.quantized import Int8Weight, dequantize_, quantize_
 
 __all__ = [
     "APOLLO",
     "APOLLOAdamW",
+    "Int8Weight",
     "__version__",
     "apollo",
     "apollo_mini",
+    "dequantize_",
     "load_apollo_torch",
     "param_groups",
     "projection_matrix",
+    "quantize_",
 ]

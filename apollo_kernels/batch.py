@@ -77,6 +77,7 @@ class LowRank:
 
     ``rows``: channels are the rows, so the columns are contracted; else the reverse.
     ``leads``: advances ``step``, which the expert matrices of one parameter share.
+    ``grid``: of an int8 weight, whose codes are ``weight``, uint8 with rows in memory (int8.py).
     """
 
     weight: Tensor
@@ -88,17 +89,23 @@ class LowRank:
     key: int
     rows: bool
     leads: bool = True
+    grid: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Dense:
-    """One parameter under AdamW: all tensors of the parameter's shape but step, int64 []."""
+    """One parameter under AdamW: all tensors of the parameter's shape but step, int64 [].
+
+    An int8 weight has its codes as ``weight``, its ``grid``, and the ``key`` of its rounding.
+    """
 
     weight: Tensor
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
+    grid: Tensor | None = None
+    key: int = 0
 
 
 class Batch(Protocol):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apollo_kernels import native, state
 from apollo_kernels.plan import Unit
+from apollo_kernels.quantized import stored
 
 NameOf = Callable[[int, int], str]  # of the parameter at a place of a group
 
@@ -72,7 +73,7 @@ def _check_one(
     where: dict[int, str],
 ) -> None:
     _check_gradient(p, name)
-    tensors = {"weight": p}
+    tensors = dict(zip(("weight", "grid"), stored(p), strict=False))  # a grid if it is int8
     if own:
         if not isinstance(own, dict):
             raise ValueError(f"the state of {name()} must be a dict, got {type(own).__name__}")

@@ -1,8 +1,8 @@
 """What makes the PyTorch back end fast on a CPU: compiled passes, and kept projections.
 
-PyTorch has no bf16 matmul with a float32 result on a CPU, and widens before it computes. Where the
-processor has AVX512-BF16 and the native module was built, ``project`` and ``apply`` of bf16
-matrices run there instead; with AVX512 alone the sparse projection of every dtype but float64 does.
+PyTorch reads a matrix several times where one pass would do, has no bf16 matmul with a float32
+result on a CPU, and widens before it computes. Where the processor has AVX512 and the native module
+was built, ``project``, ``scale`` and ``apply`` of every dtype but float64 run there instead.
 reference.py specifies them.
 """
 
@@ -15,54 +15,95 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from apollo_kernels.batch import Hyper
 from apollo_kernels.native import _C
+from apollo_kernels.philox import scaled
 
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/cpu_sparse.h
-DOT_RANK = 4  # up to this rank a contiguous channel meets z as plain rows (csrc/cpu_bf16.h)
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/cpu_element.h
+THIN_RANK = 7  # up to this rank reading X costs more than the products (csrc/cpu_stream.h)
+WIDENED = 2**20  # elements at a time: bounds the temporaries and keeps them in cache
+NATIVE = _C is not None and _C.cpu_supported()
+TILES = NATIVE and _C.cpu_tiles_supported()
+PAIRS = NATIVE and _C.cpu_bf16_supported()
 
 
 def supported(*tensors: Tensor) -> bool:
-    """Whether all are bf16 CPU matrices with one contiguous side, on a processor that can."""
-    native = _C is not None and _C.cpu_bf16_supported()
-    return native and all(
-        t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.numel() and 1 in t.stride()
-        for t in tensors
+    """Whether all are CPU matrices of one dtype known there, with one contiguous side.
+
+    A subclass that wraps other tensors has no address, and is left to PyTorch.
+    """
+    dtype = tensors[0].dtype
+    return (
+        NATIVE
+        and dtype in ELEMENTS
+        and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
+        and all(1 in t.stride() and t.numel() > 0 and t.data_ptr() != 0 for t in tensors)
     )
 
 
 def layout(x: Tensor, rank: int) -> str:
     """How ``project`` wants z for this X [C, K]: see ``arrange``."""
-    return "rows" if rank <= DOT_RANK and x.stride(1) == 1 else "pairs"
+    if rank <= THIN_RANK:
+        return "rows"
+    if TILES:
+        return "tiles of pairs" if x.stride(1) == 1 else "tiles of rows"
+    return "pairs" if PAIRS and x.dtype == torch.bfloat16 else "scaled"
 
 
 def arrange(z: Tensor, wanted: str) -> Tensor:
-    """z [r, K] bf16 as it is ("rows"), or as pairs of k, rank padded to 16: [ceil(K/2), r', 2]."""
+    """z [r, K] bf16 in another order, with zeros up to whole tiles or pairs.
+
+    Args
+        wanted: "rows", as it is; "scaled", P itself in float32; "pairs" of k,
+            [ceil(K/2), r', 2]; "tiles of pairs", [K', r', 16 pairs, 16 rows, 2]; or "tiles of
+            rows", [K', r', 16 rows, 32]: 16 rows of z and 32 k (csrc/cpu_tiles.h).
+    """
     if wanted == "rows":
         return z
+    if wanted == "scaled":
+        return scaled(z, torch.float32)
     rank, k = z.shape
-    padded = torch.nn.functional.pad(z, (0, k % 2, 0, -rank % 16))
-    return padded.view(padded.shape[0], -1, 2).transpose(0, 1).contiguous()
+    if wanted == "pairs":
+        padded = torch.nn.functional.pad(z, (0, k % 2, 0, -rank % 16))
+        return padded.view(padded.shape[0], -1, 2).transpose(0, 1).contiguous()
+    tiles = torch.nn.functional.pad(z, (0, -k % 32, 0, -rank % 32))
+    if wanted == "tiles of rows":
+        return tiles.view(-(-rank // 32) * 2, 16, -1, 32).permute(2, 0, 1, 3).contiguous()
+    return tiles.view(-(-rank // 32) * 2, 16, -1, 16, 2).permute(2, 0, 3, 1, 4).contiguous()
+
+
+def _walk(x: Tensor) -> tuple[int, int, int, bool]:
+    """X [C, K] as passes walk it: C, K, how far apart its rows or columns are, and which."""
+    by_row = x.stride(1) == 1
+    return *x.shape, x.stride(0) if by_row else x.stride(1), by_row
+
+
+def _sums(channels: int, rank: int) -> tuple[Tensor, Tensor]:
+    r = torch.empty((channels, rank), dtype=torch.float32, device="cpu")
+    return r, torch.empty((channels,), dtype=torch.float32, device="cpu")
 
 
 def project(x: Tensor, z: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """As reference.project, from bf16 X [C, K] and z arranged for it: R [C, r], q [C] float32."""
-    channels, k = x.shape
-    by_row = x.stride(1) == 1
-    r = torch.empty((channels, rank), dtype=torch.float32, device="cpu")
-    q = torch.empty((channels,), dtype=torch.float32, device="cpu")
-    _C.cpu_project(
-        x.data_ptr(), channels, k, x.stride(0) if by_row else x.stride(1), by_row,
-        z.data_ptr(), rank, z.shape[1], rank**-0.5, r.data_ptr(), q.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    """As reference.project, from X [C, K] and z arranged for it: R [C, r], q [C] float32."""
+    form, walk, threads = layout(x, rank), _walk(x), torch.get_num_threads()
+    r, q = _sums(len(x), rank)
+    scale, out = rank**-0.5, (r.data_ptr(), q.data_ptr(), threads)
+    element = ELEMENTS[x.dtype]
+    if form == "rows":
+        _C.cpu_project_thin(x.data_ptr(), element, *walk, z.data_ptr(), rank, scale, *out)
+    elif form == "pairs":
+        _C.cpu_project_bf16(x.data_ptr(), *walk, z.data_ptr(), rank, z.shape[1], scale, *out)
+    elif form == "scaled":  # the BLAS multiplies, and q is all that is left to do
+        _C.cpu_project_thin(x.data_ptr(), element, *walk, 0, 0, 1.0, *out)
+        few = max(1, WIDENED // x.shape[1]) if x.dtype != torch.float32 else len(x)
+        for part, out in zip(x.split(few), r.split(few), strict=True):
+            torch.mm(part.float(), z.t(), out=out)
+    else:
+        padded = 16 * z.shape[1]
+        _C.cpu_project_tiles(
+            x.data_ptr(), element, *walk, z.data_ptr(), rank, padded, scale, *out
+        )  # fmt: skip
     return r, q
-
-
-def sparse_supported(x: Tensor) -> bool:
-    """Whether X [C, K] is on a CPU with AVX512, has one contiguous side and a dtype known there."""
-    native = _C is not None and _C.cpu_sparse_supported()
-    on_cpu = x.device.type == "cpu" and x.numel() > 0
-    return native and on_cpu and x.dtype in ELEMENTS and 1 in x.stride()
 
 
 def places(row: Tensor, sign: Tensor) -> Tensor:
@@ -72,26 +113,40 @@ def places(row: Tensor, sign: Tensor) -> Tensor:
 
 def project_sparse(x: Tensor, places: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """As reference.project_sparse, with float32 sums: R [C, r], q [C] float32."""
-    channels, k = x.shape
-    by_row = x.stride(1) == 1
-    r = torch.empty((channels, rank), dtype=torch.float32, device="cpu")
-    q = torch.empty((channels,), dtype=torch.float32, device="cpu")
+    r, q = _sums(len(x), rank)
     _C.cpu_project_sparse(
-        x.data_ptr(), ELEMENTS[x.dtype], channels, k, x.stride(0) if by_row else x.stride(1),
-        by_row, places.data_ptr(), rank, r.data_ptr(), q.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(), ELEMENTS[x.dtype], *_walk(x), places.data_ptr(), rank, r.data_ptr(),
+        q.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return r, q
 
 
+def scale(
+    r: Tensor, q: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper, factor: float
+) -> tuple[Tensor, float]:
+    """As reference.scale, of ``factor`` times the gradient: s [C] or [1], and u2.
+
+    All float32, on the CPU and contiguous.
+    """
+    per_channel = hyper.scale_type == "channel"
+    s = torch.empty((len(r) if per_channel else 1,), dtype=torch.float32, device="cpu")
+    u2 = _C.cpu_scale(
+        r.data_ptr(), q.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), *r.shape,
+        *hyper.betas, hyper.eps, factor, per_channel, s.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return s, u2
+
+
 def apply(w: Tensor, x: Tensor, coefficient: Tensor, decay: float) -> None:
-    """As reference.apply, in place on bf16 W [C, K] with bf16 X in the same memory order."""
+    """As reference.apply, in place on W [C, K] with X of its dtype in the same memory order."""
     by_row = w.stride(1) == 1
     if not by_row:
         w, x = w.t(), x.t()
-    coefficient = coefficient.expand(w.shape[0 if by_row else 1]).contiguous()
+    alike = coefficient.numel() == 1  # for all channels
     _C.cpu_apply(
-        w.data_ptr(), x.data_ptr(), *w.shape, w.stride(0), x.stride(0),
-        coefficient.data_ptr(), by_row, decay, torch.get_num_threads(),
+        w.data_ptr(), x.data_ptr(), ELEMENTS[w.dtype], *w.shape, w.stride(0), x.stride(0),
+        coefficient.data_ptr(), 0 if alike else 1, by_row or alike, decay,
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

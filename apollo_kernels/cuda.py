@@ -1,6 +1,6 @@
 """The CUDA back end: plans over csrc's kernels, behind the border of batch.py.
 
-    LowRankBatch  project, scale (two launches), apply: four launches, whatever the number of items
+    LowRankBatch  project, scale, apply: three launches, whatever the number of items
     DenseBatch    adamw (two launches)
 
 C++ (csrc/plan.h) works out rows, maps and workspace from named fields; here they get their memory.

@@ -96,9 +96,16 @@ def apollo_mini(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
 
 
 def choose_parameters(
-    model: nn.Module, targets: str | Iterable[str] = "linear", embeddings: bool = False
+    model: nn.Module,
+    targets: str | Iterable[str] = "linear",
+    embeddings: bool = False,
+    *,
+    frozen: bool = False,
 ) -> list[Choice]:
-    """One Choice per trainable parameter; a tied weight stands once, under its first name."""
+    """One Choice per trainable parameter; a tied weight stands once, under its first name.
+
+    ``frozen``: of parameters that are not trained, too.
+    """
     if not isinstance(targets, str):
         targets = list(targets)
     head = _output_head(model)
@@ -109,7 +116,7 @@ def choose_parameters(
     return [
         Choice(name, p, *_judge(name, p, owners[p], targets, embeddings, head), p.dim() >= 2)
         for name, p in model.named_parameters()
-        if p.requires_grad
+        if p.requires_grad or frozen
     ]
 
 

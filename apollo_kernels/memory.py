@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from apollo_kernels.quantized import stored
+
 
 @dataclass
 class GroupMemory:
@@ -74,7 +76,7 @@ def measure(
             row = rows.setdefault(kind, GroupMemory(f"{index}: {kind}", 0, 0, 0, 0, 0))
             row.parameters += 1
             row.elements += p.numel()
-            row.weight_bytes += tensor_bytes([p])
+            row.weight_bytes += tensor_bytes(stored(p))
             row.state_bytes += tensor_bytes(state.values())
             row.adamw_bytes += 2 * tensor_bytes([p])
         report.groups.extend(rows.values())

@@ -25,6 +25,7 @@ from torch import Tensor
 from apollo_kernels import backends, checks, clipping, library, options, plan, state
 from apollo_kernels.batch import Hyper, Signals
 from apollo_kernels.memory import MemoryReport, measure
+from apollo_kernels.quantized import Int8Weight
 from apollo_kernels.release import Release, once_per_step, refuse_model
 from apollo_kernels.state import as_step
 
@@ -244,11 +245,15 @@ class APOLLO(torch.optim.Optimizer):
         with torch.no_grad():
             if release is not None:
                 release.end()
-            elif torch.compiler.is_compiling():  # which cannot look into the choice of a back end
-                self._compiled_step()
+            elif torch.compiler.is_compiling() and not self._any_int8():
+                self._compiled_step()  # a trace cannot look into the choice of a back end
             else:
                 self._eager_step()
         return loss
+
+    def _any_int8(self) -> bool:
+        """The operator of a compiled step knows no int8 weights: that step breaks the graph."""
+        return any(isinstance(p, Int8Weight) for g in self.param_groups for p in g["params"])
 
     @torch._disable_dynamo  # where a trace breaks, what follows is not to be traced piece by piece
     def _eager_step(self) -> None:
@@ -450,7 +455,7 @@ class APOLLO(torch.optim.Optimizer):
             (p, self.param_groups[unit.index])
             for unit in units
             for p in unit.params
-            if p.grad is not None and not self.state.get(p)
+            if p.grad is not None and not self._state_is_whole(p, self.param_groups[unit.index])
         ]
         if not new:
             return
@@ -459,12 +464,18 @@ class APOLLO(torch.optim.Optimizer):
             if self.state[p] is None:
                 self.state[p] = {}
             own = self.state[p]  # the user's own dict, if he has put an empty one there
-            own.update(state.zeros(p, group, p.device))
-            if "update_norm" in own:
+            if not own:
+                own.update(state.zeros(p, group, p.device))
+            if state.needs_key(p, group):
                 position = places[p].position
                 key = state.new_key(self.defaults["seed"], position, len(places), taken)
                 own["seed"] = key
                 taken.add(key)
+
+    def _state_is_whole(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """A dense weight that was quantized in mid-run lacks nothing but a key."""
+        own = self.state.get(p) or {}
+        return bool(own) and ("seed" in own or not state.needs_key(p, group))
 
     def _places(self) -> Mapping[Tensor, checks.Place]:
         """Where every parameter stands; ValueError for one that stands twice."""

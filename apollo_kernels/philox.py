@@ -20,7 +20,7 @@ DISTRIBUTIONS = ("gaussian", "rademacher", "sparse")
 
 ROUNDS = 7
 # The counter's last word: no two uses of the generator share a counter.
-GAUSSIAN, RADEMACHER, ROUNDING, SPARSE = 0, 1, 2, 4
+GAUSSIAN, RADEMACHER, ROUNDING, ROUNDING_INT8, SPARSE = range(5)
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -197,18 +197,25 @@ def _check_sizes(**sizes: int) -> None:
 
 
 def rounding_bits(
-    key: int, step: int, first: int, rows: int, columns: int, device: torch.device | str = "cpu"
+    key: int,
+    step: int,
+    first: int,
+    rows: int,
+    columns: int,
+    device: torch.device | str = "cpu",
+    use: int = ROUNDING,
 ) -> Tensor:
     """16 random bits for each weight (i, l) of ``rows`` rows from ``first`` on, for one step.
 
-    Weight l takes half l mod 2 of word (l mod 8) div 2 of the call (l div 8, i, step, 2).
+    Weight l takes half l mod 2 of word (l mod 8) div 2 of the call (l div 8, i, step, use), where
+    ``use`` is ROUNDING or ROUNDING_INT8.
 
     Returns
         int32 [rows, columns] in [0, 65536).
     """
     c0 = torch.arange(-(-columns // 8), device=device)
     c1 = torch.arange(first, first + rows, device=device).view(-1, 1)
-    w = torch.stack(words(key, c0, c1, step, ROUNDING), dim=-1)  # [rows, calls, 4]
+    w = torch.stack(words(key, c0, c1, step, use), dim=-1)  # [rows, calls, 4]
     halves = torch.stack([w & 0xFFFF, w >> 16], dim=-1).view(rows, -1)
     return halves[:, :columns].int()
 

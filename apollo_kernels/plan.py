@@ -25,6 +25,7 @@ from torch import Tensor
 from apollo_kernels import clipping
 from apollo_kernels.batch import Hyper, Signals
 from apollo_kernels.native import same_entries, tensor_facts
+from apollo_kernels.quantized import Int8Weight, stored
 from apollo_kernels.state import layout_of
 from apollo_kernels.work import Builder, Work
 
@@ -60,8 +61,13 @@ class GroupPlan:
         self.owned = [p for p, live in zip(self.params, self.live, strict=True) if live]
         self.entries = _entries(self.states)
         self.tensors = [v for v in self.entries if isinstance(v, Tensor)]
-        self.watched = [*self.owned, *self.tensors]
+        self.wrapping = any(isinstance(p, Int8Weight) for p in self.owned)
+        self.watched = self._watched()
         self.watched_facts = tensor_facts(self.watched)
+
+    def _watched(self) -> list[Tensor]:
+        """The tensors in memory: of an int8 weight those that it holds now."""
+        return [*(part for p in self.owned for part in stored(p)), *self.tensors]
 
     def gradients(
         self, params: Sequence[Tensor], key: tuple[Any, ...], state: Mapping[Tensor, Any] | None
@@ -83,6 +89,8 @@ class GroupPlan:
         if state is not None and not all(map(is_, map(state.get, self.owned), self.states)):
             return None
         if not same_entries(self.states, self.entries):
+            return None
+        if self.wrapping and not all(map(is_, self._watched(), self.watched)):
             return None
         return gradients if self._unchanged(self.watched, gradients) else None
 

@@ -19,9 +19,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from apollo_kernels import cpu
+from apollo_kernels import cpu, int8
 from apollo_kernels.batch import NORM_GROWTH, TINY, Dense, Hyper, LowRank, Signals
-from apollo_kernels.philox import draw, rounding_bits, scaled, sparse
+from apollo_kernels.philox import ROUNDING_INT8, draw, rounding_bits, scaled, sparse
 
 _CHUNK = 2**20  # elements widened at a time: bounds the temporaries and keeps them in cache
 
@@ -227,6 +227,45 @@ def apply_stochastic(
         part.copy_(round_stochastically(wide, bits))
 
 
+def update_int8(
+    codes: Tensor,
+    grid: Tensor,
+    key: int,
+    step: int,
+    update: Callable[[slice, Tensor], None],
+) -> None:
+    """An update of an int8 weight: dequantize, update in float32, requantize by chance.
+
+    A part of the rows at a time, so that the float32 weight never stands as a whole.
+
+    Args
+        codes, grid: uint8 [m, n] and int32 [m, groups], of int8.py; written.
+        step: its low 32 bits; with ``key`` they decide the random ones.
+        update: is handed some rows and their float32 weights, which it changes in place.
+    """
+    rows, columns = codes.shape
+    size = max(1, _CHUNK // max(columns, 1))
+    for first in range(0, rows, size):
+        some = slice(first, first + size)
+        old = int8.dequantize(codes[some], grid[some])
+        new = old.clone()
+        update(some, new)
+        bits = rounding_bits(key, step, first, len(old), columns, codes.device, ROUNDING_INT8)
+        int8.requantize(codes[some], grid[some], old, new, bits)
+
+
+def apply_int8(item: LowRank, x: Tensor, coefficient: Tensor, decay: float, step: int) -> None:
+    """``apply_stochastic`` to an int8 weight."""
+    assert item.grid is not None
+    coefficient = -coefficient.expand(item.exp_avg.shape[0])
+
+    def update(rows: slice, wide: Tensor) -> None:
+        c = coefficient[rows, None] if item.rows else coefficient
+        _decay(wide, decay).addcmul_(x[rows].float(), c)
+
+    update_int8(item.weight, item.grid, item.key, step, update)
+
+
 def adamw(
     w: Tensor,
     g: Tensor,
@@ -312,7 +351,12 @@ class LowRankBatch:
     def __init__(self, item: LowRank):
         self.item = replace(item, grad=_LENT)
         self.w = item.weight if item.rows else item.weight.t()
-        self.fast = cpu.supported(self.w)  # as far as the weight is concerned
+        # What compiled passes can walk stays so for as long as the batch is used (plan.py).
+        x = item.grad if item.rows else item.grad.t()
+        self.native_project = cpu.supported(x)
+        self.native_scale = cpu.supported(item.exp_avg, item.exp_avg_sq)
+        same_order = (self.w.stride(1) == 1) == (x.stride(1) == 1)
+        self.native_apply = same_order and cpu.supported(self.w, x)
         self.skipped = False
         self.t = 0  # the step, from 1
         self.x: Tensor | None = None  # the gradient as [C, K]
@@ -349,7 +393,7 @@ class LowRankBatch:
             return cpu.projections.get(item.step, item.key, wanted, make)
 
         if distribution == "sparse" and rank > 1:  # at rank 1 it is a dense row of signs
-            if cpu.sparse_supported(x):
+            if self.native_project:
                 places = kept("places", lambda: cpu.places(*sparse(*drawn)))
                 return cpu.project_sparse(x, places, rank)
             row, sign = kept("pair", lambda: torch.stack(sparse(*drawn, device=x.device)))
@@ -358,7 +402,7 @@ class LowRankBatch:
         def z() -> Tensor:
             return draw(*drawn, distribution, device=x.device)
 
-        if cpu.supported(x):
+        if self.native_project:
             form = cpu.layout(x, rank)
             return cpu.project(x, kept(form, lambda: cpu.arrange(z(), form)), rank)
         return project(x, kept(str(dtype), lambda: scaled(z(), dtype)))
@@ -375,9 +419,13 @@ class LowRankBatch:
         assert r is not None and q is not None
         factor = _gradient_factor(hyper, signals)
         factor *= 1.0 if signals.clip is None else float(signals.clip)
-        if factor != 1:
-            r, q = r.mul_(factor), q.mul_(factor).mul_(factor)  # a float32 factor^2 may be 0
-        s, u2 = scale(r, q, item.exp_avg, item.exp_avg_sq, hyper)
+        if self.native_scale and type(r) is Tensor:
+            s, u2 = cpu.scale(r, q, item.exp_avg, item.exp_avg_sq, hyper, factor)
+        else:
+            if factor != 1:
+                r, q = r.mul_(factor), q.mul_(factor).mul_(factor)  # a float32 factor^2 may be 0
+            s, square = scale(r, q, item.exp_avg, item.exp_avg_sq, hyper)
+            u2 = float(square)
         alpha = math.sqrt(hyper.scale)
         u = math.sqrt(u2) * (alpha if hyper.scale_front else 1.0)
         if not math.isfinite(u):
@@ -387,7 +435,7 @@ class LowRankBatch:
         if not hyper.disable_nl:
             growth, norm = limit(u, float(item.update_norm))
             item.update_norm.fill_(norm)
-        self.coefficient = s * (hyper.step_size(self.t) * alpha * growth * factor)
+        self.coefficient = s.mul_(hyper.step_size(self.t) * alpha * growth * factor)
         _count(signals, UPDATED, *([LIMITED] if growth < 1 else []))
 
     def apply(self, hyper: Hyper, signals: Signals) -> None:
@@ -395,10 +443,12 @@ class LowRankBatch:
         if coefficient is None or x is None:  # skipped, or not finite
             return
         item, w, decay = self.item, self.w, float(hyper.lr) * hyper.weight_decay
-        if hyper.stochastic_rounding and w.dtype == torch.bfloat16:
-            grad = x if item.rows else x.t()
+        grad = x if item.rows else x.t()
+        if item.grid is not None:
+            apply_int8(item, grad, coefficient, decay, self.t % 2**32)
+        elif hyper.stochastic_rounding and w.dtype == torch.bfloat16:
             apply_stochastic(item, grad, coefficient, decay, self.t % 2**32)
-        elif self.fast and cpu.supported(x) and (w.stride(1) == 1) == (x.stride(1) == 1):
+        elif self.native_apply:
             cpu.apply(w, x, coefficient, decay)
         else:
             apply(w, x, coefficient, decay)
@@ -423,6 +473,16 @@ class DenseBatch:
         factor = _gradient_factor(hyper, signals)
         factor *= 1.0 if signals.clip is None else float(signals.clip)
         step, finite = int(item.step), True
+        if item.grid is not None:
+
+            def update(rows: slice, wide: Tensor) -> None:
+                nonlocal finite
+                m, v = item.exp_avg[rows], item.exp_avg_sq[rows]
+                finite &= adamw(wide, grad[rows], m, v, hyper, step, factor)
+
+            update_int8(item.weight, item.grid, item.key, step % 2**32, update)
+            _count(signals, UPDATED if finite else NOT_FINITE)
+            return
         tensors = (item.weight, grad, item.exp_avg, item.exp_avg_sq)
         for w, g, m, v in _parts(*(t.view(1) if t.dim() == 0 else t for t in tensors)):
             finite &= adamw(w, g, m, v, hyper, step, factor)

@@ -1,7 +1,7 @@
 """The state of a parameter: its tensors before the first step, what fits, and the Philox key.
 
 Low-rank: exp_avg, exp_avg_sq [*batch, C, r], update_norm [*batch], step [], seed (int).
-Dense:    exp_avg, exp_avg_sq [p.shape], step [].
+Dense:    exp_avg, exp_avg_sq [p.shape], step []; and seed for an int8 weight.
 
 step is int64, the others are float32 (float64 for float64 parameters). DESIGN.md, "State".
 """
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from apollo_kernels.batch import compute_dtype
 from apollo_kernels.philox import KEY_BITS, parameter_key
+from apollo_kernels.quantized import Int8Weight
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ def zeros(p: Tensor, group: Mapping[str, Any], device: torch.device | str) -> di
     return state
 
 
+def needs_key(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether random numbers are drawn for a parameter: a projection, or the rounding to int8."""
+    return layout_of(p, group) is not None or isinstance(p, Int8Weight)
+
+
 def new_key(seed: int, position: int, parameters: int, taken: Collection[int]) -> int:
     """The Philox key of the parameter at ``position`` of ``parameters``.
 
@@ -120,7 +126,7 @@ def check(
         raise ValueError(f"step of {name()} must not be negative, got {int(step)}")
     for key, shape in expected.items():
         _check_tensor(key, state[key], shape, p, group, name)
-    if low_rank:
+    if low_rank or (needs_key(p, group) and "seed" in state):  # a dense one may have been bf16
         seed = state.get("seed")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**KEY_BITS:
             raise ValueError(

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from apollo_kernels import fake, reference
 from apollo_kernels.batch import Dense, LowRank
 from apollo_kernels.native import address
 from apollo_kernels.philox import parameter_key
+from apollo_kernels.quantized import stored
 from apollo_kernels.state import Layout
 
 
@@ -159,7 +159,7 @@ class Builder:
     def _taker(self, item: LowRank | Dense) -> ModuleType:
         """reference.py also steps subclasses that wrap tensors, and so have no address; fake.py
         those that have no numbers."""
-        if isinstance(item.weight, FakeTensor):
+        if fake.takes(item):
             return fake
         tensors = item.weight, item.grad, item.exp_avg, item.exp_avg_sq
         placed = all(address(t) or not t.numel() for t in tensors)
@@ -170,14 +170,15 @@ class Builder:
     ) -> None:
         shape = (layout.matrices, *layout.moments[-2:])
         stand_ins: list[StandIn] = []
-        weights, grads = _matrices(p.detach(), layout), _matrices(grad, layout)
+        own, *grid = (t.detach() for t in stored(p))
+        weights, grads = _matrices(own, layout), _matrices(grad, layout)
         moments = [state[key].reshape(shape) for key in ("exp_avg", "exp_avg_sq")]
         norms, key = state["update_norm"].reshape(-1), state["seed"]
 
         def item(i: int) -> LowRank:
             return LowRank(
                 weights[i], grads[i], moments[0][i], moments[1][i], norms[i], state["step"],
-                parameter_key(key, i) if layout.batch else key, layout.rows, leads=i == 0,
+                parameter_key(key, i) if layout.batch else key, layout.rows, i == 0, *grid,
             )  # fmt: skip
 
         if layout.matrices == 0:  # no matrix could count the step
@@ -185,9 +186,10 @@ class Builder:
             self._add_dense(index, p, grad, {**state, "exp_avg": nothing, "exp_avg_sq": nothing})
             return
         taker = self._taker(item(0))
-        if address(weights) != address(p) or (taker.BY_ADDRESS and not any(_walks(weights[0]))):
-            copy = torch.empty(weights.shape, dtype=p.dtype, device=p.device)
-            stand_ins.append(StandIn(copy, p))
+        walks = not taker.BY_ADDRESS or any(_walks(weights[0]))
+        if address(weights) != address(own) or not walks:
+            copy = torch.empty(weights.shape, dtype=own.dtype, device=p.device)
+            stand_ins.append(StandIn(copy, own))
             weights = copy
         other = self._other_gradient(taker, grad, grads, weights) if taker.BY_ADDRESS else None
         if other is not None:
@@ -225,12 +227,16 @@ class Builder:
         return torch.empty((b, n, m), dtype=grad.dtype, device=grad.device).transpose(1, 2)
 
     def _add_dense(self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
-        tensors = {"weight": p.detach(), "grad": grad}
+        own, *grid = (t.detach() for t in stored(p))
+        rest: dict[str, Any] = {"step": state["step"]}
+        if grid:
+            rest.update(grid=grid[0], key=state["seed"])
+        tensors: dict[str, Any] = {"weight": own, "grad": grad}
         tensors.update(exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"])
-        taker = self._taker(Dense(**tensors, step=state["step"]))
+        taker = self._taker(Dense(**tensors, **rest))
         stand_ins: list[StandIn] = []
         if taker.BY_ADDRESS:
-            like = p if _fills_memory(p) else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+            like = own if _fills_memory(own) else torch.empty_like(own).contiguous()
             for name, t in tensors.items():
                 if not _lies_like(t, like):
                     copy = torch.empty_strided(
@@ -240,7 +246,7 @@ class Builder:
                     stand_ins.append(StandIn(copy, original))
                     tensors[name] = copy
         copied = None if tensors["grad"] is grad else address(tensors["grad"])
-        item = Dense(**tensors, step=state["step"])
+        item = Dense(**tensors, **rest)
         self._join(taker, item, Place(index, copied=copied), stand_ins, stand_ins)
 
     def works(self) -> list[Work]:

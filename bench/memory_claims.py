@@ -86,8 +86,11 @@ def count(run: Run) -> dict[str, int]:
 
 def _model(run: Run) -> nn.Module:
     """transformers' LLaMA in bf16, in training mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
+    # transformers takes fake tensors for a trace and would make a mask for each layer, and copies
+    # of shared keys, which it does not do in a run.
+    AttentionInterface.register("causal", _attention)
     shape = estimate.architecture(run.model)
     config = LlamaConfig(
         hidden_size=shape.hidden,
@@ -97,6 +100,7 @@ def _model(run: Run) -> nn.Module:
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocabulary,
         use_cache=False,
+        attn_implementation="causal",
         tie_word_embeddings=shape.tied,
     )
     torch.set_default_dtype(torch.bfloat16)
@@ -107,6 +111,16 @@ def _model(run: Run) -> nn.Module:
     if run.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    shared = key.shape[1] < query.shape[1]
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=shared
+    )
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _optimizers(run: Run, model: nn.Module) -> list[torch.optim.Optimizer]:

@@ -25,6 +25,7 @@ APOLLO_KEYS = {"proj": "random", "update_proj_gap": 200, "proj_type": "std"}
 CHANNEL = {"scale_type": "channel", "scale": 1.0, **APOLLO_KEYS}
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 128.0, **APOLLO_KEYS}
 BASELINE = "AdamW fused"
+SPARSE = ", sparse"
 
 
 def _published(package: str, module: str) -> Any:
@@ -50,18 +51,23 @@ def apollo_torch() -> type[torch.optim.Optimizer] | None:
 
 
 def published_name(ours: str) -> str:
-    """The peer that does what one of ours does: "ours torch, Mini" -> "apollo_torch, Mini"."""
-    return "apollo_torch, " + ours.split(", ", 1)[-1]
+    """The peer that does what one of ours does: "ours torch, Mini" -> "apollo_torch, Mini".
+
+    It knows no sparse projection; beside ours stands its gaussian one of the same rank.
+    """
+    return "apollo_torch, " + ours.split(", ", 1)[-1].removesuffix(SPARSE)
 
 
 def ours(rank: int, device: torch.device) -> dict[str, Build]:
-    """APOLLO and APOLLO-Mini on every back end that can run on ``device``."""
+    """APOLLO, with either projection, and Mini on every back end that can run on ``device``."""
     found: dict[str, Build] = {}
     for backend, reason in backends.backends(device):
         if reason is None:
             build = functools.partial(apollo_kernels.APOLLOAdamW, backend=backend)
             channel = {"rank": rank, **CHANNEL}
             found[f"ours {backend}, rank {rank}"] = _with_keys(build, channel)
+            sparse = {**channel, "proj": "sparse"}
+            found[f"ours {backend}, rank {rank}{SPARSE}"] = _with_keys(build, sparse)
             found[f"ours {backend}, Mini"] = _with_keys(build, MINI)
     return found
 

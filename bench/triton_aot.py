@@ -73,6 +73,14 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
                 yield name, apply._apply, {**tiling, **rest}
         tiling = adamw.Tiling(element(dtype), element(dtype), True)._asdict()
         yield f"adamw {NAMES[dtype]}", adamw._adamw, {**tiling, "num_warps": 8}
+    for rows in (True, False):  # int8 weights lie in rows; their channels may not
+        shape = layout(torch.bfloat16, rows, 64)
+        shape = shape._replace(w=shape.w._replace(dtype=torch.uint8), group=128)
+        rest = {"STOCHASTIC": False, "num_warps": apply.warps(True)}
+        side = "rows" if rows else "columns"
+        yield f"apply int8 {side}", apply._apply, {**apply.choose(shape)._asdict(), **rest}
+    tiling = adamw.Tiling(element(torch.uint8), element(torch.bfloat16), True, GROUP=128)._asdict()
+    yield "adamw int8", adamw._adamw, {**tiling, "num_warps": 8}
     yield "combine", scale._combine, {
         "ALIGNED": True, "BR": 128, "BC": scale.COMBINE, "SPARSE": False,
     }  # fmt: skip

@@ -1,15 +1,16 @@
 // The border of the kernels: the rows of their tables, the structs of a launch, and the launches.
 //
-// A step of the low-rank matrices of one family is four launches, whatever their number:
+// A step of the low-rank matrices of one family is three launches, whatever their number:
 //   project  R = X P^T per tile, moments where the tile holds all of K;  q          reads G
-//   scale    R that lies in the workspace: its moments;  s_c, parts of u^2, t        small
-//   limit    one block per matrix: the limiter, update_norm, step, counters          tiny
-//   apply    W <- (1 - lr wd) W - f s_c X_c                                          reads G and W
+//   scale    R that lies in the workspace: its moments;  s_c;  the limiter           small
+//   apply    W <- (1 - lr wd) W - f s_c X_c;  the step                               reads G and W
 // Dense parameters take two: adamw and advance. Nothing here allocates, waits or asks the device.
 // plan.h fills tables, maps and launches from named fields; launch.cu picks the kernels.
 #pragma once
 
 #include <cstdint>
+
+#include "device.h"
 
 namespace apollo {
 
@@ -17,6 +18,8 @@ namespace apollo {
 // of launch.cu and in DTYPES of cuda.py. A weight that is stored otherwise (int8 with scales) is
 // another WeightPack in weights.cuh.
 enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+constexpr int size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // How many bf16 numbers hold a gradient's element exactly: the tensor cores multiply bf16.
 constexpr int pieces(int dtype) { return dtype == kBfloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
@@ -47,15 +50,33 @@ constexpr int kDotChannels = 64, kDotColumns = 256;
 // unset. apollo_kernels/batch.py has the same two, and a test compares them.
 constexpr double kNormGrowth = 1.01, kTiny = 1e-8;
 
-constexpr int kScaleChannels = 256;         // channels of a block of `scale`
-constexpr int64_t kApplyVectors = 8 * 256;  // vectors of 8 elements of a block of `apply`, `adamw`
+// `scale` takes a thread per channel where `project` has left sums, or a few entries of R; more of
+// them are shared by 2^shift neighbouring lanes, so that a lone matrix fills the device.
+constexpr int kScaleThreads = 256;
+APOLLO_HOST_DEVICE constexpr int scale_shift(int64_t rank, bool summed) {
+  return summed && rank >= 8 ? 3 : 0;
+}
+APOLLO_HOST_DEVICE constexpr int64_t scale_blocks(int64_t channels, int shift) {
+  const int64_t of_block = kScaleThreads >> shift;
+  return channels > 0 ? (channels + of_block - 1) / of_block : 1;
+}
+
+// `apply` and `adamw` stream vectors of neighbours: 16 bytes of the wider element, so that a warp's
+// accesses lie side by side and touch each 32-byte sector once; beside it lie 16 or 8 bytes of the
+// other.
+constexpr int kStreamThreads = 256, kStreamVectors = 8;  // of a block, of a thread
+constexpr int apply_vector(int weight_dtype, int grad_dtype) {
+  return size_of(weight_dtype) + size_of(grad_dtype) == 4 ? 8 : 4;
+}
+constexpr int kDenseVector = 4;  // moments are float32
+constexpr int kDenseElements = kDenseVector * kStreamVectors * kStreamThreads;  // of a block
 
 // X [channels, k] lies in memory as rows of length k, `ld` elements apart (kByRow), or as rows of
 // length `channels`. Offsets count floats in the workspace, blocks count from the launch's first.
 enum Flag : int64_t {
   kByRow = 1,     // the rows in memory are channels
   kRowMajor = 2,  // the rows in memory are the matrix's own
-  kLeads = 4,     // `limit` advances `step`, which matrices may share
+  kLeads = 4,     // `apply` advances `step`, which matrices may share
   kSummed = 8,    // R goes to the workspace and `scale` updates the moments
 };
 struct Matrix {
@@ -77,17 +98,20 @@ struct Matrix {
   int64_t r;       // R of each chunk [chunks, channels, rank] if kSummed; else |R_c|^2 and |N_c|^2
                    // of each rank tile [2, rank tiles, channels]
   int64_t parts;   // double [3, blocks], of `scale`'s blocks
+  int64_t apply_shift;   // a block of `apply` is 2^shift vectors wide and lower by as much
+  int64_t apply_across;  // such blocks side by side
   int64_t first_project, first_scale, first_apply;
 };
 
-// What `scale` and `limit` leave for `apply`: one per matrix, at the workspace's beginning.
+// What `scale` leaves for `apply`: one per matrix, at the workspace's beginning.
 struct Record {
   int64_t t;        // the step, from 1
   float f;          // W <- keep W - f s_c X_c
   float keep_high;  // 1 - lr wd, as in keep.h
   float keep_low;
-  uint32_t skip;  // u^2 is not finite
-  int64_t unused;
+  uint32_t skip;     // u^2 is not finite
+  uint32_t arrived;  // blocks of `scale` that are through; 0 between launches
+  uint32_t unused;
 };
 constexpr int kRecordFloats = int(sizeof(Record) / sizeof(float));
 static_assert(sizeof(Record) == 32, "records and parts need 8-byte aligned places");
@@ -133,7 +157,6 @@ struct Launch {
 // Each returns a cudaError_t, 0 for success; a launch over no blocks does nothing.
 int launch_project(const Launch& launch);
 int launch_scale(const Launch& launch);
-int launch_limit(const Launch& launch);  // blocks: the matrices
 int launch_apply(const Launch& launch);
 int launch_adamw(const Launch& launch);
 int launch_advance(const Launch& launch);  // blocks: the parameters

@@ -1,5 +1,5 @@
-// apply: W <- (1 - lr wd) W - f s_c X_c, streamed in memory order: 16-byte accesses, all rounding
-// at the store. A bf16 weight and gradient move 6 bytes per element.
+// apply: W <- (1 - lr wd) W - f s_c X_c, streamed as it lies in memory; all rounding at the store.
+// A bf16 weight and gradient move 6 bytes per element. The leading matrix stores the step.
 #pragma once
 
 #include "common.cuh"
@@ -8,67 +8,117 @@
 namespace apollo {
 
 template <class W, class G>
-__global__ void __launch_bounds__(256, 2) apply_update(Launch launch) {
-  const Hyper& h = launch.hyper;
-  if (skipped(h)) return;
-  const int32_t matrix = launch.map[blockIdx.x];
+constexpr int kApplyVector = apply_vector(kDtypeOf<W>, kDtypeOf<G>);
+
+// What a block updates: a tile of vectors, of which each thread walks down a column, so that
+// strides, and s of channels by column, stay in registers. Each side is below 2^31, products are
+// not.
+template <class W, class G>
+struct ApplyTile {
+  static constexpr int N = kApplyVector<W, G>;
+  uint32_t outer, inner;  // rows in memory, and their length
+  uint32_t row, column;   // of this thread's first vector
+  uint32_t rows_apart;    // of its vectors
+  bool wide;              // every row begins at a multiple of a vector
+  bool whole;             // so it does, ends at one, and all rows of the tile are there
+
+  APOLLO_DEVICE static ApplyTile of(const Matrix& p, uint32_t tile) {
+    ApplyTile at;
+    at.outer = uint32_t(by_row(p) ? p.channels : p.k);
+    at.inner = uint32_t(by_row(p) ? p.k : p.channels);
+    const uint32_t shift = uint32_t(p.apply_shift), across = uint32_t(p.apply_across);
+    at.rows_apart = uint32_t(kStreamThreads) >> shift;
+    const uint32_t rows = kStreamVectors * at.rows_apart, row = tile / across * rows;
+    const uint32_t vector = tile % across << shift;
+    at.row = row + (threadIdx.x >> shift);
+    at.column = N * (vector + (threadIdx.x & ((1u << shift) - 1)));
+    at.wide = aligned<N>(static_cast<const W*>(p.weight), p.weight_ld) &&
+              aligned<N>(static_cast<const G*>(p.grad), p.grad_ld);
+    at.whole = at.wide && at.inner % N == 0 && row + rows <= at.outer;
+    return at;
+  }
+};
+
+// WHOLE: of a whole tile, without a question per access. PER_ROW: rows in memory have a coefficient
+// each, else columns have, or all the same.
+template <bool WHOLE, bool PER_ROW, class W, class G, class ROUNDING>
+APOLLO_DEVICE void update_tile(const Matrix& p, const Launch& launch, const Record& record,
+                               const ApplyTile<W, G>& at) {
+  constexpr int N = kApplyVector<W, G>;
+  constexpr int kAhead = WHOLE ? 4 : 1;  // loads under way before the first is used
+  if (at.column >= at.inner) return;
+  const bool wide = WHOLE || at.wide;
+  const int n = WHOLE ? N : int(at.inner - at.column);
+  W* weight = static_cast<W*>(p.weight) + at.row * p.weight_ld + at.column;
+  const G* grad = static_cast<const G*>(p.grad) + at.row * p.grad_ld + at.column;
+  const float* s = launch.workspace + p.s + (PER_ROW ? at.row : at.column);
+  const int64_t weight_stride = at.rows_apart * p.weight_ld;
+  const int64_t grad_stride = at.rows_apart * p.grad_ld;
+  const Keep keep = {record.keep_high, record.keep_low};
+  const ROUNDING rounding(p, record);
+  float coefficients[N];  // of the columns
+  if constexpr (!PER_ROW) {
+    Pack<float, N> of_columns = {};
+    if (!launch.hyper.tensor_scale) of_columns.load(s, n, true);  // the plan has aligned it
+    of_columns.get(coefficients);
+#pragma unroll
+    for (float& c : coefficients) c = -record.f * (launch.hyper.tensor_scale ? 1.0f : c);
+  }
+  uint32_t row = at.row;
+#pragma unroll 1
+  for (int i = 0; i < kStreamVectors; i += kAhead) {
+    if (!WHOLE && row >= at.outer) return;
+    WeightPack<W, N> w[kAhead];
+    Pack<G, N> g[kAhead];
+    float of_row[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      w[a].load(weight + a * weight_stride, n, wide);
+      g[a].load(grad + a * grad_stride, n, wide);
+      if (PER_ROW) of_row[a] = s[a * at.rows_apart];
+    }
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      float x[N], y[N];
+      w[a].get(y);
+      g[a].get(x);
+      const float of_all = PER_ROW ? -record.f * of_row[a] : 0.0f;
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        y[e] = fmaf(PER_ROW ? of_all : coefficients[e], x[e], keep.times(y[e]));
+      }
+      w[a].store(weight, y, n, wide, rounding, row, at.column);
+      weight += weight_stride;
+      row += at.rows_apart;
+    }
+    grad += kAhead * grad_stride;
+    s += PER_ROW ? kAhead * at.rows_apart : 0;
+  }
+}
+
+template <class W, class G, class ROUNDING>
+__global__ void __launch_bounds__(kStreamThreads, ROUNDING::kBlocks) apply_update(Launch launch) {
+  if (skipped(launch.hyper)) return;
+  // Backwards: what `project` has read last may still lie in L2.
+  const int64_t block = launch.blocks - 1 - blockIdx.x;
+  const int32_t matrix = launch.map[block];
   // By value: behind the volatile loads and stores a reference would be read again per element.
   const Matrix p = static_cast<const Matrix*>(launch.table)[matrix];
   const Record record = record_of(launch, matrix);
+  const uint32_t tile = uint32_t(block - p.first_apply);
+  // Here, since `scale` of other matrices may still read a step that they share.
+  if (tile == 0 && threadIdx.x == 0 && (p.flags & kLeads)) *p.step = record.t;
   if (record.skip) return;
-  const float f = record.f;
-  const Keep keep = {record.keep_high, record.keep_low};
-  const float* s = launch.workspace + p.s;
-  const bool rows_are_channels = by_row(p);
-  const int64_t outer = rows_are_channels ? p.channels : p.k;
-  const int64_t inner = rows_are_channels ? p.k : p.channels;
-  const int64_t row_vectors = (inner + 7) / 8;
-  const int64_t first = (int64_t(blockIdx.x) - p.first_apply) * kApplyVectors + threadIdx.x;
-  const int64_t rows_on = 256 / row_vectors, vectors_on = 256 % row_vectors;
-  W* weight = static_cast<W*>(p.weight);
-  const G* grad = static_cast<const G*>(p.grad);
-  const bool wide = aligned16(weight, p.weight_ld) && aligned16(grad, p.grad_ld);
-
-  const StochasticRounding rounding = {uint32_t(p.key), uint32_t(p.key >> 32), uint32_t(record.t),
-                                       (p.flags & kRowMajor) != 0};
-
-  constexpr int kAhead = 4;  // loads under way before the first is used
-  int64_t row = first / row_vectors, column = first % row_vectors;
-  for (int64_t i = 0; i < kApplyVectors / 256; i += kAhead) {
-    WeightPack<W> w[kAhead];
-    Pack8<G> g[kAhead];
-    int64_t rows[kAhead], columns[kAhead];
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      rows[a] = row;
-      columns[a] = 8 * column;
-      if (row < outer) {
-        w[a].load(weight + row * p.weight_ld + columns[a], inner - columns[a], wide);
-        g[a].load(grad + row * p.grad_ld + columns[a], inner - columns[a], wide);
-      }
-      row += rows_on;
-      column += vectors_on;
-      if (column >= row_vectors) {
-        column -= row_vectors;
-        ++row;
-      }
-    }
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      if (rows[a] >= outer) break;
-      float x[8], y[8];
-      w[a].get(y);
-      g[a].get(x);
-      const float row_s = h.tensor_scale || !rows_are_channels ? 1.0f : s[rows[a]];
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const bool per_column = !h.tensor_scale && !rows_are_channels && columns[a] + e < inner;
-        const float coefficient = f * (per_column ? s[columns[a] + e] : row_s);
-        y[e] = fmaf(-coefficient, x[e], keep.times(y[e]));
-      }
-      w[a].store(weight + rows[a] * p.weight_ld + columns[a], y, inner - columns[a], wide,
-                 h.stochastic_rounding != 0, rounding, rows[a], columns[a]);
-    }
+  const auto at = ApplyTile<W, G>::of(p, tile);
+  const bool per_row = by_row(p) && !launch.hyper.tensor_scale;
+  if (at.whole && per_row) {
+    update_tile<true, true, W, G, ROUNDING>(p, launch, record, at);
+  } else if (at.whole) {
+    update_tile<true, false, W, G, ROUNDING>(p, launch, record, at);
+  } else if (per_row) {
+    update_tile<false, true, W, G, ROUNDING>(p, launch, record, at);
+  } else {
+    update_tile<false, false, W, G, ROUNDING>(p, launch, record, at);
   }
 }
 

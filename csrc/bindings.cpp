@@ -3,11 +3,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu_bf16.h"
+#include "cpu_moments.h"
 #include "cpu_sparse.h"
+#include "cpu_stream.h"
+#include "cpu_tiles.h"
 #include "kernel_bindings.h"
 #include "philox.cuh"
 #include "tensor_facts.h"
@@ -53,28 +57,57 @@ void sparse(uintptr_t row, uintptr_t sign, uint64_t key, uint32_t epoch, int64_t
                  dim, start);
 }
 
-void cpu_project(uintptr_t x, int64_t channels, int64_t k, int64_t ld, bool rows, uintptr_t z,
-                 int64_t rank, int64_t padded, float scale, uintptr_t r, uintptr_t q, int threads) {
-  apollo::cpu_project({reinterpret_cast<const uint16_t*>(x), channels, k, ld, rows,
-                       reinterpret_cast<const uint16_t*>(z), rank, padded, scale,
-                       reinterpret_cast<float*>(r), reinterpret_cast<float*>(q)},
-                      threads);
+const void* at(uintptr_t address) { return reinterpret_cast<const void*>(address); }
+float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+const uint16_t* halves(uintptr_t address) { return reinterpret_cast<const uint16_t*>(address); }
+
+void cpu_project_thin(uintptr_t x, int element, int64_t channels, int64_t k, int64_t ld, bool rows,
+                      uintptr_t z, int64_t rank, float scale, uintptr_t r, uintptr_t q,
+                      int threads) {
+  if (rank > apollo::kThinRank) throw std::invalid_argument("cpu_project_thin: rank beyond 7");
+  apollo::cpu_project_thin({at(x), static_cast<apollo::CpuElement>(element), channels, k, ld, rows,
+                            halves(z), rank, scale, floats(r), floats(q)},
+                           threads);
+}
+
+void cpu_project_tiles(uintptr_t x, int element, int64_t channels, int64_t k, int64_t ld, bool rows,
+                       uintptr_t z, int64_t rank, int64_t padded, float scale, uintptr_t r,
+                       uintptr_t q, int threads) {
+  apollo::cpu_project_tiles({at(x), static_cast<apollo::CpuElement>(element), channels, k, ld, rows,
+                             halves(z), rank, padded, scale, floats(r), floats(q)},
+                            threads);
+}
+
+void cpu_project_bf16(uintptr_t x, int64_t channels, int64_t k, int64_t ld, bool rows, uintptr_t z,
+                      int64_t rank, int64_t padded, float scale, uintptr_t r, uintptr_t q,
+                      int threads) {
+  apollo::cpu_project_bf16(
+      {halves(x), channels, k, ld, rows, halves(z), rank, padded, scale, floats(r), floats(q)},
+      threads);
 }
 
 void cpu_project_sparse(uintptr_t x, int element, int64_t channels, int64_t k, int64_t ld,
                         bool rows, uintptr_t places, int64_t rank, uintptr_t r, uintptr_t q,
                         int threads) {
   apollo::cpu_project_sparse(
-      {reinterpret_cast<const void*>(x), static_cast<apollo::CpuElement>(element), channels, k, ld,
-       rows, reinterpret_cast<const uint32_t*>(places), rank, reinterpret_cast<float*>(r),
-       reinterpret_cast<float*>(q)},
+      {at(x), static_cast<apollo::CpuElement>(element), channels, k, ld, rows,
+       reinterpret_cast<const uint32_t*>(places), rank, floats(r), floats(q)},
       threads);
 }
 
-void cpu_apply(uintptr_t w, uintptr_t x, int64_t outer, int64_t inner, int64_t w_ld, int64_t x_ld,
-               uintptr_t coefficient, bool by_row, double decay, int threads) {
-  apollo::cpu_apply({reinterpret_cast<uint16_t*>(w), reinterpret_cast<const uint16_t*>(x), outer,
-                     inner, w_ld, x_ld, reinterpret_cast<const float*>(coefficient), by_row, decay},
+float cpu_scale(uintptr_t r, uintptr_t q, uintptr_t m, uintptr_t v, int64_t channels, int64_t rank,
+                double beta1, double beta2, double eps, float factor, bool per_channel, uintptr_t s,
+                int threads) {
+  return apollo::cpu_scale({floats(r), floats(q), floats(m), floats(v), channels, rank, beta1,
+                            beta2, eps, factor, per_channel, floats(s)},
+                           threads);
+}
+
+void cpu_apply(uintptr_t w, uintptr_t x, int element, int64_t outer, int64_t inner, int64_t w_ld,
+               int64_t x_ld, uintptr_t coefficient, int64_t apart, bool by_row, double decay,
+               int threads) {
+  apollo::cpu_apply({reinterpret_cast<void*>(w), at(x), static_cast<apollo::CpuElement>(element),
+                     outer, inner, w_ld, x_ld, floats(coefficient), apart, by_row, decay},
                     threads);
 }
 
@@ -94,16 +127,25 @@ PYBIND11_MODULE(_C, module) {
              py::arg("rank"), py::arg("dim"), py::arg("start"),
              py::call_guard<py::gil_scoped_release>(),
              "Writes the row (int64) and the sign (int8) of each column of the sparse projection.");
+  const py::call_guard<py::gil_scoped_release> free;
+  module.def("cpu_supported", &apollo::cpu_supported,
+             "Whether this processor can run the CPU's passes: it has AVX512.");
+  module.def("cpu_tiles_supported", &apollo::cpu_tiles_supported,
+             "Whether it can run cpu_project_tiles: it has AMX, and this process may use it.");
   module.def("cpu_bf16_supported", &apollo::cpu_bf16_supported,
-             "Whether this processor can run cpu_project and cpu_apply.");
-  module.def("cpu_project", &cpu_project, py::call_guard<py::gil_scoped_release>(),
-             "R and q of a bf16 matrix; the arguments are CpuProject's (cpu_bf16.h).");
-  module.def("cpu_apply", &cpu_apply, py::call_guard<py::gil_scoped_release>(),
-             "The update of a bf16 matrix; the arguments are CpuApply's (cpu_bf16.h).");
-  module.def("cpu_sparse_supported", &apollo::cpu_sparse_supported,
-             "Whether this processor can run cpu_project_sparse.");
-  module.def("cpu_project_sparse", &cpu_project_sparse, py::call_guard<py::gil_scoped_release>(),
+             "Whether it can run cpu_project_bf16: it has AVX512-BF16.");
+  module.def("cpu_project_thin", &cpu_project_thin, free,
+             "R and q for a low rank; the arguments are CpuThin's (cpu_stream.h).");
+  module.def("cpu_project_tiles", &cpu_project_tiles, free,
+             "R and q; the arguments are CpuTiles' (cpu_tiles.h).");
+  module.def("cpu_project_bf16", &cpu_project_bf16, free,
+             "R and q of a bf16 matrix; the arguments are CpuBf16's (cpu_bf16.h).");
+  module.def("cpu_project_sparse", &cpu_project_sparse, free,
              "R and q by the sparse projection; the arguments are CpuSparse's (cpu_sparse.h).");
+  module.def("cpu_scale", &cpu_scale, free,
+             "The moments and the scales, and returns u^2; CpuMoments (cpu_moments.h).");
+  module.def("cpu_apply", &cpu_apply, free,
+             "The update of a matrix; the arguments are CpuApply's (cpu_stream.h).");
   apollo::bind_tensor_facts(module);
 #if APOLLO_HAS_KERNELS
   apollo::bind_kernels(module);

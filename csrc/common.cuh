@@ -1,13 +1,13 @@
 // Packs of 8 elements, conversions, sums over a block, and the formulas that kernels share.
 #pragma once
 
+#include <type_traits>
+
 #include "apollo.h"
 #include "device.h"
 #include "keep.h"
 
 namespace apollo {
-
-constexpr int kStreamThreads = 256;  // of a block of `apply` and `adamw`
 
 struct bfloat16 {
   uint16_t bits;
@@ -33,52 +33,84 @@ APOLLO_DEVICE void from_float(float x, float& to) { to = x; }
 APOLLO_DEVICE void from_float(float x, bfloat16& to) { to.bits = uint16_t(pack_bf16(x, 0.0f)); }
 APOLLO_DEVICE void from_float(float x, float16& to) { to.bits = float_to_half(x); }
 
-// Eight neighbours in 16-byte words: one for two-byte elements, two for float32.
-template <class T>
-struct Pack8 {
-  static constexpr int kWords = int(sizeof(T)) / 2;
-  uint4 words[kWords];
+// N neighbours, in accesses of 16 bytes each or, where they fill no more, in one of 8.
+template <class T, int N>
+struct Pack {
+  static constexpr int kBytes = N * int(sizeof(T));
+  using Word = std::conditional_t<kBytes == 8, uint2, uint4>;
+  static constexpr int kWords = kBytes / int(sizeof(Word));
+  Word words[kWords];
 
-  // At most n of them, zeros beyond; `wide`: the address is a multiple of 16.
+  // All of them; the address is a multiple of a word.
+  APOLLO_DEVICE void load(const T* from) {
+    for (int i = 0; i < kWords; ++i) load_word(words[i], reinterpret_cast<const Word*>(from) + i);
+  }
+  APOLLO_DEVICE void store(T* to) const {
+    for (int i = 0; i < kWords; ++i) store_word(reinterpret_cast<Word*>(to) + i, words[i]);
+  }
+  // At most n of them, zeros beyond; `wide`: the address is a multiple of a word.
   APOLLO_DEVICE void load(const T* from, int64_t n, bool wide) {
-    if (wide && n >= 8) {
-      for (int i = 0; i < kWords; ++i) words[i] = load16(reinterpret_cast<const uint4*>(from) + i);
+    if (wide && n >= N) {
+      load(from);
       return;
     }
-    T values[8];
+    T values[N];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = i < n ? from[i] : T{};
+    for (int i = 0; i < N; ++i) values[i] = i < n ? from[i] : T{};
     memcpy(words, values, sizeof words);
   }
   APOLLO_DEVICE void store(T* to, int64_t n, bool wide) const {
-    if (wide && n >= 8) {
-      for (int i = 0; i < kWords; ++i) store16(reinterpret_cast<uint4*>(to) + i, words[i]);
+    if (wide && n >= N) {
+      store(to);
       return;
     }
-    T values[8];
+    T values[N];
     memcpy(values, words, sizeof words);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < N; ++i) {
       if (i < n) to[i] = values[i];
     }
   }
-  APOLLO_DEVICE void get(float (&x)[8]) const {
-    T values[8];
-    memcpy(values, words, sizeof words);
+  APOLLO_DEVICE void get(float (&x)[N]) const {
+    if constexpr (kDtypeOf<T> == kBfloat16) {  // one instruction each
+      uint32_t pairs[N / 2];
+      memcpy(pairs, words, sizeof words);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = to_float(values[i]);
+      for (int i = 0; i < N; ++i) x[i] = i % 2 ? high_bf16(pairs[i / 2]) : low_bf16(pairs[i / 2]);
+    } else {
+      T values[N];
+      memcpy(values, words, sizeof words);
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = to_float(values[i]);
+    }
   }
-  APOLLO_DEVICE void set(const float (&x)[8]) {
-    T values[8];
+  APOLLO_DEVICE void set(const float (&x)[N]) {
+    if constexpr (kDtypeOf<T> == kBfloat16) {  // one for two
+      uint32_t pairs[N / 2];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) from_float(x[i], values[i]);
-    memcpy(words, values, sizeof words);
+      for (int i = 0; i < N / 2; ++i) pairs[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+      memcpy(words, pairs, sizeof words);
+    } else {
+      T values[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) from_float(x[i], values[i]);
+      memcpy(words, values, sizeof words);
+    }
   }
 };
+template <class T>
+using Pack8 = Pack<T, 8>;
 
 template <class T>
 APOLLO_DEVICE bool aligned16(const T* base, int64_t ld) {
   return ((reinterpret_cast<uintptr_t>(base) | uintptr_t(ld * int64_t(sizeof(T)))) & 15) == 0;
+}
+
+// Whether rows `ld` apart all begin at a multiple of N elements.
+template <int N, class T>
+APOLLO_DEVICE bool aligned(const T* base, int64_t ld) {
+  constexpr uintptr_t kBytes = N * sizeof(T);
+  return ((reinterpret_cast<uintptr_t>(base) | uintptr_t(ld * int64_t(sizeof(T)))) % kBytes) == 0;
 }
 
 // The sum over a block of 256 threads, the same bits in every thread and every run. In float64,
@@ -113,7 +145,9 @@ APOLLO_DEVICE float* r_of(const Matrix& p, const Launch& launch, int64_t chunk) 
   return launch.workspace + p.r + chunk * p.channels * p.rank;
 }
 
-APOLLO_DEVICE bool finite(float x) { return (__float_as_uint(x) & 0x7FFFFFFFu) < 0x7F800000u; }
+constexpr float kLeastNormal = 0x1p-126f;  // of float32
+
+APOLLO_DEVICE bool finite(float x) { return fabsf(x) < INFINITY; }
 
 APOLLO_DEVICE bool skipped(const Hyper& h) {
   return h.found_inf != nullptr && *h.found_inf != 0.0f;
@@ -146,19 +180,27 @@ APOLLO_DEVICE Keep keep_of(const Hyper& h) {
   return Keep::after(learning_rate(h) * h.weight_decay);
 }
 
-// Adam's moments of one entry; it keeps them if its square is not finite.
-APOLLO_DEVICE bool update_moments(float r, float& m, float& v, const Hyper& h) {
-  const float square = r * r;
-  if (!finite(square)) return false;
+// Adam's moments of one entry whose square is finite.
+APOLLO_DEVICE void mix_moments(float r, float& m, float& v, const Hyper& h) {
   m = fmaf(h.beta1_float, m, h.keep1 * r);  // never m + (1 - b1) (r - m): m may be far larger
-  v = fmaf(h.beta2_float, v, h.keep2 * square);
-  return true;
+  v = fmaf(h.beta2_float, v, h.keep2 * (r * r));
+}
+// It keeps them if its square is not.
+APOLLO_DEVICE bool update_moments(float r, float& m, float& v, const Hyper& h) {
+  const bool ok = finite(r * r);
+  float next_m = m, next_v = v;
+  mix_moments(r, next_m, next_v, h);
+  m = ok ? next_m : m;  // no branch in the epilogue of `project`
+  v = ok ? next_v : v;
+  return ok;
 }
 
-// N = M / (sqrt(V) + eps), and 0 where nothing has come yet and eps is 0.
+// N = M / (sqrt(V) + eps), and 0 where nothing has come yet and eps is 0. The approximations err by
+// 2^-23 each, as much as one rounding, where float32 is normal: sqrt takes subnormals, too, and its
+// smallest root but 0 is 4e-23, so the sum is normal, or 0, for any eps that is.
 APOLLO_DEVICE float normalized(float m, float v, const Hyper& h) {
-  const float denominator = sqrtf(v) + h.eps;
-  return denominator == 0.0f ? 0.0f : m / denominator;
+  const float denominator = approx_root(v) + h.eps;
+  return denominator < kLeastNormal ? 0.0f : m * approx_reciprocal(denominator);
 }
 
 }  // namespace apollo

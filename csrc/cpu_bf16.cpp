@@ -5,14 +5,12 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 
 #include "cpu_parallel.h"
-#include "keep.h"
 
 #define APOLLO_AVX512 __attribute__((target("avx512f,avx512bw,avx512bf16,fma")))
 
@@ -31,28 +29,9 @@ APOLLO_AVX512 inline __mmask32 mask32(int64_t n) {
   return n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
 }
 
-// RANK dot products and the squared norm of one contiguous channel: streams x, for thin products.
-template <int RANK>
-APOLLO_AVX512 void dot_row(const CpuProject& a, int64_t c) {
-  const uint16_t* x = a.x + c * a.ld;
-  __m512 sums[RANK], square = _mm512_setzero_ps();
-  for (auto& sum : sums) sum = _mm512_setzero_ps();
-  for (int64_t k = 0; k < a.k; k += 32) {
-    const __mmask32 mask = mask32(a.k - k);
-    const __m512bh v = as_bf16(_mm512_maskz_loadu_epi16(mask, x + k));
-    square = _mm512_dpbf16_ps(square, v, v);
-    for (int j = 0; j < RANK; ++j) {
-      const __m512bh z = as_bf16(_mm512_maskz_loadu_epi16(mask, a.z + j * a.k + k));
-      sums[j] = _mm512_dpbf16_ps(sums[j], v, z);
-    }
-  }
-  for (int j = 0; j < RANK; ++j) a.r[c * a.rank + j] = a.scale * _mm512_reduce_add_ps(sums[j]);
-  a.q[c] = _mm512_reduce_add_ps(square);
-}
-
 // A tile of M contiguous channels and 16 N rank rows, held in registers.
 template <int M, int N>
-APOLLO_AVX512 void row_tile(const CpuProject& a, int64_t c, int64_t j) {
+APOLLO_AVX512 void row_tile(const CpuBf16& a, int64_t c, int64_t j) {
   __m512 sums[M][N];
   for (auto& row : sums) {
     for (auto& sum : row) sum = _mm512_setzero_ps();
@@ -80,13 +59,13 @@ APOLLO_AVX512 void row_tile(const CpuProject& a, int64_t c, int64_t j) {
 }
 
 template <int M>
-APOLLO_AVX512 void row_tiles(const CpuProject& a, int64_t c) {
+APOLLO_AVX512 void row_tiles(const CpuBf16& a, int64_t c) {
   int64_t j = 0;
   for (; j + 64 <= a.padded; j += 64) row_tile<M, 4>(a, c, j);
   for (; j < a.padded; j += 16) row_tile<M, 1>(a, c, j);
 }
 
-APOLLO_AVX512 void row_square(const CpuProject& a, int64_t c) {
+APOLLO_AVX512 void row_square(const CpuBf16& a, int64_t c) {
   const uint16_t* x = a.x + c * a.ld;
   __m512 square = _mm512_setzero_ps();
   for (int64_t k = 0; k < a.k; k += 32) {
@@ -96,13 +75,7 @@ APOLLO_AVX512 void row_square(const CpuProject& a, int64_t c) {
   a.q[c] = _mm512_reduce_add_ps(square);
 }
 
-APOLLO_AVX512 void project_rows(const CpuProject& a, int64_t begin, int64_t end) {
-  if (a.rank <= kDotRank) {
-    void (*const dots[])(const CpuProject&, int64_t) = {dot_row<1>, dot_row<2>, dot_row<3>,
-                                                        dot_row<4>};
-    for (int64_t c = begin; c < end; ++c) dots[a.rank - 1](a, c);
-    return;
-  }
+APOLLO_AVX512 void project_rows(const CpuBf16& a, int64_t begin, int64_t end) {
   int64_t c = begin;
   for (; c + 6 <= end; c += 6) row_tiles<6>(a, c);
   for (; c < end; ++c) row_tiles<1>(a, c);
@@ -111,7 +84,7 @@ APOLLO_AVX512 void project_rows(const CpuProject& a, int64_t begin, int64_t end)
 
 // 32 neighbouring columns (the channels), pairs of k interleaved: [(k + 1) / 2][2] vectors of 16
 // pairs. Packed once, since every rank row reads them again and rows of x are pages apart.
-APOLLO_AVX512 void pack_columns(const CpuProject& a, int64_t c, const __m512i order[2],
+APOLLO_AVX512 void pack_columns(const CpuBf16& a, int64_t c, const __m512i order[2],
                                 __m512i* panel) {
   const __mmask32 mask = mask32(a.channels - c);
   __m512 square[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -132,7 +105,7 @@ APOLLO_AVX512 void pack_columns(const CpuProject& a, int64_t c, const __m512i or
 
 // A tile of one panel and J rank rows, held in registers.
 template <int J>
-APOLLO_AVX512 void column_tile(const CpuProject& a, int64_t c, int64_t j, const __m512i* panel) {
+APOLLO_AVX512 void column_tile(const CpuBf16& a, int64_t c, int64_t j, const __m512i* panel) {
   __m512 sums[J][2];
   for (auto& pair : sums) pair[0] = pair[1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < a.k; k += 2) {
@@ -154,7 +127,7 @@ APOLLO_AVX512 void column_tile(const CpuProject& a, int64_t c, int64_t j, const 
   }
 }
 
-APOLLO_AVX512 void project_columns(const CpuProject& a, int64_t begin, int64_t end) {
+APOLLO_AVX512 void project_columns(const CpuBf16& a, int64_t begin, int64_t end) {
   uint16_t interleave[2][32];  // two rows of x: even k below, odd k above
   for (int i = 0; i < 32; ++i) {
     for (int half = 0; half < 2; ++half) {
@@ -176,35 +149,6 @@ APOLLO_AVX512 void project_columns(const CpuProject& a, int64_t begin, int64_t e
   }
 }
 
-inline float widen(uint16_t bits) {
-  const uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-// To nearest even. A NaN stays one: made from bf16 values, its low half is zero and carries
-// nothing.
-inline uint16_t narrow(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-}
-
-// One row of W <- (1 - decay) W - coefficient X: 6 bytes per weight, all rounding at the store.
-// Without decay the kept weight is the old one, and the loop is shorter.
-template <bool BY_ROW, bool DECAYS>
-APOLLO_AVX512 void apply_row(const CpuApply& a, Keep keep, int64_t i) {
-  uint16_t* __restrict__ w = a.w + i * a.w_ld;
-  const uint16_t* __restrict__ x = a.x + i * a.x_ld;
-  const float* __restrict__ coefficient = a.coefficient + (BY_ROW ? i : 0);
-  for (int64_t k = 0; k < a.inner; ++k) {
-    const float old = widen(w[k]);
-    const float kept = DECAYS ? std::fma(old, keep.high, old * keep.low) : old;
-    w[k] = narrow(std::fma(-coefficient[BY_ROW ? 0 : k], widen(x[k]), kept));
-  }
-}
-
 }  // namespace
 
 bool cpu_bf16_supported() {
@@ -212,21 +156,10 @@ bool cpu_bf16_supported() {
          __builtin_cpu_supports("avx512bf16");
 }
 
-void cpu_project(const CpuProject& a, int threads) {
+void cpu_project_bf16(const CpuBf16& a, int threads) {
   if (a.channels * a.k * (a.rank + 8) < (1 << 20)) threads = 1;  // a thread costs microseconds
   parallel(a.channels, a.rows ? 6 : 32, threads, [&a](int64_t begin, int64_t end) {
     a.rows ? project_rows(a, begin, end) : project_columns(a, begin, end);
-  });
-}
-
-void cpu_apply(const CpuApply& a, int threads) {
-  if (a.outer * a.inner < (1 << 17)) threads = 1;
-  const Keep keep = Keep::after(a.decay);
-  void (*const row)(const CpuApply&, Keep, int64_t) =
-      a.by_row ? (a.decay != 0 ? apply_row<true, true> : apply_row<true, false>)
-               : (a.decay != 0 ? apply_row<false, true> : apply_row<false, false>);
-  parallel(a.outer, 1, threads, [&a, keep, row](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) row(a, keep, i);
   });
 }
 
@@ -236,8 +169,7 @@ void cpu_apply(const CpuApply& a, int threads) {
 
 namespace apollo {
 bool cpu_bf16_supported() { return false; }
-void cpu_project(const CpuProject&, int) {}
-void cpu_apply(const CpuApply&, int) {}
+void cpu_project_bf16(const CpuBf16&, int) {}
 }  // namespace apollo
 
 #endif

@@ -1,101 +1,130 @@
 #include "cpu_sparse.h"
 
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
-
-#include <immintrin.h>
+#if APOLLO_CPU_PASSES
 
 #include <algorithm>
 #include <vector>
 
 #include "cpu_parallel.h"
 
-#define APOLLO_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,fma")))
-
 namespace apollo {
 namespace {
 
 constexpr uint32_t kMinus = 0x80000000u;
-constexpr int64_t kLanes = 16;
-
-struct Float32 {
-  using Stored = float;
-  APOLLO_AVX512 static __m512 load(const float* x, __mmask16 mask) {
-    return _mm512_maskz_loadu_ps(mask, x);
-  }
-};
-
-struct Bfloat16 {
-  using Stored = uint16_t;
-  APOLLO_AVX512 static __m512 load(const uint16_t* x, __mmask16 mask) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-  }
-};
-
-struct Float16 {
-  using Stored = uint16_t;
-  APOLLO_AVX512 static __m512 load(const uint16_t* x, __mmask16 mask) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x));
-  }
-};
-
-APOLLO_AVX512 inline __mmask16 mask16(int64_t n) {
-  return n >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << n) - 1);
-}
 
 APOLLO_AVX512 inline __m512 with_sign(__m512 x, __m512i sign) {
   return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), sign));
 }
 
-// Adds x, or minus x, to 16 sums in memory.
-APOLLO_AVX512 inline void add(float* sums, __m512 x) {
-  _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), x));
+// What 16 rows of R, from j on, take from one block of `rank` columns: a block is at most two
+// stretches of R, and inside of each 8 places are swapped alike (DESIGN.md, "Random numbers"), so
+// its first column says everything.
+struct Share {
+  int64_t k;                 // column of the first lane
+  __mmask16 ahead, wrapped;  // lanes that lie from k on, and those that lie `rank` columns before
+  int64_t turn;              // lane l belongs to row j + (l xor turn)
+};
+
+APOLLO_AVX512 inline Share share_of(const CpuSparse& a, int64_t j, int64_t block) {
+  const int64_t size = std::min(a.rank, a.k - block), first = a.places[block] & ~kMinus;
+  const int64_t turn = a.rank % 8 == 0 ? first % 8 : 0, start = first - turn;
+  const int64_t i = j >= start ? j - start : j - start + a.rank;  // in the block
+  const __mmask16 own = mask16(a.rank - j), before_wrap = mask16(a.rank - i);
+  const __mmask16 ahead = i < size ? mask16(size - i) : __mmask16(0);
+  const __mmask16 wrapped = __mmask16(mask16(a.rank - i + size) & ~before_wrap & own);
+  return {block + i, __mmask16(ahead & own), wrapped, turn};
 }
 
-// M contiguous channels. A block of `rank` columns is at most two stretches of R, and inside of
-// each 8 places are swapped alike (DESIGN.md, "Random numbers"), so its first column says
-// everything. Lanes beyond a stretch hold zeros, and may be added to whatever is there.
-template <class Element, int M>
-APOLLO_AVX512 void project_rows(const CpuSparse& a, int64_t c, float* sums, int64_t width) {
-  const auto* x = static_cast<const typename Element::Stored*>(a.x) + c * a.ld;
-  std::fill(sums, sums + M * width, 0.0f);
-  __m512 square[M];
-  for (auto& lanes : square) lanes = _mm512_setzero_ps();
+template <class Element, int M, bool WRAPS>
+APOLLO_AVX512 inline void add_share(const CpuSparse& a, const Share& from,
+                                    const typename Element::Stored* x, __m512* sums,
+                                    __m512* squares) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i swapped = _mm512_xor_si512(lane, _mm512_set1_epi32(int32_t(from.turn)));
+  const uint32_t* place = a.places + from.k;
+  __m512i sign = _mm512_maskz_loadu_epi32(from.ahead, place);
+  if (WRAPS) sign = _mm512_mask_loadu_epi32(sign, from.wrapped, place - a.rank);
+  sign = _mm512_and_si512(sign, _mm512_set1_epi32(int32_t(kMinus)));
+  x += from.k;
+  for (int m = 0; m < M; ++m, x += a.ld) {
+    prefetch(x, M * a.ld * int64_t(sizeof *x));
+    __m512 v = Element::load(x, from.ahead);
+    if (WRAPS) v = _mm512_mask_mov_ps(v, from.wrapped, Element::load(x - a.rank, from.wrapped));
+    squares[m] = _mm512_fmadd_ps(v, v, squares[m]);
+    sums[m] = _mm512_add_ps(sums[m], _mm512_permutexvar_ps(swapped, with_sign(v, sign)));
+  }
+}
+
+// M contiguous channels, 16 rows of R at a time, which gather what is theirs from every block.
+template <class Element, int M>
+APOLLO_AVX512 void project_rows(const CpuSparse& a, int64_t c) {
+  const auto* x = static_cast<const typename Element::Stored*>(a.x) + c * a.ld;
+  __m512 squares[M], sums[M];
+  for (auto& lanes : squares) lanes = _mm512_setzero_ps();
+  for (int64_t j = 0; j < a.rank; j += kLanes) {
+    for (auto& lanes : sums) lanes = _mm512_setzero_ps();
+    for (int64_t block = 0; block < a.k; block += a.rank) {
+      const Share from = share_of(a, j, block);
+      from.wrapped ? add_share<Element, M, true>(a, from, x, sums, squares)
+                   : add_share<Element, M, false>(a, from, x, sums, squares);
+    }
+    for (int m = 0; m < M; ++m) {
+      Float32::store(a.r + (c + m) * a.rank + j, mask16(a.rank - j), sums[m]);
+    }
+  }
+  for (int m = 0; m < M; ++m) a.q[c + m] = _mm512_reduce_add_ps(squares[m]);
+}
+
+// The same for few rows of R, each of which has 16 partial sums in a register: what belongs to
+// other rows is masked out, so that it cannot bring in a NaN.
+template <class Element, int RANK, int M>
+APOLLO_AVX512 void project_few_rows(const CpuSparse& a, int64_t c) {
+  const auto* x = static_cast<const typename Element::Stored*>(a.x) + c * a.ld;
   const __m512i minus = _mm512_set1_epi32(int32_t(kMinus));
-  for (int64_t block = 0; block < a.k; block += a.rank) {
-    const int64_t size = std::min(a.rank, a.k - block);
-    const int64_t first = a.places[block] & ~kMinus;
-    const int64_t turn = a.rank % 8 == 0 ? first % 8 : 0, start = first - turn;
-    const __m512i swapped = _mm512_xor_si512(lane, _mm512_set1_epi32(int32_t(turn)));
-    const int64_t wrap = std::min(size, a.rank - start);
-    const int64_t stretches[2][3] = {{0, wrap, start}, {wrap, size, 0}};
-    for (const auto& [begin, end, start_row] : stretches) {
-      for (int64_t i = begin, row = start_row; i < end; i += kLanes, row += kLanes) {
-        const __mmask16 mask = mask16(end - i);
-        const __m512i places = _mm512_maskz_loadu_epi32(mask, a.places + block + i);
-        const __m512i sign = _mm512_and_si512(places, minus);
-        for (int m = 0; m < M; ++m) {
-          const __m512 v = Element::load(x + m * a.ld + block + i, mask);
-          square[m] = _mm512_fmadd_ps(v, v, square[m]);
-          add(sums + m * width + row, _mm512_permutexvar_ps(swapped, with_sign(v, sign)));
-        }
+  __m512 sums[M][RANK], square[M];
+  for (int m = 0; m < M; ++m) {
+    square[m] = _mm512_setzero_ps();
+    for (auto& sum : sums[m]) sum = _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < a.k; k += kLanes) {
+    const __mmask16 mask = mask16(a.k - k);
+    const __m512i places = _mm512_maskz_loadu_epi32(mask, a.places + k);
+    const __m512i sign = _mm512_and_si512(places, minus);
+    const __m512i row = _mm512_andnot_si512(minus, places);
+    __mmask16 own[RANK];
+    for (int j = 0; j < RANK; ++j) {
+      own[j] = _mm512_mask_cmpeq_epi32_mask(mask, row, _mm512_set1_epi32(j));
+    }
+    for (int m = 0; m < M; ++m) {
+      prefetch(x + m * a.ld + k);
+      const __m512 v = Element::load(x + m * a.ld + k, mask), turned = with_sign(v, sign);
+      square[m] = _mm512_fmadd_ps(v, v, square[m]);
+      for (int j = 0; j < RANK; ++j) {
+        sums[m][j] = _mm512_mask_add_ps(sums[m][j], own[j], sums[m][j], turned);
       }
     }
   }
   for (int m = 0; m < M; ++m) {
-    std::copy(sums + m * width, sums + m * width + a.rank, a.r + (c + m) * a.rank);
+    for (int j = 0; j < RANK; ++j) {
+      a.r[(c + m) * RANK + j] = _mm512_reduce_add_ps(sums[m][j]);
+    }
     a.q[c + m] = _mm512_reduce_add_ps(square[m]);
   }
 }
 
-template <class Element>
-APOLLO_AVX512 void all_rows(const CpuSparse& a, int64_t begin, int64_t end) {
-  const int64_t width = a.rank + kLanes;
-  std::vector<float> sums(static_cast<size_t>(4 * width));
+template <class Element, int RANK>
+void all_few_rows(const CpuSparse& a, int64_t begin, int64_t end) {
+  constexpr int M = RANK < 6 ? 4 : 3;  // what the registers hold
   int64_t c = begin;
-  for (; c + 4 <= end; c += 4) project_rows<Element, 4>(a, c, sums.data(), width);
-  for (; c < end; ++c) project_rows<Element, 1>(a, c, sums.data(), width);
+  for (; c + M <= end; c += M) project_few_rows<Element, RANK, M>(a, c);
+  for (; c < end; ++c) project_few_rows<Element, RANK, 1>(a, c);
+}
+
+template <class Element>
+void all_rows(const CpuSparse& a, int64_t begin, int64_t end) {
+  int64_t c = begin;
+  for (; c + 8 <= end; c += 8) project_rows<Element, 8>(a, c);
+  for (; c < end; ++c) project_rows<Element, 1>(a, c);
 }
 
 // COUNT rows of x from k on, for `size` neighbouring channels: each is added to its row of sums.
@@ -113,9 +142,11 @@ APOLLO_AVX512 void add_columns(const CpuSparse& a, int64_t c, int64_t size, int6
     const __mmask16 mask = mask16(size - i);
     __m512 square = _mm512_loadu_ps(squares + i);
     for (int n = 0; n < COUNT; ++n) {
+      prefetch(x + n * a.ld + i, COUNT * a.ld * int64_t(sizeof *x));
       const __m512 v = Element::load(x + n * a.ld + i, mask);
       square = _mm512_fmadd_ps(v, v, square);
-      add(row[n] + i, with_sign(v, sign[n]));
+      const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(row[n] + i), with_sign(v, sign[n]));
+      _mm512_storeu_ps(row[n] + i, sum);
     }
     _mm512_storeu_ps(squares + i, square);
   }
@@ -155,38 +186,34 @@ APOLLO_AVX512 void all_columns(const CpuSparse& a, int64_t begin, int64_t end) {
   }
 }
 
+using Pass = void (*)(const CpuSparse&, int64_t, int64_t);
+
 template <class Element>
-void project(const CpuSparse& a, int threads) {
-  parallel(a.channels, a.rows ? 4 : 64, threads, [&a](int64_t begin, int64_t end) {
-    a.rows ? all_rows<Element>(a, begin, end) : all_columns<Element>(a, begin, end);
-  });
+Pass pass_for(const CpuSparse& a) {
+  if (!a.rows) return all_columns<Element>;
+  constexpr Pass few[] = {all_few_rows<Element, 1>, all_few_rows<Element, 2>,
+                          all_few_rows<Element, 3>, all_few_rows<Element, 4>,
+                          all_few_rows<Element, 5>, all_few_rows<Element, 6>,
+                          all_few_rows<Element, 7>};
+  return a.rank <= 7 ? few[a.rank - 1] : all_rows<Element>;
 }
 
 }  // namespace
 
-bool cpu_sparse_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl");
-}
-
 void cpu_project_sparse(const CpuSparse& a, int threads) {
   if (a.channels * a.k < (1 << 17)) threads = 1;  // a thread costs microseconds
-  switch (a.element) {
-    case CpuElement::kFloat32:
-      return project<Float32>(a, threads);
-    case CpuElement::kBfloat16:
-      return project<Bfloat16>(a, threads);
-    case CpuElement::kFloat16:
-      return project<Float16>(a, threads);
-  }
+  with_element(a.element, [&a, threads](auto element) {
+    const Pass pass = pass_for<decltype(element)>(a);
+    parallel(a.channels, a.rows ? 8 : 64, threads,
+             [&a, pass](int64_t begin, int64_t end) { pass(a, begin, end); });
+  });
 }
 
 }  // namespace apollo
 
-#else  // another processor, or a compiler too old for the intrinsics: PyTorch runs instead
+#else
 
 namespace apollo {
-bool cpu_sparse_supported() { return false; }
 void cpu_project_sparse(const CpuSparse&, int) {}
 }  // namespace apollo
 

@@ -2,11 +2,9 @@
 // without AVX512 take PyTorch's way (reference.py).
 #pragma once
 
-#include <cstdint>
+#include "cpu_element.h"
 
 namespace apollo {
-
-enum class CpuElement { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 // A matrix X [channels, k], channels as rows (ld apart) or as columns of k rows (ld apart).
 struct CpuSparse {
@@ -20,7 +18,6 @@ struct CpuSparse {
   float* q;                // [channels], squared norms
 };
 
-bool cpu_sparse_supported();
 void cpu_project_sparse(const CpuSparse& args, int threads);
 
 }  // namespace apollo

@@ -47,11 +47,44 @@ APOLLO_DEVICE void sine_and_cosine_of_turns(double turns, double& sine, double& 
   sincospi(2.0 * turns, &sine, &cosine);
 }
 
+// Both err by 2^-23 at most. Subnormals: the root takes them, the reciprocal takes them for 0.
+APOLLO_DEVICE float approx_root(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+APOLLO_DEVICE float approx_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// x, of which the compiler knows nothing: what follows from it is worked out where it is needed,
+// and holds no register in a loop.
+APOLLO_DEVICE int made_again(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// threadIdx.x, which the compiler would otherwise keep in a register from its first use on.
+APOLLO_DEVICE int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// An address from a table, which the compiler could not know to be global memory's.
+template <class T>
+APOLLO_DEVICE T* global(T* address) {
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
 // 16 bytes of global memory. Addresses come from tables, so the compiler could only take the slower
-// generic path; and what streams through once need not stay in L1.
+// generic path; and what streams through once need not stay in L1. L2 fetches 128 bytes at a time:
+// a stage of `project` takes 64 of a row, the next one finds the others there.
 APOLLO_DEVICE uint4 load16(const void* from) {
   uint4 x;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(__cvta_generic_to_global(from))
                : "memory");
@@ -61,6 +94,22 @@ APOLLO_DEVICE void store16(void* to, const uint4& x) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};"
                :
                : "l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
+// The same by the word's own size, and 8 bytes: of two-byte elements beside float32 ones.
+APOLLO_DEVICE void load_word(uint4& word, const uint4* from) { word = load16(from); }
+APOLLO_DEVICE void store_word(uint4* to, const uint4& word) { store16(to, word); }
+APOLLO_DEVICE void load_word(uint2& word, const uint2* from) {
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+               : "=r"(word.x), "=r"(word.y)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+APOLLO_DEVICE void store_word(uint2* to, const uint2& word) {
+  asm volatile("st.global.v2.u32 [%0], {%1,%2};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y)
                : "memory");
 }
 

@@ -102,6 +102,19 @@ int with_project(const Launch& launch, int distribution, Use use) {
   });
 }
 
+// Calls use(kernel) with the kernel of `apply` for these dtypes; only bf16 is rounded by chance.
+template <class Use>
+int with_apply(const Launch& launch, bool by_chance, Use use) {
+  return with_dtypes(launch, [&](auto w, auto g) {
+    using W = decltype(w);
+    using G = decltype(g);
+    if constexpr (kDtypeOf<W> == kBfloat16) {
+      if (by_chance) return use(apply_update<W, G, ByChance>);
+    }
+    return use(apply_update<W, G, ToNearest>);
+  });
+}
+
 }  // namespace
 
 int launch_project(const Launch& launch) {
@@ -112,16 +125,12 @@ int launch_project(const Launch& launch) {
 }
 
 int launch_scale(const Launch& launch) {
-  return run(scale_channels, launch.blocks, kScaleChannels, 0, launch);
-}
-
-int launch_limit(const Launch& launch) {
-  return run(limit_update, launch.blocks, kScaleChannels, 0, launch);
+  return run(scale_channels, launch.blocks, kScaleThreads, 0, launch);
 }
 
 int launch_apply(const Launch& launch) {
-  return with_dtypes(launch, [&](auto w, auto g) {
-    return run(apply_update<decltype(w), decltype(g)>, launch.blocks, kStreamThreads, 0, launch);
+  return with_apply(launch, launch.hyper.stochastic_rounding, [&](Kernel kernel) {
+    return run(kernel, launch.blocks, kStreamThreads, 0, launch);
   });
 }
 
@@ -137,14 +146,16 @@ int launch_advance(const Launch& launch) {
 }
 
 int load_low_rank(const Launch& launch) {
-  for (const int distribution : {kGaussian, kRademacher, kSparse}) {
+  for (const int distribution : {kGaussian, kExactGaussian, kRademacher, kSparse}) {
     const auto loaded = [](Kernel kernel, int, int shared) { return load(kernel, shared); };
     if (const int error = with_project(launch, distribution, loaded)) return error;
   }
   if (const int error = load(scale_channels)) return error;
-  if (const int error = load(limit_update)) return error;
-  return with_dtypes(launch,
-                     [](auto w, auto g) { return load(apply_update<decltype(w), decltype(g)>); });
+  for (const bool by_chance : {false, true}) {
+    const auto loaded = [](Kernel kernel) { return load(kernel); };
+    if (const int error = with_apply(launch, by_chance, loaded)) return error;
+  }
+  return 0;
 }
 
 int load_dense(const Launch& launch) {
@@ -159,7 +170,7 @@ int current_device(int* device) { return int(cudaGetDevice(device)); }
 int use_device(int device) { return int(cudaSetDevice(device)); }
 int probe() {
   cudaFuncAttributes attributes;
-  return int(cudaFuncGetAttributes(&attributes, limit_update));
+  return int(cudaFuncGetAttributes(&attributes, scale_channels));
 }
 #else
 const char* error_name(int) { return "emulated"; }

@@ -27,10 +27,21 @@ enum Distribution : uint32_t {
   kExactGaussian = 16
 };
 
+// The 64-bit idiom alone makes nvcc add empty halves.
+APOLLO_HOST_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t{a} * b;
+#endif
+}
+
 APOLLO_HOST_DEVICE Words philox4x32(Words c, uint32_t key0, uint32_t key1, int rounds = kRounds) {
   for (int i = 0; i < rounds; ++i) {
-    const uint64_t p0 = uint64_t{0xD2511F53u} * c.w[0];
-    const uint64_t p1 = uint64_t{0xCD9E8D57u} * c.w[2];
+    const uint64_t p0 = wide_product(0xD2511F53u, c.w[0]);
+    const uint64_t p1 = wide_product(0xCD9E8D57u, c.w[2]);
     c = {{uint32_t(p1 >> 32) ^ c.w[1] ^ key0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.w[3] ^ key1,
           uint32_t(p0)}};
     key0 += 0x9E3779B9u;

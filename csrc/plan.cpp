@@ -11,6 +11,8 @@
 namespace apollo {
 namespace {
 
+constexpr int64_t kDoubleFloats = sizeof(double) / sizeof(float);
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Row>
@@ -33,21 +35,47 @@ int32_t* write_map(const std::vector<Row>& rows, int64_t Row::* first, int64_t b
   return to;
 }
 
-// A chunk holds whole blocks of r. Few tiles are split as below, but only where R, which then goes
-// through the workspace, stays small beside the gradient; float32 sums take 65536 k at most.
+// In how many chunks K is cut, for blocks enough where a matrix is alone in its launch. It is a
+// rule of the shape, so that the bits depend neither on the device nor on what else is in the
+// launch, and it has to serve a launch of hundreds of matrices, too. A cut costs bytes: R no longer
+// stays in registers, but is written and read per chunk, 8 chunks rank bytes per channel, where a
+// step of bf16 moves 8 k: chunks rank / k of the whole. So many blocks are made where that is at
+// most 1/64, and a few where a matrix has hardly any tiles. At rank 128 a matrix of 4096 x 4096
+// would lose 25 % by 8 chunks. float32 sums take 65536 k at most.
+int64_t chunks_of(int64_t tiles, int64_t k, int64_t rank) {
+  constexpr int64_t kMany = 264, kFew = 8;  // blocks; the first is two per SM of the largest cards
+  tiles = std::max<int64_t>(1, tiles);
+  const int64_t cheap = std::min({kMany / tiles, k / 512, k / (64 * std::max<int64_t>(1, rank))});
+  const int64_t few = std::min(kFew / tiles, k / 1024);
+  return std::max({int64_t{1}, cheap, few, ceil_div(k, 65536)});
+}
+
+// A chunk holds whole blocks of r, and eight of them at least.
 Tiling sparse_tiling(int64_t channels, int64_t k, int64_t rank, int grad_dtype, bool by_row) {
   const auto r = uint32_t(rank);
   Tiling t{};
   t.channel_tiles = ceil_div(channels, sparse_channels(grad_dtype, r, by_row));
   t.rank_tiles =
       share_ranks(r, uint32_t(sparse_unit(grad_dtype, r, by_row)), by_row ? 32 : 8).tiles;
-  const int64_t wanted =
-      std::max<int64_t>(1, 16 / std::max<int64_t>(1, t.channel_tiles * t.rank_tiles));
-  const int64_t most = std::max<int64_t>(1, k / std::max<int64_t>(1024, 8 * rank));
-  const int64_t chunks = std::max<int64_t>(1, std::max(std::min(wanted, most), ceil_div(k, 65536)));
-  t.chunk_length = ceil_div(ceil_div(k, chunks), rank) * rank;
+  const int64_t shortest = ceil_div(k, chunks_of(t.channel_tiles * t.rank_tiles, k, rank));
+  t.chunk_length = ceil_div(std::max(shortest, 8 * rank), rank) * rank;
   t.chunks = k > 0 ? ceil_div(k, t.chunk_length) : 1;
   return t;
+}
+
+// The rows of a matrix in memory, `vectors` long, as tiles of `apply`: 2^shift vectors wide, as
+// many as a block has threads or, where rows are shorter or the last tile of a row would leave more
+// than a ninth of the threads idle, a half, a quarter and so on of it, but no less than a warp's.
+struct ApplyTiling {
+  int64_t shift, across, down;
+};
+ApplyTiling apply_tiling(int64_t rows, int64_t vectors) {
+  int64_t width = kStreamThreads, shift = 0;
+  const auto wasteful = [&] { return 8 * ceil_div(vectors, width) * width > 9 * vectors; };
+  while (width > 1 && (width / 2 >= vectors || (width > 32 && wasteful()))) width /= 2;
+  while (int64_t{1} << shift < width) ++shift;
+  const int64_t rows_down = kStreamVectors * kStreamThreads / width;
+  return {shift, std::max<int64_t>(1, ceil_div(vectors, width)), ceil_div(rows, rows_down)};
 }
 
 }  // namespace
@@ -61,15 +89,9 @@ Tiling tiling(int64_t channels, int64_t k, int64_t rank, int grad_dtype, bool by
   Tiling t{};
   t.channel_tiles = ceil_div(channels, channel_tile);
   t.rank_tiles = ceil_div(rank, rank_tile(ranks));
-  // Few tiles are split along K, for the sake of a lone tensor; a fixed rule of the shapes, so that
-  // the bits depend neither on the device nor on what else is in the launch.
-  const int64_t tiles = std::max<int64_t>(1, t.channel_tiles * t.rank_tiles);
-  const int64_t wanted = std::max<int64_t>(1, 8 / tiles);
-  const int64_t longest = 65536, shortest = 1024;
-  const int64_t most = std::max<int64_t>(1, k / shortest);
-  const int64_t chunks = std::max(std::min(wanted, most), ceil_div(k, longest));
-  // A chunk holds whole runs of signs, and whole slabs of project_dots.
-  t.chunk_length = ceil_div(ceil_div(k, std::max<int64_t>(1, chunks)), 1024) * 1024;
+  // A chunk holds whole runs of signs.
+  const int64_t chunks = chunks_of(t.channel_tiles * t.rank_tiles, k, rank);
+  t.chunk_length = ceil_div(ceil_div(k, chunks), 512) * 512;
   t.chunks = k > 0 ? ceil_div(k, t.chunk_length) : 1;
   return t;
 }
@@ -92,17 +114,21 @@ void LowRankPlan::add(Matrix m) {
   const int64_t outer = by_row ? m.channels : m.k, inner = by_row ? m.k : m.channels;
   if (outer <= 1) m.weight_ld = m.grad_ld = 0;  // no second row; and 0 never spoils an alignment
 
-  // Every matrix has a block of `scale`, which hands its step on; an empty one has no others.
-  const int64_t scale_blocks = std::max<int64_t>(1, ceil_div(m.channels, kScaleChannels));
-  m.first_scale = scale_blocks_;
+  // Every matrix has a block of `scale`, which counts its step, and the one that leads has one of
+  // `apply`, which stores it; an empty one has no others.
+  const ApplyTiling tiles =
+      apply_tiling(outer, ceil_div(inner, apply_vector(weight_dtype_, grad_dtype_)));
+  m.apply_shift = tiles.shift;
+  m.apply_across = tiles.across;
   m.first_apply = apply_blocks_;
-  scale_blocks_ += scale_blocks;
-  apply_blocks_ += ceil_div(outer * ceil_div(inner, 8), kApplyVectors);
+  apply_blocks_ += inner > 0 ? tiles.across * tiles.down : 0;
+  if (m.flags & kLeads) apply_blocks_ = std::max(apply_blocks_, m.first_apply + 1);
 
   m.parts = parts_size_;
   m.s = s_size_;
-  parts_size_ += 3 * scale_blocks * int64_t(sizeof(double) / sizeof(float));
-  s_size_ += m.channels;
+  const int64_t most = scale_blocks(m.channels, scale_shift(m.rank, true));  // in either layout
+  parts_size_ += 3 * kDoubleFloats * most;
+  s_size_ += vectors(m.channels);
   for (const bool sparse : {false, true}) {
     add(layouts_[sparse], m, tiling(m.channels, m.k, m.rank, grad_dtype_, by_row, sparse));
   }
@@ -111,20 +137,32 @@ void LowRankPlan::add(Matrix m) {
 void LowRankPlan::add(Layout& layout, Matrix m, const Tiling& t) {
   const RankClass ranks = rank_class(m.rank);
   const bool sparse = &layout == &layouts_[1] && uses_sparse_kernel(ranks);
-  const bool summed = separate_ || (uses_dots(ranks) && !sparse) || t.chunks > 1;
+  // Tiles update moments by pairs of neighbours.
+  const bool pairs = m.rank % 2 == 0 && (reinterpret_cast<uintptr_t>(m.exp_avg) % 8 == 0) &&
+                     (reinterpret_cast<uintptr_t>(m.exp_avg_sq) % 8 == 0);
+  const bool later = uses_dots(ranks) || !pairs;
+  const bool summed = separate_ || (later && !sparse) || t.chunks > 1;
   if (summed) m.flags |= kSummed;
   m.chunks = t.chunks;
   m.chunk_length = t.chunk_length;
   m.rank_tiles = t.rank_tiles;
   // Rank tiles of the dense kernels each see the whole of X, those of the sparse one a part of it.
   m.q_rows = t.chunks * (sparse ? t.rank_tiles : 1);
-  m.first_project = layout.blocks;
-  if (m.channels > 0 && m.k > 0) layout.blocks += t.channel_tiles * t.rank_tiles * t.chunks;
+  m.first_project = layout.project_blocks;
+  m.first_scale = layout.scale_blocks;
+  if (m.channels > 0 && m.k > 0) {
+    layout.project_blocks += t.channel_tiles * t.rank_tiles * t.chunks;
+  }
+  layout.scale_blocks += scale_blocks(m.channels, scale_shift(m.rank, summed));
   m.q = layout.q_size;
   m.r = layout.r_size;
   layout.q_size += m.q_rows * m.channels;
-  layout.r_size += summed ? t.chunks * m.channels * m.rank : 2 * t.rank_tiles * m.channels;
+  layout.r_size += vectors(summed ? t.chunks * m.channels * m.rank : 2 * t.rank_tiles * m.channels);
   layout.rows.push_back(m);
+}
+
+int64_t LowRankPlan::map_begin(int distribution) const {
+  return apply_blocks_ + (is_sparse(distribution) ? layouts_[0].map_size() : 0);
 }
 
 bool LowRankPlan::is_sparse(int distribution) { return distribution == kSparse; }
@@ -148,10 +186,10 @@ void LowRankPlan::write_table(void* table) const {
 }
 
 void LowRankPlan::write_maps(int32_t* maps) const {
-  maps = write_map(rows(), &Matrix::first_scale, scale_blocks_, maps);
   maps = write_map(rows(), &Matrix::first_apply, apply_blocks_, maps);
   for (const Layout& layout : layouts_) {
-    maps = write_map(layout.rows, &Matrix::first_project, layout.blocks, maps);
+    maps = write_map(layout.rows, &Matrix::first_project, layout.project_blocks, maps);
+    maps = write_map(layout.rows, &Matrix::first_scale, layout.scale_blocks, maps);
   }
 }
 
@@ -173,21 +211,21 @@ Launch LowRankPlan::launch(const Hyper& hyper, void* stream, int64_t map, int64_
 int LowRankPlan::load() const { return load_low_rank(launch(Hyper{}, nullptr, 0, 0)); }
 
 int LowRankPlan::project(const Hyper& hyper, void* stream) const {
-  const bool sparse = is_sparse(hyper.distribution);
-  const int64_t map = scale_blocks_ + apply_blocks_ + (sparse ? layouts_[0].blocks : 0);
-  return launch_project(launch(hyper, stream, map, layouts_[sparse].blocks));
+  const int64_t blocks = layout(hyper.distribution).project_blocks;
+  return launch_project(launch(hyper, stream, map_begin(hyper.distribution), blocks));
 }
 
 int LowRankPlan::scale(const Hyper& hyper, void* stream) const {
   if (hyper.clip != nullptr && !separate_) {
     throw std::invalid_argument("scale: clip comes too late where project updates the moments");
   }
-  const int error = launch_scale(launch(hyper, stream, 0, scale_blocks_));
-  return error ? error : launch_limit(launch(hyper, stream, 0, size()));
+  const Layout& of = layout(hyper.distribution);
+  const int64_t map = map_begin(hyper.distribution) + of.project_blocks;
+  return launch_scale(launch(hyper, stream, map, of.scale_blocks));
 }
 
 int LowRankPlan::apply(const Hyper& hyper, void* stream) const {
-  return launch_apply(launch(hyper, stream, scale_blocks_, apply_blocks_));
+  return launch_apply(launch(hyper, stream, 0, apply_blocks_));
 }
 
 DensePlan::DensePlan(int weight_dtype, int grad_dtype)
@@ -196,7 +234,7 @@ DensePlan::DensePlan(int weight_dtype, int grad_dtype)
 void DensePlan::add(DenseRow row) {
   if (row.count < 0) throw std::invalid_argument("add: count " + std::to_string(row.count));
   row.first_block = blocks_;
-  blocks_ += ceil_div(row.count, 8 * kApplyVectors);
+  blocks_ += ceil_div(row.count, kDenseElements);
   rows_.push_back(row);
 }
 

@@ -38,7 +38,7 @@ class LowRankPlan {
   int64_t size() const { return int64_t(rows().size()); }
   int64_t table_words() const { return 2 * size() * int64_t(sizeof(Matrix) / 8); }
   int64_t map_size() const {
-    return layouts_[0].blocks + layouts_[1].blocks + scale_blocks_ + apply_blocks_;
+    return apply_blocks_ + layouts_[0].map_size() + layouts_[1].map_size();
   }
   int64_t workspace_floats() const {
     return r_begin() + std::max(layouts_[0].r_size, layouts_[1].r_size);
@@ -58,19 +58,25 @@ class LowRankPlan {
 
  private:
   int64_t parts_begin() const { return size() * kRecordFloats; }
-  int64_t s_begin() const { return q_begin() + std::max(layouts_[0].q_size, layouts_[1].q_size); }
+  int64_t s_begin() const {
+    return vectors(q_begin() + std::max(layouts_[0].q_size, layouts_[1].q_size));
+  }
   int64_t r_begin() const { return s_begin() + s_size_; }
   Launch launch(const Hyper& hyper, void* stream, int64_t map, int64_t blocks) const;
 
   // The rows as a distribution's kernels want them. A group may change its distribution between two
   // steps, so the table holds both layouts, and a launch takes the one of its distribution. Tiling,
-  // places of q and R and first_project differ; all else is equal.
+  // places of q and R, and the blocks of `project` and `scale` differ; all else is equal.
   struct Layout {
     std::vector<Matrix> rows;  // offsets count from the beginning of their part of the workspace
-    int64_t blocks = 0, q_size = 0, r_size = 0;
+    int64_t project_blocks = 0, scale_blocks = 0, q_size = 0, r_size = 0;
+    int64_t map_size() const { return project_blocks + scale_blocks; }
   };
   void add(Layout& layout, Matrix matrix, const Tiling& tiling);
+  int64_t map_begin(int distribution) const;
   static bool is_sparse(int distribution);
+  // s and R begin at multiples of 16 bytes; the numbers of every matrix in them do.
+  static int64_t vectors(int64_t floats) { return (floats + 3) / 4 * 4; }
   const Layout& layout(int distribution) const { return layouts_[is_sparse(distribution)]; }
   const std::vector<Matrix>& rows() const { return layouts_[0].rows; }
 
@@ -79,7 +85,7 @@ class LowRankPlan {
   Memory memory_;
   Layout layouts_[2];  // dense, sparse
   int64_t parts_size_ = 0, s_size_ = 0;
-  int64_t scale_blocks_ = 0, apply_blocks_ = 0;
+  int64_t apply_blocks_ = 0;
 };
 
 // The dense parameters of one family: dtypes are equal. The workspace holds an int32 for each.

@@ -10,24 +10,27 @@ namespace apollo {
 constexpr int kDotThreads = 256;
 constexpr int kDotSlab = 1024;  // K per stage
 
+// A lane sums up 8 channels: one after the other, or side by side in vectors of 16 bytes.
+// Neighbouring lanes load neighbouring vectors.
 template <class T, int R, bool BY_ROW>
 struct Dots {
-  static constexpr int kLaneChannels =
-      8;  // channels of a lane: one after the other, or side by side
+  static constexpr int kLaneChannels = 8, kVector = 16 / int(sizeof(T));
+  using Vector = Pack<T, kVector>;
   float sums[kLaneChannels][R + 1] = {};  // R dot products and the squared norm
 
-  // A slab of Z as floats, z[j][k], meets the slab's k of this block's channels.
+  // A slab of Z as floats, z[j][k], meets the slab's k of this block's channels. Several loads are
+  // under way before the first is used.
   APOLLO_DEVICE void add(const Matrix& p, int64_t c0, int64_t k0, int64_t k_end, const float* z,
                          bool wide) {
-    constexpr int kAhead = 4;  // loads under way before the first is used
     const T* grad = static_cast<const T*>(p.grad);
     const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
     const int last = k_end - k0 < kDotSlab ? int(k_end - k0) : kDotSlab;
     if constexpr (BY_ROW) {
-      for (int slab_k = 8 * lane; slab_k < last; slab_k += 256) {
+      constexpr int kAhead = 32 / kVector;
+      for (int slab_k = kVector * lane; slab_k < last; slab_k += 32 * kVector) {
 #pragma unroll
         for (int first = 0; first < kLaneChannels; first += kAhead) {
-          Pack8<T> packs[kAhead];
+          Vector packs[kAhead];
 #pragma unroll
           for (int i = 0; i < kAhead; ++i) {
             const int64_t c = c0 + 8 * warp + first + i;
@@ -36,44 +39,56 @@ struct Dots {
           }
 #pragma unroll
           for (int i = 0; i < kAhead; ++i) {
-            float x[8];
+            float x[kVector];
             packs[i].get(x);
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-              float (&channel)[R + 1] = sums[first + i];
-              channel[R] = fmaf(x[e], x[e], channel[R]);
-#pragma unroll
-              for (int j = 0; j < R; ++j)
-                channel[j] = fmaf(x[e], z[j * kDotSlab + slab_k + e], channel[j]);
+            for (int e = 0; e < kVector; ++e) {
+              add_entry(sums[first + i], x[e], z + slab_k + e);
             }
           }
         }
       }
     } else {
-      const int64_t c = c0 + 8 * lane, left = p.channels - c;
-      if (left <= 0) return;
+      constexpr int kAhead = 4, kVectors = kLaneChannels / kVector;
+      const int64_t c = c0 + lane_channel(lane, 0);
+      if (c >= p.channels) return;
       for (int first = warp; first < last; first += 8 * kAhead) {
-        Pack8<T> packs[kAhead];
+        Vector packs[kAhead][kVectors];
 #pragma unroll
         for (int a = 0; a < kAhead; ++a) {
           const int slab_k = first + 8 * a;
-          packs[a].load(grad + (k0 + slab_k) * p.grad_ld + c, slab_k < last ? left : 0, wide);
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) {
+            const int64_t next_c = c + lane_channel(0, kVector * v);
+            packs[a][v].load(grad + (k0 + slab_k) * p.grad_ld + next_c,
+                             slab_k < last ? p.channels - next_c : 0, wide);
+          }
         }
 #pragma unroll
         for (int a = 0; a < kAhead; ++a) {
-          float x[8];
-          packs[a].get(x);
 #pragma unroll
-          for (int i = 0; i < kLaneChannels; ++i) {
-            sums[i][R] = fmaf(x[i], x[i], sums[i][R]);
+          for (int v = 0; v < kVectors; ++v) {
+            float x[kVector];
+            packs[a][v].get(x);
 #pragma unroll
-            for (int j = 0; j < R; ++j) {
-              sums[i][j] = fmaf(x[i], z[j * kDotSlab + first + 8 * a], sums[i][j]);
+            for (int e = 0; e < kVector; ++e) {
+              add_entry(sums[kVector * v + e], x[e], z + first + 8 * a);
             }
           }
         }
       }
     }
+  }
+
+  APOLLO_DEVICE static void add_entry(float (&channel)[R + 1], float x, const float* z) {
+    channel[R] = fmaf(x, x, channel[R]);
+#pragma unroll
+    for (int j = 0; j < R; ++j) channel[j] = fmaf(x, z[j * kDotSlab], channel[j]);
+  }
+
+  // Where a lane's i-th channel lies in a tile of columns.
+  APOLLO_DEVICE static int lane_channel(int lane, int i) {
+    return i / kVector * 32 * kVector + lane * kVector + i % kVector;
   }
 
   // Adds up what lanes or warps hold, in fixed order; `scratch` holds 256 floats per warp.
@@ -100,7 +115,9 @@ struct Dots {
           }
         }
       } else {
-        for (int i = 0; i < kLaneChannels; ++i) scratch[256 * warp + 8 * lane + i] = sums[i][j];
+        for (int i = 0; i < kLaneChannels; ++i) {
+          scratch[256 * warp + lane_channel(lane, i)] = sums[i][j];
+        }
         __syncthreads();  // every warp's share is there
         float sum = 0.0f;
         for (int w = 0; w < 8; ++w) sum += scratch[256 * w + threadIdx.x];
@@ -129,13 +146,16 @@ APOLLO_DEVICE void project_dot(const Matrix& p, const Launch& launch, int64_t bl
   const uint32_t epoch = epoch_of(p, launch);
   const bool wide = aligned16(static_cast<const T*>(p.grad), p.grad_ld);
   Dots<T, R, BY_ROW> dots;
+  // Rows beyond the rank are multiplied, too, and dropped.
+  for (int i = int(p.rank) * kDotSlab + int(threadIdx.x); i < R * kDotSlab; i += kDotThreads) {
+    shared[i] = 0.0f;
+  }
   for (int64_t k = k_begin; k < k_end; k += kDotSlab) {
-    for (int i = int(threadIdx.x); i < R * kDotSlab / 4; i += kDotThreads) {
+    // Beyond K, too: x is zero there, and z has to be finite.
+    for (int i = int(threadIdx.x); i < int(p.rank) * kDotSlab / 4; i += kDotThreads) {
       const int j = i / (kDotSlab / 4), call = i % (kDotSlab / 4), slab_k = call / 4 * 16;
-      if (j < p.rank) {  // beyond K too: x is zero there, and z has to be finite
-        const Stream stream = Stream::of(p, epoch, uint32_t(j), uint32_t(call % 4));
-        draw_call<DISTRIBUTION>(shared + j * kDotSlab + slab_k, stream, uint32_t(k + slab_k));
-      }
+      const Stream stream = Stream::of(p, epoch, uint32_t(j), uint32_t(call % 4));
+      draw_call<DISTRIBUTION>(shared + j * kDotSlab + slab_k, stream, uint32_t(k + slab_k));
     }
     __syncthreads();  // the slab of z is there
     dots.add(p, c0, k, k_end, shared, wide);

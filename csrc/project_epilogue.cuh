@@ -6,74 +6,103 @@
 
 namespace apollo {
 
-// Moments of every entry of R, and the sums of squares of R and N per channel of this rank tile;
-// or, where `scale` sums, R itself. scratch_smem holds two floats per channel and 32 rank rows.
+// A warp's share of the tile, in rows of 8 channels: 4 lanes hold a channel.
 template <class PRODUCT>
-APOLLO_DEVICE void finish_tile(const PRODUCT& product, const Matrix& p, const Launch& launch,
-                               int c0, int j0, int chunk, float* scratch_smem) {
-  constexpr int kRanks = PRODUCT::kRanks, kChannels = PRODUCT::kChannels;
-  const Hyper& h = launch.hyper;
-  const float factor = rsqrtf(float(p.rank)) * sign_and_scale(h);
-  const int lane = int(threadIdx.x % 32), g = lane / 4, t = lane % 4;
-  const int channels = int(p.channels), rank = int(p.rank), j = j0 + PRODUCT::warp_rank() + 2 * t;
-  const bool summed_later = summed(p);
-  float* r_workspace = r_of(p, launch, chunk);
-  float *exp_avg = p.exp_avg, *exp_avg_sq = p.exp_avg_sq;
+struct Epilogue {
+  static constexpr int kRows = 2 * PRODUCT::kM, kTogether = 2;  // loads before the first store
+  const PRODUCT& product;
+  float factor;
+  int channels, ranks;  // that are left from the lane's first on
+  int stride;           // of a row of channels, in entries
+  bool first_lane;      // of a channel
+
+  APOLLO_DEVICE int left(int row) const { return 8 * row < channels ? ranks : 0; }
+  APOLLO_DEVICE void store(float* r_workspace) const {
 #pragma unroll
-  for (int m = 0; m < PRODUCT::kM; ++m) {
+    for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = PRODUCT::warp_channel() + 16 * m + g + 8 * half, c = c0 + row;
-      const int64_t entry = int64_t(c) * rank + j;
-      const int left = c < channels ? rank - j : 0;
-      float rr = 0.0f, nn = 0.0f, m_entries[4][2], v_entries[4][2];
-      if (!summed_later) {  // all loads before the first store
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int k = 8 * (i / 2) + i % 2;
-          if (k >= left) continue;
-          m_entries[i / 2][i % 2] = exp_avg[entry + k];
-          v_entries[i / 2][i % 2] = exp_avg_sq[entry + k];
-        }
+      for (int k = 0; k < 8; ++k) {
+        const int j = k / 2 * 8 + k % 2;
+        if (j < left(row)) r_workspace[j] = factor * product.sum(row, k / 2, k % 2);
       }
+      r_workspace += stride;
+    }
+  }
+
+  // Moments, and the sums of squares of R and N per channel of the warp's rank rows. Neighbours are
+  // there or not together, since the rank is even.
+  APOLLO_DEVICE void update(float* exp_avg, float* exp_avg_sq, const Hyper& h,
+                            float* sums_smem) const {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int n = i / 2, e = i % 2, k = 8 * n + e;
-        if (k >= left) continue;
-        const float r = factor * product.sum(m, n, half, e);
-        if (summed_later) {
-          r_workspace[entry + k] = r;
-          continue;
-        }
-        update_moments(r, m_entries[n][e], v_entries[n][e], h);
-        const float normal = normalized(m_entries[n][e], v_entries[n][e], h);
-        exp_avg[entry + k] = m_entries[n][e];
-        exp_avg_sq[entry + k] = v_entries[n][e];
+    for (int row = 0; row < kRows; ++row) {
+      float rr = 0.0f, nn = 0.0f;
+      const auto update_one = [&](float r, float& m, float& v) {
+        update_moments(r, m, v, h);
+        const float n = normalized(m, v, h);
         rr = fmaf(r, r, rr);
-        nn = fmaf(normal, normal, nn);
+        nn = fmaf(n, n, nn);
+      };
+#pragma unroll
+      for (int first = 0; first < 4; first += kTogether) {
+        float2 m[kTogether] = {}, v[kTogether] = {};
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const int j = 8 * (first + i);
+          if (j >= left(row)) continue;
+          m[i] = *reinterpret_cast<const float2*>(exp_avg + j);
+          v[i] = *reinterpret_cast<const float2*>(exp_avg_sq + j);
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const int n = first + i, j = 8 * n;
+          if (j >= left(row)) continue;
+          update_one(factor * product.sum(row, n, 0), m[i].x, v[i].x);
+          update_one(factor * product.sum(row, n, 1), m[i].y, v[i].y);
+          *reinterpret_cast<float2*>(exp_avg + j) = m[i];
+          *reinterpret_cast<float2*>(exp_avg_sq + j) = v[i];
+        }
       }
+      const int next = made_again(stride);
+      exp_avg += next;
+      exp_avg_sq += next;
       for (int offset = 1; offset < 4; offset *= 2) {
         rr += __shfl_xor_sync(0xFFFFFFFFu, rr, offset);
         nn += __shfl_xor_sync(0xFFFFFFFFu, nn, offset);
       }
-      if (t == 0) {
-        const int slot = (PRODUCT::warp_rank() / 32 * kChannels + row) * 2;
-        scratch_smem[slot] = rr;
-        scratch_smem[slot + 1] = nn;
-      }
+      if (first_lane) *reinterpret_cast<float2*>(sums_smem + 16 * row) = {rr, nn};
     }
   }
+};
+
+// scratch_smem holds two floats per channel and 32 rank rows.
+template <class PRODUCT>
+APOLLO_DEVICE void finish_tile(const PRODUCT& product, const Matrix& p, const Launch& launch,
+                               int c0, int j0, int chunk, float* scratch_smem, int thread) {
+  constexpr int kChannels = PRODUCT::kChannels;
+  const int rank = int(p.rank), channels = int(p.channels);
+  const int channel = PRODUCT::warp_channel(thread) + thread % 32 / 4;
+  const int c = c0 + channel, j = j0 + PRODUCT::warp_rank(thread) + 2 * (thread % 4);
+  const float factor = rsqrtf(float(rank)) * sign_and_scale(launch.hyper);
+  const Epilogue<PRODUCT> epilogue = {product,  factor,   channels - c,
+                                      rank - j, 8 * rank, thread % 4 == 0};
+  const int64_t entry = int64_t(c) * rank + j;
+  if (summed(p)) {
+    epilogue.store(global(r_of(p, launch, chunk)) + entry);
+    return;
+  }
+  float* sums_smem = scratch_smem + (PRODUCT::warp_rank(thread) / 32 * kChannels + channel) * 2;
+  epilogue.update(global(p.exp_avg) + entry, global(p.exp_avg_sq) + entry, launch.hyper, sums_smem);
   __syncthreads();  // all warps' sums are there
-  const int row = int(threadIdx.x);
-  if (!summed_later && row < kChannels && c0 + row < p.channels) {
+  const int row = thread;
+  if (row < kChannels && c0 + row < channels) {
     float rr = 0.0f, nn = 0.0f;
     for (int i = 0; i < PRODUCT::kWarpsRank; ++i) {
       rr += scratch_smem[(i * kChannels + row) * 2];
       nn += scratch_smem[(i * kChannels + row) * 2 + 1];
     }
-    float* sums = r_of(p, launch, 0) + int64_t(j0 / kRanks) * p.channels + c0 + row;
+    float* sums = r_of(p, launch, 0) + int64_t(j0 / PRODUCT::kRanks) * channels + c0 + row;
     sums[0] = rr;
-    sums[p.rank_tiles * p.channels] = nn;
+    sums[p.rank_tiles * channels] = nn;
   }
 }
 

@@ -5,6 +5,8 @@
 // pieces: float16 into two, float32 into three.
 #pragma once
 
+#include <type_traits>
+
 #include "common.cuh"
 #include "draw.cuh"
 #include "project_epilogue.cuh"
@@ -14,117 +16,130 @@ namespace apollo {
 template <class T>
 constexpr int kPieces = pieces(kDtypeOf<T>);
 
-// Eight values as one 16-byte chunk of each bf16 piece: x = p0 + p1 + p2 exactly (24 = 3 * 8 bits).
-template <int PIECES>
-APOLLO_DEVICE void split(const float (&x)[8], uint4 (&pieces)[PIECES]) {
-  float rest[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) rest[i] = x[i];
-#pragma unroll
-  for (int p = 0; p < PIECES; ++p) {
-    uint32_t pairs[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      pairs[i] = pack_bf16(rest[2 * i], rest[2 * i + 1]);
-      rest[2 * i] -= low_bf16(pairs[i]);
-      rest[2 * i + 1] -= high_bf16(pairs[i]);
-    }
-    pieces[p] = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
-  }
-}
-
 template <class T>
 struct Tile {
   static constexpr int kChannels = mma_channels(kDtypeOf<T>);
-  static constexpr int kVectors = kChannels * kStep / 8 / kTileThreads;  // per thread and stage
-  static constexpr int kPlane = kChannels * kStep * 2;                   // bytes of a piece
+  static constexpr int kPlane = kChannels * kStep * 2;  // bytes of a piece
 };
 
+// Rounds each x to bf16 and leaves the rest in x: all pieces of an element add up to it exactly.
+template <int N>
+struct alignas(2 * N) Piece {
+  uint32_t pairs[N / 2];
+};
+template <int N>
+APOLLO_DEVICE Piece<N> split_off(float (&x)[N]) {
+  Piece<N> piece;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    piece.pairs[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+    x[2 * i] -= low_bf16(piece.pairs[i]);
+    x[2 * i + 1] -= high_bf16(piece.pairs[i]);
+  }
+  return piece;
+}
+
 // One thread's share of a stage of X: registers between the global load and shared memory, so that
-// the load of the next stage is under way while tensor cores work on this one.
+// the load of the next stage is under way while tensor cores work on this one. Neighbouring threads
+// load neighbouring 16 bytes.
 template <class T, bool BY_ROW>
 struct Stage {
   using Shape = Tile<T>;
-  static constexpr int kRowVectors = BY_ROW ? kStep / 8 : Shape::kChannels / 8;
+  static constexpr int kVector = 16 / int(sizeof(T));  // elements of a load
+  static constexpr int kVectors = Shape::kChannels * kStep / kVector / kTileThreads;
+  static constexpr int kRow = BY_ROW ? kStep : Shape::kChannels;
+  static constexpr int kRowVectors = kRow / kVector;
   static constexpr int kRowsApart = kTileThreads / kRowVectors;  // of a thread's vectors
-  static constexpr int kRowBytes = BY_ROW ? 2 * kStep : 2 * Shape::kChannels;
+  static constexpr int kRowBytes = 2 * kRow;                     // in shared memory, of a piece
   static_assert(kRowsApart % 8 == 0, "a thread's vectors are swizzled alike");
-  const T* src_gmem;  // this thread's first vector of the next stage
-  int dst_smem;       // and where it goes in the stage's shared memory
-  int64_t stage_stride, row_stride;
-  int channels, k;  // of the tile, and what is left of K
+  const unsigned char* src_gmem;     // this thread's first vector of the next stage
+  int dst_smem;                      // and where it goes in the stage's shared memory
+  int64_t stage_stride, row_stride;  // in bytes, as the compiler would not keep them itself
+  int channels;                      // of the tile
   bool wide;
-  Pack8<T> packs[Shape::kVectors];
-  float squares[BY_ROW ? Shape::kVectors : 8] = {};
+  Pack<T, kVector> packs[kVectors];
+  float squares[BY_ROW ? kVectors : kVector] = {};
 
-  APOLLO_DEVICE static int row(int i) { return int(threadIdx.x) / kRowVectors + i * kRowsApart; }
-  APOLLO_DEVICE static int chunk() { return int(threadIdx.x) % kRowVectors; }
+  APOLLO_DEVICE static int row(int i, int thread = int(threadIdx.x)) {
+    return thread / kRowVectors + i * kRowsApart;
+  }
+  APOLLO_DEVICE static int first(int thread = int(threadIdx.x)) {
+    return thread % kRowVectors * kVector;
+  }
 
-  APOLLO_DEVICE void begin(const Matrix& p, int c0, int64_t k_begin, int64_t k_end) {
+  APOLLO_DEVICE void begin(const Matrix& p, int c0, int64_t k_begin) {
     const int left = int(p.channels) - c0;
     channels = left < Shape::kChannels ? left : Shape::kChannels;
-    k = int(k_end - k_begin);
     const int64_t outer = (BY_ROW ? c0 : k_begin) + row(0);
-    const int64_t inner = (BY_ROW ? k_begin : c0) + 8 * chunk();
-    src_gmem = static_cast<const T*>(p.grad) + outer * p.grad_ld + inner;
-    stage_stride = BY_ROW ? kStep : kStep * p.grad_ld;
-    row_stride = kRowsApart * p.grad_ld;
-    dst_smem = swizzled<kRowBytes>(row(0), chunk());
+    const int64_t inner = (BY_ROW ? k_begin : c0) + first();
+    const int64_t ld = p.grad_ld * int64_t(sizeof(T));
+    src_gmem = static_cast<const unsigned char*>(p.grad) + outer * ld + inner * int(sizeof(T));
+    stage_stride = BY_ROW ? kStep * int(sizeof(T)) : kStep * ld;
+    row_stride = kRowsApart * ld;
+    dst_smem = swizzled<kRowBytes>(row(0), first() / 8) + 2 * (first() % 8);
     wide = aligned16(static_cast<const T*>(p.grad), p.grad_ld);
   }
 
-  APOLLO_DEVICE void load() {
-    const int inner = (BY_ROW ? k : channels) - 8 * chunk(), outer = BY_ROW ? channels : k;
+  // A stage within K needs no guard.
+  APOLLO_DEVICE bool whole() const { return wide && channels == Shape::kChannels; }
+
+  // The next stage, zeros beyond what is left of channels and K.
+  template <bool WHOLE>
+  APOLLO_DEVICE void load(int k_left) {
+    const int inner = (BY_ROW ? k_left : channels) - first();
+    const int outer = BY_ROW ? channels : k_left;
 #pragma unroll
-    for (int i = 0; i < Shape::kVectors; ++i) {
-      packs[i].load(src_gmem + i * row_stride, row(i) < outer ? inner : 0, wide);
+    for (int i = 0; i < kVectors; ++i) {
+      const T* from = reinterpret_cast<const T*>(src_gmem + i * row_stride);
+      if constexpr (WHOLE) {
+        packs[i].load(from);
+      } else {
+        packs[i].load(from, row(i) < outer ? inner : 0, wide);
+      }
     }
     src_gmem += stage_stride;
-    k -= kStep;
   }
 
   APOLLO_DEVICE void store(unsigned char* x_smem) {
-    for (int i = 0; i < Shape::kVectors; ++i) {
-      float x[8];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      float x[kVector];
       packs[i].get(x);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
+      for (int e = 0; e < kVector; ++e) {
         float& square = squares[BY_ROW ? i : e];
         square = fmaf(x[e], x[e], square);
       }
-      unsigned char* to = x_smem + dst_smem + i * kRowsApart * kRowBytes;
+      unsigned char* to_smem = x_smem + dst_smem + i * kRowsApart * kRowBytes;
       if constexpr (kPieces<T> == 1) {
-        *reinterpret_cast<uint4*>(to) = packs[i].words[0];
+        *reinterpret_cast<uint4*>(to_smem) = packs[i].words[0];
       } else {
-        uint4 pieces[kPieces<T>];
-        split(x, pieces);
+#pragma unroll
         for (int piece = 0; piece < kPieces<T>; ++piece) {
-          *reinterpret_cast<uint4*>(to + piece * Shape::kPlane) = pieces[piece];
+          *reinterpret_cast<Piece<kVector>*>(to_smem + piece * Shape::kPlane) = split_off(x);
         }
       }
     }
   }
 
-  // q of the tile's channels, of which `left` are there; `scratch` holds 16 rows of them. Fixed
-  // order, so the same bits.
-  APOLLO_DEVICE void reduce(float* scratch, float* q, int left) {
+  // q of the tile's channels, of which `left` are there; `scratch` holds kRowsApart rows of them.
+  // Fixed order, so the same bits.
+  APOLLO_DEVICE void reduce(float* scratch, float* q, int left, int thread) {
     if constexpr (BY_ROW) {
-      for (int i = 0; i < Shape::kVectors; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
         float sum = squares[i];
-        sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
-        sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 2);
-        if (chunk() == 0 && row(i) < left) q[row(i)] = sum;
+        for (int o = 1; o < kRowVectors; o *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, o);
+        if (first(thread) == 0 && row(i, thread) < left) q[row(i, thread)] = sum;
       }
     } else {
-      constexpr int kRows = kTileThreads / kRowVectors;
-      for (int e = 0; e < 8; ++e) {
-        scratch[row(0) * Shape::kChannels + 8 * chunk() + e] = squares[e];
+      for (int e = 0; e < kVector; ++e) {
+        scratch[row(0, thread) * Shape::kChannels + first(thread) + e] = squares[e];
       }
       __syncthreads();  // all rows of squares are there
-      const int c = int(threadIdx.x);
+      const int c = thread;
       if (c < Shape::kChannels && c < left) {
         float sum = 0.0f;
-        for (int i = 0; i < kRows; ++i) sum += scratch[i * Shape::kChannels + c];
+        for (int i = 0; i < kRowsApart; ++i) sum += scratch[i * Shape::kChannels + c];
         q[c] = sum;
       }
       __syncthreads();  // scratch is free again
@@ -134,8 +149,9 @@ struct Stage {
 
 template <class T, int RANKS>
 struct TileLayout {
-  static constexpr int kStageBytes = kPieces<T> * Tile<T>::kPlane + RANKS * 2 * kStep;
-  static constexpr int kShared = 2 * kStageBytes;
+  static constexpr int kX = kPieces<T> * Tile<T>::kPlane;
+  static constexpr int kStage = kX + RANKS * 2 * kStep;
+  static constexpr int kShared = 2 * kStage;
   static_assert(kShared <= 99 * 1024, "sm_86, sm_89 and sm_120 give a block 99 KB");
   static_assert(8 * kTileThreads * 4 <= kShared, "q's scratch lies in the stages");
 };
@@ -147,18 +163,19 @@ struct Product {
   static constexpr int kWarpsRank = RANKS / 32, kWarpsChannel = 16 / kWarpsRank;
   static constexpr int kWarpChannels = Tile<T>::kChannels / kWarpsChannel;
   static constexpr int kM = kWarpChannels / 16;
-  // Tensor cores cut sums off instead of rounding them: beyond bf16's precision short runs are
-  // accumulated there and added up in float32 registers.
+  // Tensor cores cut sums off instead of rounding them: beyond bf16's precision they add up one
+  // stage, and float32 registers add up the stages.
   static constexpr bool kShortRuns = kPieces<T> > 1;
   // In shared memory, of this lane's matrix rows: the others lie a constant or one turned bit away.
   int x_smem, z_smem;
-  float run[kM][4][4] = {};
-  float total[kShortRuns ? kM : 1][4][4] = {};
+  float sums[kM][4][4] = {};
 
-  APOLLO_DEVICE static int warp_channel() {
-    return int(threadIdx.x / 32) / kWarpsRank * kWarpChannels;
+  APOLLO_DEVICE static int warp_channel(int thread = int(threadIdx.x)) {
+    return thread / 32 / kWarpsRank * kWarpChannels;
   }
-  APOLLO_DEVICE static int warp_rank() { return int(threadIdx.x / 32) % kWarpsRank * 32; }
+  APOLLO_DEVICE static int warp_rank(int thread = int(threadIdx.x)) {
+    return thread / 32 % kWarpsRank * 32;
+  }
 
   APOLLO_DEVICE void begin() {
     const int lane = int(threadIdx.x % 32), low = lane & 7, second = (lane >> 3) & 1;
@@ -169,6 +186,18 @@ struct Product {
   }
 
   APOLLO_DEVICE void add(const unsigned char* x, const unsigned char* z) {
+    if constexpr (kShortRuns) {
+      float run[kM][4][4] = {};
+      add(run, x, z);
+#pragma unroll
+      for (int i = 0; i < kM * 16; ++i)
+        sums[i / 16][i / 4 % 4][i % 4] += run[i / 16][i / 4 % 4][i % 4];
+    } else {
+      add(sums, x, z);
+    }
+  }
+
+  APOLLO_DEVICE void add(float (&to)[kM][4][4], const unsigned char* x, const unsigned char* z) {
 #pragma unroll
     for (int kk = 0; kk < 2; ++kk) {
       uint32_t b[2][4];
@@ -187,31 +216,15 @@ struct Product {
           load_matrices<!BY_ROW>(a, plane + offset);
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
-            multiply_add(run[m][n], a, b[n / 2][2 * (n % 2)], b[n / 2][2 * (n % 2) + 1]);
+            multiply_add(to[m][n], a, b[n / 2][2 * (n % 2)], b[n / 2][2 * (n % 2) + 1]);
           }
         }
       }
     }
   }
 
-  // Of matrix row g + 8 half, column 2t + e (fragments of the PTX ISA) of fragment (m, n).
-  APOLLO_DEVICE float sum(int m, int n, int half, int e) const {
-    return (kShortRuns ? total[kShortRuns ? m : 0] : run[m])[n][2 * half + e];
-  }
-
-  APOLLO_DEVICE void end_run() {
-    if constexpr (kShortRuns) {
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        for (int n = 0; n < 4; ++n) {
-          for (int e = 0; e < 4; ++e) {
-            total[m][n][e] += run[m][n][e];
-            run[m][n][e] = 0.0f;
-          }
-        }
-      }
-    }
-  }
+  // Of channel 8 row + lane div 4 and rank row 8 n + 2 (lane mod 4) + e (fragments of the PTX ISA).
+  APOLLO_DEVICE float sum(int row, int n, int e) const { return sums[row / 2][n][row % 2 * 2 + e]; }
 };
 
 // What a block computes. Rank tiles are neighbours, so that they share X in L2. Each side is below
@@ -233,39 +246,52 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   using Layout = TileLayout<T, RANKS>;
   const auto place = place_of<Tile<T>::kChannels, RANKS>(p);
   const int64_t k_begin = place.chunk * p.chunk_length;
-  const int64_t k_end = k_begin + p.chunk_length < p.k ? k_begin + p.chunk_length : p.k;
+  const int length = int(p.k - k_begin < p.chunk_length ? p.k - k_begin : p.chunk_length);
 
   Stage<T, BY_ROW> stage;
   Drawing<RANKS, DISTRIBUTION> drawing;
   Product<T, RANKS, BY_ROW> product;
   drawing.begin(p, place.j0, epoch_of(p, launch));
   product.begin();
-  stage.begin(p, place.c0, k_begin, k_end);
-  stage.load();
-  int parity = 0;
-  const uint32_t k_last = uint32_t(k_end);
+  stage.begin(p, place.c0, k_begin);
+  stage.template load<false>(length);
+  // The stage from k on is multiplied, the next one made and the one after that loaded. Half of the
+  // warps multiply first and half of them draw first, so that tensor cores and arithmetic are busy
+  // at once.
+  const bool makes_first = threadIdx.x < kTileThreads / 2;
+  const auto turn = [&](auto is_whole, int k) {
+    constexpr bool WHOLE = decltype(is_whole)::value;
+    const bool odd = (k & kStep) != 0;  // stages lie in turns in either half
+    const unsigned char* from_smem = shared + (odd ? Layout::kStage : 0);
+    unsigned char* to_smem = shared + (odd ? 0 : Layout::kStage);
+    const auto make = [&] {
+      if (!WHOLE && k + kStep >= length) return;
+      stage.store(to_smem);
+      stage.template load<WHOLE>(length - (k + 2 * kStep));
+      drawing.store(to_smem + Layout::kX, uint32_t(k_begin) + uint32_t(k + kStep));
+    };
+    if (makes_first) make();
+    if (WHOLE || k >= 0) product.add(from_smem, from_smem + Layout::kX);
+    if (!makes_first) make();
+    __syncthreads();  // the next stage is there, and this one was read by all
+  };
+  const int whole = stage.whole() ? length / kStep * kStep : 0;
 #pragma unroll 1
-  for (uint32_t k = uint32_t(k_begin); k < k_last; k += kStep) {
-    unsigned char* x = shared + parity * Layout::kStageBytes;
-    unsigned char* z = x + kPieces<T> * Tile<T>::kPlane;
-    stage.store(x);
-    if (k + kStep < k_last) stage.load();
-    drawing.store(z, k);
-    __syncthreads();  // one per step: the other stage was read before the last one
-    product.add(x, z);
-    if (parity == 1) product.end_run();
-    parity ^= 1;
+  for (int k = -kStep; k < length; k += kStep) {
+    turn(std::false_type{}, k);
+#pragma unroll 1
+    for (; k + 4 * kStep <= whole; k += kStep) turn(std::true_type{}, k + kStep);
   }
-  product.end_run();
-  __syncthreads();  // the stages become scratch
   float* scratch = reinterpret_cast<float*>(shared);
   // Looked up again: cheaper than registers kept till here.
+  const int thread = thread_again();
   const Matrix& matrix = matrix_of(launch);
   const auto end = place_of<Tile<T>::kChannels, RANKS>(matrix);
   if (end.j0 == 0) {
-    stage.reduce(scratch, q_of(matrix, launch, end.chunk) + end.c0, int(matrix.channels) - end.c0);
+    float* q = q_of(matrix, launch, end.chunk) + end.c0;
+    stage.reduce(scratch, q, int(matrix.channels) - end.c0, thread);
   }
-  finish_tile(product, matrix, launch, end.c0, end.j0, end.chunk, scratch);
+  finish_tile(product, matrix, launch, end.c0, end.j0, end.chunk, scratch, thread);
 }
 
 template <class T, int RANKS, class DISTRIBUTION>

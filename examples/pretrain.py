@@ -51,6 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=float, help="share of the steps; default 0.1")
     add("--seed", type=int)
     add("--dtype", choices=("float32", "bfloat16"))
+    add("--int8", action="store_const", const=True, help="attention and MLP weights in int8")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--eval-every", type=int)
     add("--eval-batches", type=int)

@@ -62,6 +62,7 @@ class Settings:
     warmup: float = 0.1
     seed: int = 0
     dtype: str = "float32"
+    int8: bool = False
     device: str = "cpu"
     eval_every: int = 50
     eval_batches: int = 8
@@ -188,6 +189,10 @@ def build_model(settings: Settings) -> torch.nn.Module:
         eos_token_id=None,
     )
     model = LlamaForCausalLM(config).to(settings.device, getattr(torch, settings.dtype))
+    if settings.int8:
+        if not settings.optimizer.startswith("apollo"):
+            raise Stop(f"--int8: {settings.optimizer} cannot step int8 weights, the APOLLOs can")
+        apollo_kernels.quantize_(model)
     return model.train()
 
 

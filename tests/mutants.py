@@ -54,18 +54,18 @@ CUDA = [
     ),
     Mutant(
         "finite asked of R, not of its square", "csrc/common.cuh",
-        "if (!finite(square)) return false;", "if (!finite(r)) return false;",
+        "const bool ok = finite(r * r);", "const bool ok = finite(r);",
         "test_extremes.py::test_a_channel_of_rank_one_whose_square_overflows_keeps_its_moments"
         "[cuda-channel-(24, 16)]",
     ),
     Mutant(
         "0 / 0 without eps", "csrc/common.cuh",
-        "return denominator == 0.0f ? 0.0f : m / denominator;", "return m / denominator;",
+        "denominator < kLeastNormal ? 0.0f : m", "m",
         "test_cuda_batch.py::test_without_eps_what_never_had_a_gradient_stays[False-8]",
     ),
     Mutant(
         "eps under the root", "csrc/common.cuh",
-        "sqrtf(v) + h.eps", "sqrtf(v + h.eps)",
+        "approx_root(v) + h.eps", "approx_root(v + h.eps)",
         "test_dense.py::test_eps_is_as_strong_at_the_first_step_as_later[cuda]",
     ),
     Mutant(
@@ -80,15 +80,13 @@ CUDA = [
     ),
     Mutant(
         "16 bytes read at the end of a row", "csrc/common.cuh",
-        "if (wide && n >= 8) {\n      for (int i = 0; i < kWords; ++i) words[i] = load16",
-        "if (wide && n > 0) {\n      for (int i = 0; i < kWords; ++i) words[i] = load16",
+        "if (wide && n >= N) {\n      load(from);", "if (wide && n > 0) {\n      load(from);",
         "test_conventions.py::test_what_lies_beyond_the_end_of_a_row_is_neither_read_nor_written"
         "[cuda-dtype1-False-8]",
     ),
     Mutant(
         "16 bytes written at the end of a row", "csrc/common.cuh",
-        "if (wide && n >= 8) {\n      for (int i = 0; i < kWords; ++i) store16",
-        "if (wide && n > 0) {\n      for (int i = 0; i < kWords; ++i) store16",
+        "if (wide && n >= N) {\n      store(to);", "if (wide && n > 0) {\n      store(to);",
         "test_conventions.py::test_what_lies_beyond_the_end_of_a_row_is_neither_read_nor_written"
         "[cuda-dtype1-False-8]",
     ),
@@ -115,12 +113,12 @@ CUDA = [
     ),
     Mutant(
         "all rank tiles draw the first one's rows", "csrc/draw.cuh",
-        "uint32_t(j0 + row)", "uint32_t(row)",
+        "uint32_t(j0) + row", "row",
         "test_kernels.py::test_every_rank_and_orientation[std-200]",
     ),
     Mutant(
-        "the word of a run of signs is kept", "csrc/draw.cuh",
-        "static constexpr uint32_t kRun = 128;", "static constexpr uint32_t kRun = 512;",
+        "signs of the call's first word alone", "csrc/draw.cuh",
+        "kRademacher), k0);", "kRademacher), 0);",
         "test_kernels.py::test_the_kernels_draw_the_contracts_numbers[right-8-rademacher]",
     ),
     Mutant(
@@ -142,13 +140,31 @@ CUDA = [
     ),
     Mutant(
         "a run of the tensor cores counts twice", "csrc/project_mma.cuh",
-        "run[m][n][e] = 0.0f;", "",
+        "sums[i / 16][i / 4 % 4][i % 4] += run", "sums[i / 16][i / 4 % 4][i % 4] += 2 * run",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.float32-rows]",
     ),
     Mutant(
-        "the last run is lost", "csrc/project_mma.cuh",
-        "product.end_run();\n  __syncthreads();", "__syncthreads();",
+        "the last stage is not multiplied", "csrc/project_mma.cuh",
+        "k < length; k += kStep) {", "k + kStep < length; k += kStep) {",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.float32-rows]",
+    ),
+    Mutant(
+        "whole stages are loaded beyond the end", "csrc/project_mma.cuh",
+        "k + 4 * kStep <= whole", "k + 3 * kStep <= whole",
+        "test_cuda_batch.py::test_tiles_read_each_element_once_in_16_bytes_and_nothing_beyond"
+        "[512-True]",
+    ),
+    Mutant(
+        "narrow tiles are loaded whole", "csrc/project_mma.cuh",
+        "return wide && channels == Shape::kChannels;", "return wide;",
+        "test_cuda_batch.py::test_tiles_read_each_element_once_in_16_bytes_and_nothing_beyond"
+        "[360-False]",
+    ),
+    Mutant(
+        "moments askew are taken in pairs", "csrc/plan.cpp",
+        "m.rank % 2 == 0 &&", "",
+        "test_cuda_batch.py::test_every_rank_class_and_orientation_takes_the_steps_of_the"
+        "_restatement[False-False]",
     ),
     Mutant(
         "fragments of Z in another order", "csrc/project_mma.cuh",
@@ -164,7 +180,7 @@ CUDA = [
     ),
     Mutant(
         "K is not counted down", "csrc/project_mma.cuh",
-        "    k -= kStep;\n", "",
+        "length - (k + 2 * kStep)", "length",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.float32-sliced]",
     ),
     Mutant(
@@ -179,23 +195,22 @@ CUDA = [
     ),
     Mutant(
         "tiles' offsets in 32 bits", "csrc/project_mma.cuh",
-        "static_cast<const T*>(p.grad) + outer * p.grad_ld + inner",
-        "static_cast<const T*>(p.grad) + int(outer * p.grad_ld) + inner",
+        "outer * ld + inner", "int(outer * ld) + inner",
         "test_kernels.py::test_offsets_beyond_two_to_the_31[std-True-8]",
     ),
     Mutant(
         "tiles forget grad_scale and maximize", "csrc/project_epilogue.cuh",
-        "rsqrtf(float(p.rank)) * sign_and_scale(h)", "rsqrtf(float(p.rank))",
+        "rsqrtf(float(rank)) * sign_and_scale(launch.hyper)", "rsqrtf(float(rank))",
         "test_nonfinite.py::test_grad_scale_equals_the_unscaled_gradient[cuda-shape2-8-False]",
     ),
     Mutant(
         "the last rank row of a tile is left out", "csrc/project_epilogue.cuh",
-        "c < channels ? rank - j : 0", "c < channels ? rank - j - 1 : 0",
+        "8 * row < channels ? ranks : 0", "8 * row < channels ? ranks - 2 : 0",
         "test_kernels.py::test_every_rank_and_orientation[std-8]",
     ),
     Mutant(
         "rank tiles share a place for their sums", "csrc/project_epilogue.cuh",
-        "int64_t(j0 / kRanks) * p.channels + c0 + row", "int64_t(0) + c0 + row",
+        "int64_t(j0 / PRODUCT::kRanks) * channels + c0 + row", "int64_t(0) + c0 + row",
         "test_kernels.py::test_every_rank_and_orientation[std-200]",
     ),
     Mutant(
@@ -215,7 +230,7 @@ CUDA = [
     ),
     Mutant(
         "dots run beyond the end of K", "csrc/project_dot.cuh",
-        "slab_k < last ? left : 0", "left",
+        "slab_k < last ? p.channels - next_c : 0", "p.channels - next_c",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order"
         "[2-torch.float32-sliced columns]",
     ),
@@ -226,7 +241,7 @@ CUDA = [
     ),
     Mutant(
         "only the first chunk of K is summed", "csrc/scale.cuh",
-        "for (int64_t i = 0; i < p.chunks; ++i) r +=", "for (int64_t i = 0; i < 1; ++i) r +=",
+        "if (first + i >= chunks) break;", "if (first + i >= 1) break;",
         "test_kernels.py::test_a_long_contracted_side_is_split_and_summed[torch.float32-16]",
     ),
     Mutant(
@@ -236,7 +251,7 @@ CUDA = [
     ),
     Mutant(
         "clip does not reach R", "csrc/scale.cuh",
-        "    r *= clip;\n", "",
+        "      r[e] *= clip;\n", "",
         "test_cuda_batch.py::test_clip_multiplies_r_and_q_and_the_step[8]",
     ),
     Mutant(
@@ -272,11 +287,15 @@ CUDA = [
         "[cuda]",
     ),
     Mutant(
-        "found_inf is not heeded by limit", "csrc/scale.cuh",
-        "  if (skipped(h)) return;\n"
-        "  const Matrix& p = static_cast<const Matrix*>(launch.table)[blockIdx.x];",
-        "  const Matrix& p = static_cast<const Matrix*>(launch.table)[blockIdx.x];",
-        "test_cuda_batch.py::test_found_inf_skips_every_write[False]",
+        "the first block of a matrix limits it", "csrc/scale.cuh",
+        "== unsigned(blocks - 1);", "== 0;",
+        "test_cuda_batch.py::test_any_block_of_a_matrix_may_come_last_to_the_limiter[channel]",
+    ),
+    Mutant(
+        "the count of blocks does not turn over", "csrc/scale.cuh",
+        "atomicInc(&record.arrived, unsigned(blocks - 1))",
+        "atomicInc(&record.arrived, unsigned(blocks))",
+        "test_cuda_batch.py::test_any_block_of_a_matrix_may_come_last_to_the_limiter[channel]",
     ),
     Mutant(
         "s of a channel without R is infinite", "csrc/scale.cuh",
@@ -286,8 +305,8 @@ CUDA = [
     ),
     Mutant(
         "limit adds the first 256 parts", "csrc/scale.cuh",
-        "for (int64_t b = threadIdx.x; b < blocks; b += kScaleChannels)",
-        "for (int64_t b = threadIdx.x; b < blocks && b < kScaleChannels; b += kScaleChannels)",
+        "for (int64_t b = threadIdx.x; b < blocks; b += kScaleThreads)",
+        "for (int64_t b = threadIdx.x; b < blocks && b < kScaleThreads; b += kScaleThreads)",
         "test_cuda_batch.py::test_more_channels_than_blocks_that_limit_adds_at_once[tensor]",
     ),
     Mutant(
@@ -322,8 +341,8 @@ CUDA = [
         "[False-8-nan]",
     ),
     Mutant(
-        "every matrix advances the step", "csrc/scale.cuh",
-        "if (p.flags & kLeads) *p.step", "*p.step",
+        "every matrix advances the step", "csrc/apply.cuh",
+        "threadIdx.x == 0 && (p.flags & kLeads)", "threadIdx.x == 0",
         "test_cuda_batch.py::test_expert_matrices_share_a_step_that_one_of_them_advances[False]",
     ),
     Mutant(
@@ -333,28 +352,29 @@ CUDA = [
     ),
     Mutant(
         "weights' offsets in 32 bits", "csrc/apply.cuh",
-        "w[a].load(weight + row * p.weight_ld", "w[a].load(weight + int(row * p.weight_ld)",
+        "static_cast<W*>(p.weight) + at.row * p.weight_ld",
+        "static_cast<W*>(p.weight) + int(at.row * p.weight_ld)",
         "test_kernels.py::test_offsets_beyond_two_to_the_31[std-True-1]",
     ),
     Mutant(
         "found_inf is not heeded by apply", "csrc/apply.cuh",
-        "  if (skipped(h)) return;\n", "",
+        "  if (skipped(launch.hyper)) return;\n", "",
         "test_cuda_batch.py::test_found_inf_skips_every_write[False]",
     ),
     Mutant(
         "columns take the first one's s", "csrc/apply.cuh",
-        "s[columns[a] + e]", "s[columns[a]]",
+        "of_all : coefficients[e]", "of_all : coefficients[0]",
         "test_cuda_batch.py::test_every_rank_class_and_orientation_takes_the_steps_of_the"
         "_restatement[False-False]",
     ),
     Mutant(
         "a thread stays in its row", "csrc/apply.cuh",
-        "        column -= row_vectors;\n        ++row;\n", "        column -= row_vectors;\n",
+        "      weight += weight_stride;\n", "",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[2-torch.float32-rows]",
     ),
     Mutant(
         "columns take the bits of rows", "csrc/weights.cuh",
-        "half(w, row_major ? e : outer)", "half(w, e)",
+        "half(w, row_major ? inner + e : outer)", "half(w, inner + e)",
         "test_cuda_batch.py::test_weights_are_rounded_by_the_contracts_bits[columns]",
     ),
     Mutant(
@@ -369,12 +389,12 @@ CUDA = [
         "[cuda-1.0]",
     ),
     Mutant(
-        "bits of the step before", "csrc/apply.cuh",
+        "bits of the step before", "csrc/weights.cuh",
         "uint32_t(record.t)", "uint32_t(record.t - 1)",
         "test_cuda_batch.py::test_weights_are_rounded_by_the_contracts_bits[rows]",
     ),
     Mutant(
-        "half of the key rounds", "csrc/apply.cuh",
+        "half of the key rounds", "csrc/weights.cuh",
         "uint32_t(p.key >> 32)", "0u",
         "test_stochastic_rounding.py::test_every_back_end_rounds_as_the_specification_does"
         "[cuda-std-shape0-rows]",
@@ -407,10 +427,36 @@ CUDA = [
     ),
     Mutant(
         "every block of a dense parameter walks the first", "csrc/adamw.cuh",
-        "((int64_t(blockIdx.x) - p.first_block) * kApplyVectors + threadIdx.x) * 8",
-        "int64_t(threadIdx.x) * 8",
+        "(int64_t(blockIdx.x) - p.first_block) * kDenseElements", "int64_t(0)",
         "test_dense.py::test_a_dense_parameter_of_many_tiles_follows_the_rule"
         "[cuda-torch.float32]",
+    ),
+    Mutant(
+        "a bad dense element keeps its neighbours", "csrc/adamw.cuh",
+        "          if (finite(x[e] * x[e])) step(e);\n", "",
+        "test_cuda_batch.py::test_a_dense_element_whose_square_is_not_finite_keeps_weight_and"
+        "_moments[20000]",
+    ),
+    Mutant(
+        "a bad dense element is taken", "csrc/adamw.cuh",
+        "usual = usual && finite(x[e] * x[e]);", "usual = usual && e >= 0;",
+        "test_cuda_batch.py::test_a_dense_element_whose_square_is_not_finite_keeps_weight_and"
+        "_moments[20000]",
+    ),
+    Mutant(
+        "a tile of apply is whole though rows are missing", "csrc/apply.cuh",
+        "row + rows <= at.outer", "row < at.outer",
+        "test_cuda_batch.py::test_tiles_of_every_width_meet_their_ends[rows-torch.float32]",
+    ),
+    Mutant(
+        "a tile of apply is whole though rows end within a vector", "csrc/apply.cuh",
+        "at.inner % N == 0 && row", "row",
+        "test_cuda_batch.py::test_tiles_of_every_width_meet_their_ends[rows-torch.float32]",
+    ),
+    Mutant(
+        "tiles of apply lie side by side only", "csrc/apply.cuh",
+        "tile / across * rows", "0 * rows",
+        "test_cuda_batch.py::test_tiles_of_every_width_meet_their_ends[rows-torch.float32]",
     ),
     Mutant(
         "R lies on top of q", "csrc/plan.cpp",
@@ -420,26 +466,23 @@ CUDA = [
     ),
     Mutant(
         "parts of a matrix run into the next one's", "csrc/plan.cpp",
-        "parts_size_ += 3 * scale_blocks * int64_t(sizeof(double) / sizeof(float));",
-        "parts_size_ += 2 * scale_blocks;",
-        "test_neighbours.py::test_a_parameter_has_the_same_bits_in_any_company"
-        "[cuda-torch.float32-(24, 16)-of rank 8 and more]",
+        "parts_size_ += 3 * kDoubleFloats * most;", "parts_size_ += 2 * most;",
+        "test_cuda_batch.py::test_any_block_of_a_matrix_may_come_last_to_the_limiter[tensor]",
     ),
     Mutant(
         "a chunk begins within a run of signs", "csrc/plan.cpp",
-        "ceil_div(ceil_div(k, std::max<int64_t>(1, chunks)), 1024) * 1024",
-        "ceil_div(ceil_div(k, std::max<int64_t>(1, chunks)), 8) * 8",
+        "ceil_div(ceil_div(k, chunks), 512) * 512", "ceil_div(ceil_div(k, chunks), 8) * 8",
         "test_kernels.py::test_a_long_contracted_side_is_split_and_summed[torch.float32-16]",
     ),
     Mutant(
         "a cut matrix is not summed", "csrc/plan.cpp",
-        "separate_ || (uses_dots(ranks) && !sparse) || t.chunks > 1",
+        "separate_ || (later && !sparse) || t.chunks > 1",
         "separate_ || (uses_dots(ranks) && !sparse)",
         "test_kernels.py::test_a_long_contracted_side_is_split_and_summed[torch.float32-16]",
     ),
     Mutant(
         "separate is forgotten", "csrc/plan.cpp",
-        "separate_ || (uses_dots(ranks) && !sparse) || t.chunks > 1",
+        "separate_ || (later && !sparse) || t.chunks > 1",
         "(uses_dots(ranks) && !sparse) || t.chunks > 1",
         "test_cuda_batch.py::test_clip_multiplies_r_and_q_and_the_step[8]",
     ),
@@ -456,8 +499,7 @@ CUDA = [
     ),
     Mutant(
         "scale takes the map of apply", "csrc/plan.cpp",
-        "launch_scale(launch(hyper, stream, 0, scale_blocks_))",
-        "launch_scale(launch(hyper, stream, scale_blocks_, scale_blocks_))",
+        "map_begin(hyper.distribution) + of.project_blocks", "0",
         "test_cuda_batch.py::test_every_rank_class_and_orientation_takes_the_steps_of_the"
         "_restatement[True-False]",
     ),
@@ -683,6 +725,28 @@ TRITON = [
         "tl.load(clock + number)", "tl.load(clock + number) - 1",
         "test_triton_kernels.py::test_stochastic_rounding_takes_the_contract_s_bits"
         "[row-major-True]",
+    ),
+    Mutant(
+        "int8 takes the bits of bf16", "triton/apply.py",
+        "i0, l0, M, N, ROUNDING_INT8)", "i0, l0, M, N)",
+        "test_quantized.py::test_the_step_is_the_contracts[triton-4-std-shape0]",
+    ),
+    Mutant(
+        "an int8 grid is never renewed", "triton/int8.py",
+        "tl.where(inside & (2 * fresh_scale >= scale), grid, fresh)", "grid",
+        "test_quantized.py::test_the_step_is_the_contracts[triton-4-std-shape3]",
+    ),
+    Mutant(
+        "what lies beyond an int8 row widens its range", "triton/int8.py",
+        "new = tl.where(inside, tl.minimum(tl.maximum(new, -LARGEST), LARGEST), 0.0)",
+        "new = tl.minimum(tl.maximum(new, -LARGEST), LARGEST)",
+        "test_quantized.py::test_the_step_is_the_contracts[triton-4-std-shape3]",
+    ),
+    Mutant(
+        "int8 rows and calls are swapped under AdamW", "triton/philox.py",
+        "c0, i = (call % per_row).to(tl.uint32), (call // per_row).to(tl.uint32)",
+        "c0, i = (call // per_row).to(tl.uint32), (call % per_row).to(tl.uint32)",
+        "test_quantized.py::test_the_step_is_the_contracts[triton-None-std-shape4]",
     ),
     Mutant(
         "the largest weights are rounded by chance", "triton/element.py",

@@ -214,3 +214,48 @@ class Experts:
     def step(self, w, g):
         pairs = zip(self.matrices, w, g, strict=True)
         return np.stack([matrix.step(*pair) for matrix, *pair in pairs])
+
+
+class Int8Group:
+    """One group of an int8 weight: up to ``size`` neighbours of a row, one value after the other.
+
+    float32 by NumPy's scalars, which round each operation as IEEE has it.
+    """
+
+    MARGIN, STEPS, LARGEST = 8, 238, 2.0**126
+
+    def __init__(self, values):
+        values = [self._limited(v) for v in values]
+        self.scale, self.zero = self._grid(values)
+        self.codes = [self._code(v, 0x8000) for v in values]
+
+    def values(self):
+        return [(code - self.zero) * float(self.scale) for code in self.codes]
+
+    def store(self, values, bits):
+        """The codes of updated values, with 16 random bits each."""
+        values = [self._limited(v) for v in values]
+        scale, zero = self._grid(values)
+        ends = [self._place(v) for v in (min(0, *values), max(0, *values))]
+        if ends[0] < 0 or ends[1] > 255 or 2 * float(scale) < float(self.scale):
+            self.scale, self.zero = scale, zero
+        self.codes = [self._code(v, b) for v, b in zip(values, bits, strict=True)]
+
+    def _limited(self, value):
+        return np.float32(min(max(value, -self.LARGEST), self.LARGEST))
+
+    def _grid(self, values):
+        low, high = np.float32(min(0, *values)), np.float32(max(0, *values))
+        step = (high - low) * np.float32(1 / self.STEPS)
+        mantissa, exponent = math.frexp(float(step))  # 16 significant bits, rounded up
+        step = math.ldexp(math.ceil(mantissa * 2**16), exponent - 16)
+        scale = np.float32(max(step, 2.0**-126))
+        return scale, math.ceil(-low / scale) + self.MARGIN
+
+    def _place(self, value):
+        with np.errstate(over="ignore"):
+            return np.float32(value) / self.scale + np.float32(self.zero)
+
+    def _code(self, value, bits):
+        fixed = round(float(self._place(value)) * 65536)  # to even
+        return (min(max(fixed, 0), 255 * 65536) + bits) // 65536

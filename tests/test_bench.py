@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, and that each of them runs on a CPU."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -185,6 +186,58 @@ def test_occupancy_follows_registers_and_shared_memory():
     assert occupancy("sm_90", 255, 0, 256) == pytest.approx(8 / 64)
     assert occupancy("sm_90", 32, 100 * 1024, 256) == pytest.approx(16 / 64)
     assert occupancy("sm_42", 32, 0, 256) is None
+
+
+@pytest.fixture
+def row():
+    """Of a kernel as kernel_report has it, as far as budgets look at it."""
+    from loop_figures import LoopFigures
+
+    loop = LoopFigures("row", 232, 32, {16: 12, 4: 4}, 0, 0)
+    return {"kernel": "k<float>", "registers": 40, "occupancy": 0.5, "spills": 0, "stack": 0,
+            "loops": [loop]}  # fmt: skip
+
+
+def test_a_regression_is_told_with_kernel_figure_and_budget(row, tmp_path):
+    import budgets
+
+    path = tmp_path / "budgets.csv"
+    with path.open("w") as file:
+        budgets.write({"sm_90": [row]}, "13.0", file)
+    assert budgets.toolkit(path) == "13.0"
+    assert budgets.complaints("sm_90", [row], path) == []
+
+    def said(**changes):
+        loops = [dataclasses.replace(row["loops"][0], **changes.pop("loop", {}))]
+        return budgets.complaints("sm_90", [row | {"loops": loops} | changes], path)
+
+    assert said(loop={"instructions": 236}) == []  # 2 % of slack
+    assert said(loop={"instructions": 240}) == [
+        "sm_90: k<float>, row loop: instructions per element 7.5, budget 7.4"
+    ]
+    (more,) = said(loop={"accesses": {16: 12, 4: 5}})
+    assert more == "sm_90: k<float>, row loop: scalar accesses 5, budget 4"
+    (halves,) = said(loop={"accesses": {16: 10, 8: 4, 4: 4}})
+    assert halves == "sm_90: k<float>, row loop: 8-byte accesses 4, budget 0"
+    assert said(registers=41) == ["sm_90: k<float>: registers 41, budget 40"]
+    assert said(occupancy=0.25) == ["sm_90: k<float>: occupancy 0.25, budget 0.5"]
+    assert said(spills=2, stack=8) == [
+        "sm_90: k<float>: spills 2, budget 0",
+        "sm_90: k<float>: stack 8, budget 0",
+    ]
+    assert any("no budget" in line for line in said(kernel="other"))
+    assert any("k<float>, row, scalar accesses: is gone" in line for line in said(kernel="other"))
+
+
+def test_targets_hold_whatever_the_budgets_say(row):
+    import budgets
+
+    name = "apply_update<bfloat16, bfloat16, ToNearest>"
+    assert budgets.beyond_targets("sm_90", [row | {"kernel": name}]) == []
+    slow = [dataclasses.replace(row["loops"][0], instructions=400)]
+    assert budgets.beyond_targets("sm_90", [row | {"kernel": name, "loops": slow}]) == [
+        f"sm_90: {name}, row loop: 12.5 instructions per element, target 12"
+    ]
 
 
 @pytest.fixture

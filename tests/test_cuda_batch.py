@@ -140,9 +140,13 @@ class Restated:
         size = float(h.lr)
         if h.correct_bias:
             size *= math.sqrt(1 - b2**self.t) / (1 - b1**self.t)
-        # A float32 R errs by 2^-21 of its largest entry, so s = |N| / |R| by that over |R|; and N
-        # by more where R is about eps: hence 2^-17.
-        condition = 2**-17 * (r.abs().max() if r.numel() else 0) / norms[1].sqrt().clamp(min=1e-30)
+        # A float32 R errs by 2^-21 of its largest entry, so s = |N| / |R| by that over |R|; and by
+        # what N makes of it, which is more where R is about eps. 2^-17: moments err, too.
+        largest = r.abs().max() if r.numel() else 0
+        slope = (1 - b1 + n.abs() * (1 - b2) * r.abs() / self.v.sqrt().clamp(min=1e-30)) / below
+        slope = torch.where(below == 0, 0.0, n * slope).abs()
+        tilt = (slope.sum() if dim is None else slope.sum(1)) / norms[0].clamp(min=1e-30)
+        condition = largest * (2**-17 / norms[1].sqrt().clamp(min=1e-30) + 2**-21 * tilt)
         self.norm_slack += 2 * alpha * float((scale**2 * q * condition**2).sum().sqrt())
         change = size * alpha * limit * factor * (scale if dim is None else scale[:, None]) * x
         keep = 1 - float(h.lr) * h.weight_decay
@@ -443,6 +447,79 @@ def test_more_channels_than_blocks_that_limit_adds_at_once(scale_type):
     compare([low_rank((257 * 256, 4), 4, rows=True, weight=BF16, grad=BF16)], h, steps=1)
 
 
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_any_block_of_a_matrix_may_come_last_to_the_limiter(scale_type, monkeypatch):
+    """Blocks run downward under order 1. Two steps: the count of blocks turns over by itself."""
+    h = hyper(scale_type=scale_type)
+    items = [low_rank((300, 24), rank, key=rank) for rank in (4, 8)]
+    specs, backwards = [Restated(item) for item in items], [clone(item) for item in items]
+    made = [(order, batches(own, True)) for order, own in (("0", items), ("1", backwards))]
+    for _ in range(2):
+        for spec in specs:
+            spec.step(h, signals())
+        for order, both in made:
+            monkeypatch.setenv("EMULATED_ORDER", order)
+            for batch, verb in itertools.product(both, ("project", "scale", "apply")):
+                getattr(batch, verb)(h, signals())
+    for spec, item, other in zip(specs, items, backwards, strict=True):
+        spec.check()
+        assert torch.equal(item.weight, other.weight)
+        assert torch.equal(item.update_norm, other.update_norm)
+
+
+# Rows of 1, 3, 32, 34, 160, 256 and 289 vectors of four, and rows that end within one; of each
+# whole tiles and tiles of the last rows.
+WIDTHS = [
+    (600, 4),
+    (1100, 12),
+    (150, 128),
+    (150, 136),
+    (70, 640),
+    (20, 1024),
+    (40, 1156),
+    (40, 1153),
+]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_tiles_of_every_width_meet_their_ends(order, dtype):
+    """Rows begin aligned, and nothing beyond a row's end changes."""
+    h = hyper(distribution="sparse")
+    for (outer, inner), rows in itertools.product(WIDTHS, (True, False)):
+        inner *= 1 if dtype is F32 else 2
+        apart = -(-inner // 8) * 8
+        shape = (outer, inner) if order == "rows" else (inner, outer)
+        item = low_rank(shape, 1, rows, weight=dtype, grad=dtype, order=order)
+        memory = [torch.full((outer * apart + 64,), 7.0, dtype=dtype) for _ in range(2)]
+        inside = [m[32:-32].view(outer, apart)[:, :inner] for m in memory]
+        weight, grad = (t if order == "rows" else t.t() for t in inside)
+        weight.copy_(item.weight)
+        grad.copy_(item.grad)
+        compare([dataclasses.replace(item, weight=weight, grad=grad)], h)
+        weight.fill_(7)
+        assert (memory[0] == 7).all()
+
+
+def test_k_is_cut_where_that_costs_few_bytes(module):
+    """A matrix alone fills a device where R is thin; a model's large ranks keep R in registers."""
+
+    def cut(channels, k, rank, sparse=False, by_row=True):
+        tiles = module.tiling(
+            channels=channels, k=k, rank=rank, grad_dtype=1, by_row=by_row, sparse=sparse
+        )
+        return tiles[0] * tiles[1] * tiles[2], tiles[2]
+
+    for by_row, rank in itertools.product((True, False), (1, 4, 7, 8)):
+        blocks, chunks = cut(4096, 4096, rank, by_row=by_row)
+        assert blocks >= 128
+        assert chunks * rank <= 4096 // 64
+    for channels, k in ((4096, 4096), (11008, 4096)):
+        for rank, sparse, by_row in itertools.product((128, 256), (False, True), (True, False)):
+            assert cut(channels, k, rank, sparse, by_row)[1] == 1
+    assert cut(24, 200000, 256)[1] >= 4  # float32 sums take 65536 at most
+
+
 def test_the_bits_of_a_matrix_do_not_depend_on_its_neighbours():
     """Ranks that K holds below 8, or on one tile, beside others that it does not."""
     shapes = [(40, 5), (40, 24), (90, 80), (64, 200)]
@@ -622,6 +699,23 @@ def test_the_sparse_projection_reads_each_element_once_in_16_bytes(module, rank,
         assert module.watched_bytes() == size
 
 
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("channels", [512, 360])
+def test_tiles_read_each_element_once_in_16_bytes_and_nothing_beyond(module, channels, rows):
+    """Whole tiles take the loop without guards up to the last stage, 360 channels the other one."""
+    for dtype in (F32, BF16, F16):
+        order = "rows" if rows else "columns"
+        item = low_rank((channels, 1000), 16, True, grad=dtype, order=order)
+        buffer = torch.full((2 * item.grad.numel(),), math.nan).to(dtype)
+        front = buffer[: item.grad.numel()].view(item.grad.shape if rows else (1000, channels))
+        front.copy_(item.grad if rows else item.grad.t())
+        item = dataclasses.replace(item, grad=front if rows else front.t())
+        (batch,) = batches([item], False)
+        module.watch(buffer.data_ptr(), buffer.numel() * buffer.element_size())
+        batch.project(hyper(), signals())
+        assert module.watched_bytes() == front.numel() * front.element_size()
+
+
 def test_every_switch_takes_sparse_steps_too():
     h = hyper(
         distribution="sparse", maximize=True, correct_bias=False, scale=4.0, scale_front=True,
@@ -740,8 +834,9 @@ def test_dense_parameters_follow_the_low_rank_rule_without_a_projection(clip):
     assert s.counters.tolist() == [2 * len(items), 0, 0]
 
 
-def test_a_dense_element_whose_square_is_not_finite_keeps_weight_and_moments():
-    item, other = dense_item(50), dense_item(50)
+@pytest.mark.parametrize("count", [50, 20000])  # of a part of a block, and of whole ones
+def test_a_dense_element_whose_square_is_not_finite_keeps_weight_and_moments(count):
+    item, other = dense_item(count), dense_item(50)
     item.grad[3], item.grad[4], item.grad[5] = math.nan, math.inf, 2e19
     before = item.weight.clone()
     s = signals()

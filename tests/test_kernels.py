@@ -123,7 +123,7 @@ def test_gradients_lie_in_memory_in_any_order(order, dtype, rank):
 def test_a_long_contracted_side_is_split_and_summed(rank, dtype, module):
     shape = (24, 5000)
     tiles = module.tiling(channels=24, k=5000, rank=rank, grad_dtype=0, by_row=True)
-    assert tiles[2] == 3  # chunks
+    assert tiles[2] == (5 if rank == 2 else 4)  # chunks
     options = {"rank": rank, "proj": "rademacher", "scale_type": "tensor"}
     compare_step(shape, (dtype, dtype), proj_type="right", **options)
     compare_step(shape[::-1], (dtype, dtype), proj_type="left", **options)
@@ -204,7 +204,7 @@ def test_no_schedule_changes_a_bit(name, order, workers, monkeypatch):
 
 
 def test_the_number_of_calls_does_not_grow_with_the_parameters(module):
-    """Five calls into C++: project, scale (two launches) and apply; adamw (two launches)."""
+    """Four calls into C++: project, scale and apply; adamw (two launches)."""
     for count in (1, 9):
         ps = [torch.nn.Parameter(torch.randn(9, 5)) for _ in range(count)]
         vectors = [torch.nn.Parameter(torch.randn(5)) for _ in range(count)]
@@ -213,7 +213,7 @@ def test_the_number_of_calls_does_not_grow_with_the_parameters(module):
             p.grad = torch.randn_like(p)
         launches = module.launches()
         optimizer.step()
-        assert module.launches() - launches == 6
+        assert module.launches() - launches == 5
 
 
 @pytest.mark.parametrize("rank", [1, 8])

@@ -68,16 +68,22 @@ def losses(path):
         return [(r["step"], r["loss"], r["validation"], r["lr"]) for r in csv.DictReader(file)]
 
 
+DTYPES = ("float32", "bfloat16")
+
+
 class Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "apollo", "apollo-mini"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+RUNS = [[o, "--dtype", d] for o in ("adamw", "apollo", "apollo-mini") for d in DTYPES]
+RUNS += [["apollo", "--dtype", "bfloat16", "--int8"], ["apollo-mini", "--int8"]]
+
+
+@pytest.mark.parametrize("options", RUNS, ids=" ".join)
 def test_a_run_that_breaks_off_and_is_resumed_has_the_same_losses_to_the_bit(
-    run, interrupted, optimizer, dtype, text, tmp_path
+    run, interrupted, options, text, tmp_path
 ):
-    common = ["--optimizer", optimizer, *MICRO, "--data", text, "--dtype", dtype, "--steps", 14]
+    common = ["--optimizer", *options, *MICRO, "--data", text, "--steps", 14]
     whole, log, saved = tmp_path / "whole.csv", tmp_path / "log.csv", tmp_path / "run.pt"
     run(*common, "--log", whole)
 
@@ -171,6 +177,7 @@ def test_the_optimizer_s_choice_matters_and_sgd_runs(run, text, tmp_path):
     "arguments, code, message",
     [
         (["--data", "/no/such/file"], 1, "--data: no such file: '/no/such/file'"),
+        (["--optimizer", "adamw", "--int8", *MICRO], 1, "--int8: adamw cannot step int8 weights"),
         (["--resume", "/no/such/run.pt"], 1, "--resume: no such file: '/no/such/run.pt'"),
         (["--resume", __file__], 1, "is no checkpoint of this script"),
         (["--steps", "0"], 2, "--steps must be positive, got 0"),

@@ -120,7 +120,7 @@ def passes(x, rank, key=7):
     row, sign = philox.sparse(key, 1, rank, x.shape[1])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     yield reference.project_sparse(x, row, sign, rank, dtype)
-    if cpu.sparse_supported(x):
+    if cpu.supported(x):
         yield cpu.project_sparse(x, cpu.places(row, sign), rank)
 
 
@@ -164,7 +164,7 @@ def test_a_bad_entry_reaches_its_own_entry_of_r_only(rank, order):
         assert q.isnan().nonzero().flatten().tolist() == [17]
 
 
-@pytest.mark.skipif(not cpu.sparse_supported(torch.ones(2, 2)), reason="no AVX512 here")
+@pytest.mark.skipif(not cpu.supported(torch.ones(2, 2)), reason="no AVX512 here")
 def test_neither_threads_nor_the_memory_order_change_a_bit_of_r():
     x = torch.randn(1500, 300)
     places = cpu.places(*philox.sparse(1, 0, 64, 300))

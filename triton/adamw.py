@@ -15,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from apollo_kernels.batch import Hyper, Signals
+from apollo_kernels.triton_kernels import int8
 from apollo_kernels.triton_kernels import table as tables
 from apollo_kernels.triton_kernels.element import finite, narrow, widen
+from apollo_kernels.triton_kernels.philox import rounding_of_groups
 
 F32, F64 = tl.float32, tl.float64
 
@@ -138,11 +140,13 @@ def _begin(
     tl.store(record + 3, low)
 
 
-# Reads G, reads and writes W, M and V: 22 bytes per bf16 weight, 28 per float32 weight.
+# Reads G, reads and writes W, M and V: 22 bytes per bf16 weight, 28 per float32 weight, 20 per int8
+# weight with a bf16 gradient (GROUP > 0: how many share a grid, in rows of whole groups).
 @triton.jit
 def _adamw(
     table, items, space, bad, counters, grad_scale, clip, direction, b1, w1, b2, w2, eps,
     T: tl.constexpr, G_T: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     row, number, tile = tables.find_work(table, items, tables.DENSE_WIDTH)
     record = space + 4 * number
@@ -157,14 +161,34 @@ def _adamw(
     m_at = tables.load_pointer(row, tables.DENSE.exp_avg, F32, ALIGNED) + i
     v_at = tables.load_pointer(row, tables.DENSE.exp_avg_sq, F32, ALIGNED) + i
     g = widen(tl.load(g_at, mask=inside, other=0)) * gradient_factor(direction, grad_scale, clip)
-    w = widen(tl.load(w_at, mask=inside, other=0))
+    stored = tl.load(w_at, mask=inside, other=0)
+    if GROUP:
+        GROUPS: tl.constexpr = BLOCK // GROUP
+        group = tile.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]
+        grid_at = tables.load_pointer(row, tables.DENSE.grid, tl.int32, False) + group
+        grid = tl.load(grid_at, mask=group * GROUP < size, other=0)
+        old = int8.dequantize(tl.reshape(stored, (GROUPS, GROUP)), grid, GROUP)
+        w = tl.reshape(old, (BLOCK,))
+    else:
+        w = widen(stored)
     m = tl.load(m_at, mask=inside, other=0.0)
     v = tl.load(v_at, mask=inside, other=0.0)
     m, v, good = update_moments(m, v, g, g * g, b1, w1, b2, w2)
     n, some = normalized(m, v, eps)
     new = decayed(w, high, low) - step * tl.where(some, n, 0.0)
     # Selected, not masked: a mask that depends on data would cut the vector stores into elements.
-    tl.store(w_at, narrow(tl.where(good, new, w), T), mask=inside)
+    new = tl.where(good, new, w)
+    if GROUP:
+        key, columns = tl.load(row + tables.DENSE.key), tl.load(row + tables.DENSE.columns)
+        t = tl.load(tables.load_pointer(row, tables.DENSE.step, tl.int64, False))
+        first = tile.to(tl.int64) * BLOCK
+        bits = rounding_of_groups(key, t, first, columns, GROUPS, GROUP)
+        new = tl.reshape(new, (GROUPS, GROUP))
+        codes, grid = int8.requantize(old, new, group * GROUP < size, grid, bits, GROUP)
+        tl.store(w_at, tl.reshape(codes, (BLOCK,)), mask=inside)
+        tl.store(grid_at, grid, mask=group * GROUP < size)
+    else:
+        tl.store(w_at, narrow(new, T), mask=inside)
     tl.store(m_at, m, mask=inside)
     tl.store(v_at, v, mask=inside)
     if tl.max((inside & (good == 0)).to(tl.int32), 0) != 0:
@@ -180,6 +204,7 @@ class Tiling(NamedTuple):
     G_T: tl.dtype
     ALIGNED: bool
     BLOCK: int = 4096
+    GROUP: int = 0
 
 
 def begin(table: Tensor, space: Tensor, bad: Tensor, signals: Signals, hyper: Hyper) -> None:

@@ -13,20 +13,22 @@ import triton.language as tl
 from torch import Tensor
 
 from apollo_kernels.batch import Hyper
+from apollo_kernels.triton_kernels import int8
 from apollo_kernels.triton_kernels import table as tables
 from apollo_kernels.triton_kernels.adamw import decayed
 from apollo_kernels.triton_kernels.element import element, narrow, round_stochastically, widen
-from apollo_kernels.triton_kernels.philox import rounding
+from apollo_kernels.triton_kernels.philox import ROUNDING_INT8, rounding
 
 
-# Reads G once, reads and writes W: 6 bytes per bf16 weight, 12 per float32 weight. Nothing is used
-# twice. Stochastic rounding draws one call, 60 issue slots, for 8 weights.
+# Reads G once, reads and writes W: 6 bytes per bf16 weight, 12 per float32 weight, 4.06 per int8
+# weight with a bf16 gradient (GROUP > 0: how many share a grid). Nothing is used twice. Rounding by
+# chance draws one call, 60 issue slots, for 8 weights.
 @triton.jit
 def _apply(
     table, items, space, clock,
     T: tl.constexpr, G_T: tl.constexpr, K_UNIT: tl.constexpr, G_K_UNIT: tl.constexpr,
     ROWS: tl.constexpr, ALIGNED: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
+    GROUP: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     row, number, tile = tables.find_work(table, items, tables.LOW_RANK_WIDTH)
     record = space + 4 * number
@@ -44,17 +46,41 @@ def _apply(
     g_ld = tables.load_number(row, tables.LOW_RANK.grad_ld, ALIGNED)
     w_at = tables.load_pointer(row, tables.LOW_RANK.weight, T, ALIGNED)
     g_at = tables.load_pointer(row, tables.LOW_RANK.grad, G_T, ALIGNED)
-    by_c, by_k = c[:, None], k[None, :]
+    if GROUP and not ROWS:  # int8 tiles are [rows, columns] of the parameter, as grids are cut
+        by_c, by_k = c[None, :], k[:, None]
+    else:
+        by_c, by_k = c[:, None], k[None, :]
     w_at += by_c * w_ld + by_k if K_UNIT else by_k * w_ld + by_c
     g_at += by_c * g_ld + by_k if G_K_UNIT else by_k * g_ld + by_c
     inside = (by_c < channels) & (by_k < size)
-    s = tl.load(space + tl.load(row + tables.LOW_RANK.scales) + c, mask=c < channels, other=0.0)
-    w = widen(tl.load(w_at, mask=inside, other=0, eviction_policy="evict_first"))
+    s_at = space + tl.load(row + tables.LOW_RANK.scales) + by_c
+    s = tl.load(s_at, mask=by_c < channels, other=0.0)
+    stored = tl.load(w_at, mask=inside, other=0, eviction_policy="evict_first")
     g = widen(tl.load(g_at, mask=inside, other=0, eviction_policy="evict_first"))
-    coefficient = tl.broadcast_to(-(s * step)[:, None], (BC, BK))
-    w = tl.fma(g, coefficient, decayed(w, high, low))
-    if STOCHASTIC:
+    if GROUP:
+        M: tl.constexpr = BC if ROWS else BK
+        N: tl.constexpr = BK if ROWS else BC
+        i0, l0 = (c0, k0) if ROWS else (k0, c0)
+        m, n = (channels, size) if ROWS else (size, channels)
+        i = i0 + tl.arange(0, M)[:, None]
+        group, groups = l0 // GROUP + tl.arange(0, N // GROUP)[None, :], tl.cdiv(n, GROUP)
+        grid_at = tables.load_pointer(row, tables.LOW_RANK.grid, tl.int32, False)
+        grid_at += i.to(tl.int64) * groups + group
+        within = (i < m) & (group < groups)
+        grid = tl.load(grid_at, mask=within, other=0)
+        w = int8.dequantize(stored, grid, GROUP)
+    else:
+        w = widen(stored)
+    old, w = w, tl.fma(g, tl.broadcast_to(-(s * step), w.shape), decayed(w, high, low))
+    if GROUP or STOCHASTIC:
         key, t = tl.load(row + tables.LOW_RANK.key), tl.load(clock + number)
+    if GROUP:
+        bits = rounding(key, t, i0, l0, M, N, ROUNDING_INT8)
+        codes, grid = int8.requantize(old, w, inside, grid, bits, GROUP)
+        tl.store(w_at, codes, mask=inside, eviction_policy="evict_first")
+        tl.store(grid_at, grid, mask=within)
+        return
+    if STOCHASTIC:
         if ROWS:
             bits = rounding(key, t, c0, k0, BC, BK)
         else:
@@ -74,25 +100,29 @@ class Tiling(NamedTuple):
     ALIGNED: bool
     BC: int
     BK: int
+    GROUP: int
 
 
 def choose(layout: tables.Layout) -> Tiling:
     """The tile of a matrix: 4096 elements, 32 of each of 128 threads, some loads in flight.
 
     Segments of 512 along W's memory order; a square tile where that side is short, or where G runs
-    across it and both need whole sectors.
+    across it and both need whole sectors. The tiles of int8 weights hold whole groups.
     """
     g, w = layout.g, layout.w
     fast = layout.k if w.k_unit else layout.channels
     long = (8, 512) if fast > 128 and g.k_unit == w.k_unit else (64, 64)
+    along_k = w.k_unit
+    if layout.group:
+        long, along_k = (4096 // max(512, layout.group), max(512, layout.group)), layout.rows
     return Tiling(
         element(w.dtype), element(g.dtype), w.k_unit, g.k_unit, layout.rows,
-        g.aligned and w.aligned, *(long if w.k_unit else long[::-1]),
+        g.aligned and w.aligned, *(long if along_k else long[::-1]), layout.group,
     )  # fmt: skip
 
 
 def warps(stochastic: bool) -> int:
-    """Half as many elements per thread where their random bits stand beside them."""
+    """Half as many elements per thread where random bits stand beside them."""
     return 8 if stochastic else 4
 
 
@@ -103,5 +133,5 @@ def apply(
     stochastic = hyper.stochastic_rounding and tiling.T == element(torch.bfloat16)
     _apply[(len(items),)](
         table, items, space, clock, **tiling._asdict(), STOCHASTIC=stochastic,
-        num_warps=warps(stochastic), enable_fp_fusion=True,
+        num_warps=warps(stochastic or tiling.GROUP > 0), enable_fp_fusion=True,
     )  # fmt: skip

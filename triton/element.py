@@ -14,7 +14,8 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 def element(dtype: torch.dtype) -> tl.dtype:
     """Triton's type for elements of a tensor of ``dtype``."""
     bf16 = tl.uint16 if INTERPRET.value else tl.bfloat16
-    return {torch.bfloat16: bf16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+    known = {torch.bfloat16: bf16, torch.float16: tl.float16, torch.float32: tl.float32}
+    return {**known, torch.uint8: tl.uint8}[dtype]  # the codes of an int8 weight
 
 
 @triton.jit

@@ -15,6 +15,7 @@ ROUNDS = tl.constexpr(contract.ROUNDS)
 GAUSSIAN = tl.constexpr(contract.GAUSSIAN)
 RADEMACHER = tl.constexpr(contract.RADEMACHER)
 ROUNDING = tl.constexpr(contract.ROUNDING)
+ROUNDING_INT8 = tl.constexpr(contract.ROUNDING_INT8)
 SPARSE = tl.constexpr(contract.SPARSE)
 FAST = torch.version.cuda is not None and not INTERPRET.value  # PTX instead of Triton's functions
 
@@ -133,10 +134,28 @@ def sparse_place(places, b, size):
 
 
 @triton.jit
-def rounding(key, step, i0, l0, M: tl.constexpr, N: tl.constexpr):
+def rounding(key, step, i0, l0, M: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr = ROUNDING):
     """16 random bits [M, N] uint32 for weights (i, l) from (i0, l0) on; l0 and N divide by 8."""
     c0 = (l0 // 8 + tl.arange(0, N // 8)).to(tl.uint32)[None, :]
     i = (i0 + tl.arange(0, M)).to(tl.uint32)[:, None]
-    w0, w1, w2, w3 = words(key, c0, i, step, ROUNDING)
-    w = tl.permute(tl.join(tl.join(w0, w1), tl.join(w2, w3)), (0, 1, 3, 2))  # [i, call, 2, 2]
-    return tl.reshape(tl.join(w & 0xFFFF, w >> 16), (M, N))
+    w0, w1, w2, w3 = words(key, c0, i, step, KIND)
+    return tl.reshape(_halves(w0, w1, w2, w3), (M, N))
+
+
+@triton.jit
+def _halves(w0, w1, w2, w3):
+    """[rows, calls] -> [rows, calls, 2, 2, 2]: the eight 16-bit halves of each call, in order."""
+    w = tl.permute(tl.join(tl.join(w0, w1), tl.join(w2, w3)), (0, 1, 3, 2))
+    return tl.join(w & 0xFFFF, w >> 16)
+
+
+@triton.jit
+def rounding_of_groups(key, step, first, columns, M: tl.constexpr, N: tl.constexpr):
+    """16 random bits [M, N] uint32 to round M N neighbours in memory to int8, from weight number
+    ``first`` on. The rows of the parameter have ``columns`` weights; first, N and columns divide
+    by 8."""
+    call = first // 8 + (N // 8) * tl.arange(0, M)[:, None] + tl.arange(0, N // 8)[None, :]
+    per_row = columns // 8
+    c0, i = (call % per_row).to(tl.uint32), (call // per_row).to(tl.uint32)
+    w0, w1, w2, w3 = words(key, c0, i, step, ROUNDING_INT8)
+    return tl.reshape(_halves(w0, w1, w2, w3), (M, N))

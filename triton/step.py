@@ -29,9 +29,18 @@ _RECORD = 4  # floats per row at the begin of a workspace, in both kinds of batc
 
 
 def takes(item: LowRank | Dense) -> bool:
-    """Whether the kernels take it; float64 and sides beyond int32 they do not."""
+    """Whether the kernels take it; float64 and sides beyond int32 they do not, nor int8 groups
+    that no tile holds whole."""
     sides = max(item.weight.shape, default=0) < 2**31
-    return item.weight.dtype in _DTYPES and item.grad.dtype in _DTYPES and sides
+    known = item.weight.dtype in _DTYPES if item.grid is None else _takes_int8(item)
+    return known and item.grad.dtype in _DTYPES and sides
+
+
+def _takes_int8(item: LowRank | Dense) -> bool:
+    group = tables.group_of(item)
+    assert item.grid is not None
+    whole = isinstance(item, LowRank) or item.weight.shape[1] % group == 0
+    return whole and group <= 4096 and item.weight.is_contiguous() and item.grid.is_contiguous()
 
 
 def family(item: LowRank | Dense) -> Hashable:
@@ -166,7 +175,8 @@ class _Projection:
                 exp_avg=item.exp_avg.data_ptr(), exp_avg_sq=item.exp_avg_sq.data_ptr(),
                 update_norm=item.update_norm.data_ptr(), step=item.step.data_ptr(),
                 leads=int(item.leads), key=item.key, channels=channels, k=layout.k,
-                rank=layout.rank, grad_ld=layout.g.ld, weight_ld=layout.w.ld, chunk=cut.chunk,
+                rank=layout.rank, grid=0 if item.grid is None else item.grid.data_ptr(),
+                grad_ld=layout.g.ld, weight_ld=layout.w.ld, chunk=cut.chunk,
                 chunks=cut.chunks, r_tiles=cut.r_tiles, q=q_place, q_parts=cut.q_parts,
                 scales=places.take(channels), r_squares=places.take(sums),
                 n_squares=places.take(sums), partial=places.take(stored, multiple=16),
@@ -277,11 +287,17 @@ class DenseBatch(_Launcher):
                 *(t.data_ptr() for t in (item.grad, item.weight, item.exp_avg, item.exp_avg_sq)),
                 step=item.step.data_ptr(), size=item.weight.numel(),
             )  # fmt: skip
+            group = tables.group_of(item)
+            if item.grid is not None:
+                at, columns = item.grid.data_ptr(), item.weight.shape[1]
+                row = row._replace(grid=at, key=item.key, columns=columns)
             rows.append(row)
             others = (row.weight, row.exp_avg, row.exp_avg_sq, row.size)
             vectors.append(all(number % 16 == 0 for number in others))
             aligned = vectors[-1] and row.grad % 16 == 0
-            tiling = adamw.Tiling(element(item.weight.dtype), element(item.grad.dtype), aligned)
+            tiling = adamw.Tiling(
+                element(item.weight.dtype), element(item.grad.dtype), aligned, GROUP=group
+            )
             tiles.append((tiling, triton.cdiv(row.size, tiling.BLOCK)))
         self._space = torch.zeros(_RECORD * len(items), dtype=torch.float32, device=device)
         self._bad = torch.zeros(len(items), dtype=torch.int32, device=device)

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apollo_kernels.batch import LowRank
+from apollo_kernels import int8
+from apollo_kernels.batch import Dense, LowRank
 
 
 class LowRankRow(NamedTuple):
@@ -32,6 +33,7 @@ class LowRankRow(NamedTuple):
     channels: Any
     k: Any
     rank: Any
+    grid: Any  # an address, of an int8 weight's
     grad_ld: Any
     weight_ld: Any
     chunk: Any  # contracted indices per program of project
@@ -54,6 +56,9 @@ class DenseRow(NamedTuple):
     exp_avg_sq: Any
     step: Any
     size: Any
+    grid: Any = 0  # an address, and the next two: of an int8 weight alone
+    key: Any = 0
+    columns: Any = 0
 
 
 LOW_RANK = LowRankRow(*map(tl.constexpr, range(len(LowRankRow._fields))))
@@ -131,6 +136,7 @@ class Layout(NamedTuple):
     r_aligned: bool  # 16-byte vectors are possible in the moments [C, rank]
     g: Matrix
     w: Matrix
+    group: int = 0  # neighbours of an int8 weight that share a grid; 0 for all others
 
 
 def matrix(t: Tensor) -> Matrix:
@@ -156,7 +162,15 @@ def layout(item: LowRank) -> Layout:
     (channels, k), rank = w.shape, item.exp_avg.shape[1]
     moments = (item.exp_avg.data_ptr(), item.exp_avg_sq.data_ptr(), rank)
     r_aligned = all(number % 16 == 0 for number in moments)
-    return Layout(channels, k, rank, item.rows, r_aligned, matrix(g), matrix(w))
+    group = group_of(item)
+    return Layout(channels, k, rank, item.rows, r_aligned, matrix(g), matrix(w), group)
+
+
+def group_of(item: LowRank | Dense) -> int:
+    """How many neighbours of an int8 weight share a grid; 0 for all others."""
+    if item.grid is None:
+        return 0
+    return int8.group_size(item.weight.shape[1], item.grid.shape[1])
 
 
 class Upload(NamedTuple):

@@ -98,7 +98,8 @@ void low_rank(int64_t channels, int64_t k, int64_t rank, int weight_dtype, int g
   std::vector<Buffer> kept;  // of every matrix; moments, weights and norms are folded
   for (const int64_t matrix_channels : {channels, int64_t{0}, channels}) {
     const int64_t outer = options.by_row ? matrix_channels : k;
-    const int64_t inner = options.by_row ? k : matrix_channels, ld = inner + 3;
+    const int64_t inner = options.by_row ? k : matrix_channels;
+    const int64_t ld = inner + (inner % 8 == 0 ? 8 : 3);  // rows aligned or askew
     const int64_t elements = outer * inner > 0 ? (outer - 1) * ld + inner : 0;
     const size_t moments = size_t(matrix_channels * own) * 4;
     kept.push_back(random_buffer(elements, weight_dtype));
@@ -165,6 +166,7 @@ int main(int argc, char**) {
       low_rank(300, 1100, rank, kBfloat16, kBfloat16, {true, kRademacher, !one, true});
     }
     low_rank(130, 70, 2, kBfloat16, kBfloat16, {false, kGaussian, false, false});
+    low_rank(34, 1024, 1, kBfloat16, kBfloat16, {true, kRademacher, false, false});
     for (const bool by_row : {true, false}) {
       low_rank(300, 70, 8, kBfloat16, kBfloat16, {by_row, kSparse, by_row, false});
       low_rank(300, 70, 20, kBfloat16, kBfloat16, {by_row, kSparse, by_row, true});
@@ -172,7 +174,7 @@ int main(int argc, char**) {
     dense(103, kBfloat16, kBfloat16);
   } else {
     const int pairs[][2] = {{kFloat32, kFloat32}, {kBfloat16, kBfloat16}, {kFloat32, kFloat16}};
-    const int64_t shapes[][2] = {{130, 70}, {33, 1100}, {1, 9}};
+    const int64_t shapes[][2] = {{130, 70}, {33, 1100}, {1, 9}, {34, 1024}};
     for (const auto& pair : pairs) {
       for (const auto& shape : shapes) {
         for (const int64_t rank : {1, 5, 8, 70}) {
@@ -190,7 +192,7 @@ int main(int argc, char**) {
           }
         }
       }
-      dense(1003, pair[0], pair[1]);
+      for (const int64_t count : {1003, 8 * 1024 + 4}) dense(count, pair[0], pair[1]);
     }
   }
   std::printf("%016llx\n", static_cast<unsigned long long>(sum));

@@ -199,8 +199,8 @@ UNCHECKED Fiber* make_fiber(Block* owner, unsigned linear) {
   return f;
 }
 
-// EMULATED_ORDER: in which order ready fibers run. 0 upward, 1 downward, more: from a random one
-// on.
+// EMULATED_ORDER: in which order ready fibers run. 0 upward, 1 downward, and blocks as well, more:
+// from a random one on.
 int order() {
   const char* wanted = std::getenv("EMULATED_ORDER");
   return wanted ? std::atoi(wanted) : 0;
@@ -365,7 +365,8 @@ void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& b
     Thread* before = self;
     current = mine;
     prepare(*mine, size, shared, body);
-    for (uint64_t i; !failed && (i = next.fetch_add(1)) < blocks;) {
+    for (uint64_t turn; !failed && (turn = next.fetch_add(1)) < blocks;) {
+      const uint64_t i = wanted_order == 1 ? blocks - 1 - turn : turn;
       const dim3 at(unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
                     unsigned(i / (uint64_t{grid.x} * grid.y)));
       run_block(*mine, at, block, wanted_order);

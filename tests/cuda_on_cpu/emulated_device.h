@@ -30,6 +30,9 @@ struct dim3 {
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -98,12 +101,27 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) {
   return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
 }
+// Counts to `last`, then from 0 on.
+inline unsigned atomicInc(unsigned* p, unsigned last) {
+  unsigned before = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(p, &before, before >= last ? 0 : before + 1, false,
+                                      __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+  }
+  return before;
+}
+inline void __threadfence() {}  // atomicInc orders all that was written before it
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
+}
 inline int atomicExch(int* p, int v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }
 
 namespace apollo {
 
 inline float approx_log2(float x) { return std::log2(x); }
 inline float approx_sqrt(float x) { return std::sqrt(x); }
+inline float approx_root(float x) { return std::sqrt(x); }
+inline float approx_reciprocal(float x) { return 1.0f / x; }
 inline float approx_sin(float x) { return std::sin(x); }
 inline float approx_cos(float x) { return std::cos(x); }
 inline void sine_and_cosine_of_turns(double turns, double& sine, double& cosine) {
@@ -111,11 +129,22 @@ inline void sine_and_cosine_of_turns(double turns, double& sine, double& cosine)
   cosine = std::cos(6.283185307179586476925 * turns);
 }
 
+inline int made_again(int x) { return x; }
+inline int thread_again() { return int(threadIdx.x); }
+template <class T>
+T* global(T* address) {
+  return address;
+}
 inline uint4 load16(const void* from) {
   emulated::count_load(from);
   return *static_cast<const uint4*>(from);
 }
 inline void store16(void* to, const uint4& x) { *static_cast<uint4*>(to) = x; }
+
+inline void load_word(uint4& word, const uint4* from) { word = load16(from); }
+inline void store_word(uint4* to, const uint4& word) { store16(to, word); }
+inline void load_word(uint2& word, const uint2* from) { word = *from; }
+inline void store_word(uint2* to, const uint2& word) { *to = word; }
 
 inline uint32_t bf16_bits(float x) {
   const uint32_t bits = __float_as_uint(x);

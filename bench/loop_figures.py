@@ -1,0 +1,84 @@
+"""What the main loops of a kernel cost per element, read from its SASS."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from main_loops import MainLoop, main_loops
+from sass import Function
+
+_BYTES = {"float": 4, "bfloat16": 2, "float16": 2}
+STREAMS = ("project_tiles", "project_dots", "project_sparse", "apply_update", "adamw_update")
+
+
+@dataclass(frozen=True)
+class LoopFigures:
+    """``elements``: of the gradient, per lane and turn, so that instructions per element are those
+    of a warp for 32 of them."""
+
+    orientation: str
+    instructions: int
+    elements: int
+    accesses: dict[int, int]  # to global memory, by bytes per lane
+    tensor: int
+    mufu: int
+
+    @property
+    def scalar(self) -> int:
+        return sum(count for size, count in self.accesses.items() if size < 8)
+
+    @property
+    def per_element(self) -> float:
+        return self.instructions / self.elements
+
+
+def arguments(kernel: str) -> list[str]:
+    """bfloat16, 128 and Gaussian of project_tiles<bfloat16, 128, Gaussian>."""
+    found = re.search(r"<(.*)>", kernel)
+    return found[1].split(", ") if found else []
+
+
+def weight_bytes(kernel: str) -> int:
+    return _BYTES[arguments(kernel)[0]]
+
+
+def gradient_bytes(kernel: str) -> int:
+    """`apply` and `adamw` have the weight's dtype first, then the gradient's."""
+    own = arguments(kernel)
+    return _BYTES[own[1] if kernel.startswith(("apply", "adamw")) else own[0]]
+
+
+def moved_bytes(kernel: str) -> int:
+    """Per element of a stream, without what other parts of a step move."""
+    if not kernel.startswith(("apply", "adamw")):
+        return gradient_bytes(kernel)
+    moments = 16 if kernel.startswith("adamw") else 0
+    return 2 * weight_bytes(kernel) + gradient_bytes(kernel) + moments
+
+
+def elements(kernel: str, loop: MainLoop) -> int:
+    """From what a turn stores, where it stores, since scales may be loaded as vectors too."""
+    if kernel.startswith(("apply", "adamw")):
+        moments = 8 if kernel.startswith("adamw") else 0
+        return loop.stored // (weight_bytes(kernel) + moments)
+    return loop.loaded // gradient_bytes(kernel)
+
+
+def main_loops_of(kernel: str, function: Function) -> list[MainLoop]:
+    return main_loops(function) if kernel.startswith(STREAMS) else []
+
+
+def figures(kernel: str, function: Function) -> list[LoopFigures]:
+    """Empty for kernels that stream nothing."""
+    return [
+        LoopFigures(
+            loop.orientation,
+            len(loop.trace),
+            elements(kernel, loop),
+            {size: n for size in (16, 8, 4, 2, 1) if (n := loop.accesses(size))},
+            loop.count("HMMA"),
+            loop.count("MUFU"),
+        )
+        for loop in main_loops_of(kernel, function)
+    ]

@@ -1,0 +1,149 @@
+"""The main loops of the kernels, cut out of their SASS, and what one turn of them executes.
+
+A main loop is found by what it does, not by where it stands: it is an innermost loop that moves
+vectors, 16 bytes per lane or 8, between global memory and the SM. Where a kernel has a loop for
+whole tiles and one for the edges of a matrix, the one without element by element accesses counts;
+where one loop does both, its way through the blocks avoids them. Of all ways through a loop the
+main one
+
+  * moves and multiplies most: vectors of global memory and tensor-core instructions,
+  * avoids guards' element by element accesses, and calls of subroutines,
+  * computes most: what it moved is not skipped for being zero or not finite (MUFU),
+  * and is otherwise the shortest: numbers that serve many turns are not drawn in this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from sass import Function, Instruction, Loop, global_bytes, is_scalar, is_vector
+
+_TENSOR = ("HMMA", "HGMMA", "UTCHMMA")
+_Weight = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class MainLoop:
+    """``trace``: the instructions of one turn, in order."""
+
+    orientation: str  # row: channels are rows in memory; column; or any
+    trace: tuple[Instruction, ...]
+    loop: Loop | None  # none: the whole kernel
+
+    def count(self, *names: str) -> int:
+        return sum(x.name in names for x in self.trace)
+
+    def accesses(self, *sizes: int) -> int:
+        """To global memory, of so many bytes per lane."""
+        return sum(global_bytes(x.op) in sizes for x in self.trace)
+
+    @cached_property
+    def loaded(self) -> int:
+        """Bytes per lane that come in vectors: what is streamed, and not a scalar beside it."""
+        return sum(global_bytes(x.op) for x in self.trace if is_vector(x) and not _stores(x))
+
+    @cached_property
+    def stored(self) -> int:
+        return sum(global_bytes(x.op) for x in self.trace if is_vector(x) and _stores(x))
+
+
+def _stores(x: Instruction) -> bool:
+    return x.name in ("STG", "ST")
+
+
+def main_loops(function: Function) -> list[MainLoop]:
+    """In the order of their addresses; the whole kernel, if it has none."""
+    moving = [loop for loop in function.loops if _accesses(function, loop, is_vector)]
+    inner = [a for a in moving if not any(b.blocks < a.blocks for b in moving)]
+    lean = [loop for loop in inner if not _guarded(function, loop)] or inner
+    if not lean:
+        ends = {b for b in function.order if not function.successors[b]}
+        return [MainLoop("any", path(function, 0, ends, set(function.order), True), None)]
+    found = [(_turn(function, loop), loop) for loop in lean]
+    found = [f for f in found if any(x.name in _TENSOR for x in f[0])] or found
+    orientations = _orientations([trace for trace, _ in found])
+    return [MainLoop(o, *f) for o, f in zip(orientations, found, strict=True)]
+
+
+def way_to(function: Function, main: MainLoop) -> tuple[Instruction, ...]:
+    """The shortest way from the kernel's first instruction to its main loop: neither through other
+    loops, nor through what one thread of a block computes for all."""
+    if main.loop is None:
+        return ()
+    before = {b for b in function.order if b not in main.loop.blocks}
+    ends = {b for b in before if main.loop.head in function.successors[b]}
+    return path(function, 0, ends, before, guarded=True, shortest=True)
+
+
+def _orientations(traces: list[tuple[Instruction, ...]]) -> list[str]:
+    """Which of two loops has channels by row: a row of X in memory is one channel's.
+
+    Fragments of X then come as they lie, where ldmatrix transposes them by column; dots read 16
+    bytes of z at a time, for the k of a load, where by column its elements meet one k; `apply`
+    reads a coefficient per row, where columns keep theirs; and the sparse projection turns places
+    within a load.
+    """
+    if len(traces) != 2:
+        return ["any"] * len(traces)
+
+    def signs(trace: tuple[Instruction, ...]) -> tuple[int, ...]:
+        transposed = sum(x.name == "LDSM" and ".MT88" in x.op for x in trace)
+        z_wide = sum((1 if ".128" in x.op else -1) for x in trace if x.name == "LDS")
+        coefficients, turns = sum(map(is_scalar, trace)), sum(x.name == "SEL" for x in trace)
+        return -transposed, z_wide, coefficients, turns
+
+    return ["row", "column"] if signs(traces[0]) > signs(traces[1]) else ["column", "row"]
+
+
+def _accesses(function: Function, loop: Loop, of_kind: Callable[[Instruction], bool]) -> int:
+    return sum(of_kind(x) for b in loop.blocks for x in function.blocks[b])
+
+
+def _guarded(function: Function, loop: Loop) -> bool:
+    """It reads or writes element by element somewhere: several scalars for each vector."""
+    return _accesses(function, loop, is_scalar) >= 3 * _accesses(function, loop, is_vector)
+
+
+def _turn(function: Function, loop: Loop) -> tuple[Instruction, ...]:
+    guarded = _guarded(function, loop)
+    return path(function, loop.head, set(loop.ends), set(loop.blocks), guarded)
+
+
+def path(
+    function: Function,
+    start: int,
+    ends: set[int],
+    blocks: set[int],
+    guarded: bool,
+    shortest: bool = False,
+) -> tuple[Instruction, ...]:
+    """The main way, or the shortest, from ``start`` to one of ``ends`` within ``blocks``."""
+
+    def weight(block: Iterable[Instruction]) -> _Weight:
+        moved = avoided = computed = length = 0
+        for x in block:
+            length += 1
+            scalar = is_scalar(x)
+            moved += is_vector(x) or x.name in _TENSOR or (scalar and not guarded)
+            avoided += (scalar and guarded) or (x.name == "CALL" and not x.conditional)
+            computed += x.name == "MUFU"
+        return (0, 0, 0, -length) if shortest else (moved, -avoided, computed, -length)
+
+    best: dict[int, tuple[_Weight, int | None]] = {}
+    for b in reversed([b for b in function.order if b in blocks]):
+        own = weight(function.blocks[b])
+        ways: list[tuple[_Weight, int | None]] = [(own, None)] if b in ends else []
+        for s in function.successors[b]:
+            if s in best and s != start:
+                total = tuple(x + y for x, y in zip(own, best[s][0], strict=True))
+                ways.append((total, s))  # type: ignore[arg-type]
+        if ways:
+            best[b] = max(ways, key=lambda way: way[0])
+    trace: list[Instruction] = []
+    block: int | None = start
+    while block is not None:
+        trace += function.blocks[block]
+        block = best[block][1]
+    return tuple(trace)

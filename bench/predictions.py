@@ -1,0 +1,88 @@
+"""The model's tables: per kernel and card the share of the floor, and the steps of LLaMA-7B."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from sm_model.cards import CARDS, Card
+from sm_model.predict import STEPS, Kernel, StepModel, named, predict
+
+if TYPE_CHECKING:
+    from kernel_report import Binary
+
+# Kernel, as its name begins -> the ranks that it is looked at with, none if it has none.
+SHARES = {
+    "project_tiles<bfloat16, 128, Gaussian": (128, 256),
+    "project_tiles<bfloat16, 64, Gaussian": (64,),
+    "project_tiles<float, 128, Gaussian": (128, 256),
+    "project_dots<bfloat16, 1, Gaussian": (1,),
+    "project_dots<float, 1, Gaussian": (1,),
+    "project_sparse<bfloat16": (128, 256),
+    "project_sparse<float": (128, 256),
+    "apply_update<bfloat16, bfloat16": (0,),
+    "apply_update<float, float": (0,),
+    "adamw_update<bfloat16, bfloat16": (0,),
+    "adamw_update<float, float": (0,),
+}
+CONTRACTED = 4096
+
+
+def compiled(binaries: Iterable[Binary], card: Card) -> dict[str, Kernel]:
+    """The kernels of a card's architecture, by name."""
+    from kernel_report import resident
+
+    found = {}
+    for binary in binaries:
+        for row, function in zip(binary.rows, binary.functions, strict=True):
+            if row["arch"] == card.architecture and row["loops"]:
+                blocks = max(1, resident(row["arch"], row))
+                found[row["kernel"]] = Kernel(row["kernel"], function, row["threads"], blocks)
+    return found
+
+
+def tables(binaries: list[Binary]) -> dict[str, list[dict[str, Any]]]:
+    cards = {card: compiled(binaries, card) for card in CARDS.values()}
+    cards = {card: kernels for card, kernels in cards.items() if kernels}
+    if not cards:
+        return {}
+    return {
+        "Predicted share of the floor, by the model of an SM (bench/sm_model)": shares(cards),
+        "Predicted milliseconds of a LLaMA-7B step, bf16 weights and gradients": steps(cards),
+    }
+
+
+def shares(cards: dict[Card, dict[str, Kernel]]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for beginning, ranks in SHARES.items():
+        found = {c: k[n] for c, k in cards.items() if (n := named(k, beginning)) is not None}
+        orientations = sorted({o for k in found.values() for o in k.loops}, reverse=True)
+        for rank in ranks:
+            for orientation in orientations:
+                row: dict[str, Any] = {
+                    "kernel": next(iter(found.values())).name,
+                    "rank": rank or None,
+                    "loop": orientation,
+                }
+                for card, kernel in found.items():
+                    share = predict(kernel, orientation, card, CONTRACTED, rank).share
+                    row[card.name] = round(share, 2)
+                rows.append(row)
+    return rows
+
+
+def steps(cards: dict[Card, dict[str, Kernel]]) -> list[dict[str, Any]]:
+    models = [StepModel(card, kernels) for card, kernels in cards.items()]
+    rows: list[dict[str, Any]] = [{"step": "fused AdamW, at the copy bandwidth"}]
+    rows[0].update({m.card.name: round(m.adamw_ms(), 1) for m in models})
+    for rank in (1, 128, 256):
+        floor: dict[str, Any] = {"step": f"floor, rank {rank}"}
+        floor.update({m.card.name: round(m.floor_ms(rank), 1) for m in models})
+        rows.append(floor)
+        for title, (name, its_rank) in STEPS.items():
+            if its_rank != rank:
+                continue
+            row: dict[str, Any] = {"step": title}
+            row.update({m.card.name: round(m.step_ms(name, rank), 1) for m in models})
+            rows.append(row)
+    return rows
