@@ -163,3 +163,243 @@ class Decoder(nn.Module):
 def on_meta(a: Architecture, dtype: torch.dtype = torch.bfloat16) -> Decoder:
     with torch.device("meta"):
         return Decoder(a).to(dtype)
+
+
+# ---- modes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to train. ``moments``: of "adam" and "galore", bytes per number of the two moments."""
+
+    name: str
+    rule: str  # adam, galore, apollo, mini
+    moments: float = 4
+    int8: bool = False
+    embeddings: bool = False  # in the low-rank group
+    release: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.rule in ("apollo", "mini")
+
+
+# bitsandbytes: a byte per number, and a float32 scale per 256. GaLore: moments as the weights.
+EIGHT_BIT = 1 + 4 / 256
+MODES = (
+    Mode("AdamW, float32 moments", "adam", 4),
+    Mode("AdamW, bf16 moments", "adam", 2),
+    Mode("8-bit Adam", "adam", EIGHT_BIT),
+    Mode("GaLore", "galore", 2),
+    Mode("APOLLO", "apollo"),
+    Mode("APOLLO-Mini", "mini"),
+    Mode("APOLLO-Mini, gradient release, embeddings", "mini", release=True, embeddings=True),
+    Mode("Q-APOLLO-Mini, gradient release", "mini", int8=True, release=True, embeddings=True),
+)
+INT8_GROUP = 128  # of quantize_: neighbours that share a grid of 4 bytes
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """What one parameter costs in a mode, in bytes."""
+
+    name: str
+    weight: int
+    gradient: int
+    state: int
+    workspace: int  # of its step
+    dequantized: int  # while its layer runs
+
+
+def _weights(module: nn.Module, mode: Mode, rank: int | None) -> list[_Weight]:
+    rule = groups.apollo_mini if mode.rule == "mini" else groups.apollo
+    options: dict[str, Any] = {"embeddings": mode.embeddings}
+    if mode.rule != "mini":
+        options["rank"] = rank if mode.rule == "apollo" else _galore_rank(module, rank)
+    names = {p: name for name, p in module.named_parameters()}
+    return [
+        _weight(names[p], p, {"batch_dims": 0, "rank": None, "proj_type": "std", **group}, mode)
+        for group in rule(module, **options)
+        for p in group["params"]
+    ]
+
+
+def _weight(name: str, p: Tensor, group: dict[str, Any], mode: Mode) -> _Weight:
+    layout = state.layout_of(p, group)
+    weight = gradient = p.numel() * p.element_size()
+    int8 = mode.int8 and p.dim() == 2
+    if int8:
+        weight = p.numel() + 4 * p.shape[0] * -(-p.shape[1] // INT8_GROUP)
+    workspace, rounding = 0, fake.INT8 if int8 else 0
+    if mode.ours and layout is not None:
+        channels, k = (layout.m, layout.n) if layout.rows else (layout.n, layout.m)
+        held, *verbs = fake.low_rank_bytes(channels, k, layout.rank, p.dtype, rounding)
+        workspace = held + max(verbs)
+    elif mode.ours:
+        decays = bool(group.get("weight_decay"))
+        workspace = fake.dense_bytes(p.shape, p.dtype, decays, rounding)
+    return _Weight(name, weight, gradient, _state(p, group, mode), workspace, gradient * int8)
+
+
+def _state(p: Tensor, group: dict[str, Any], mode: Mode) -> int:
+    """Bytes of optimizer state of one parameter."""
+    if mode.ours:
+        return tensor_bytes(state.zeros(p, group, "meta").values())
+    layout = state.layout_of(p, group)
+    if mode.rule == "galore" and layout is not None:  # two moments of R, and the stored projector
+        short, long = sorted((layout.m, layout.n))
+        return int(mode.moments * 2 * long * layout.rank) + p.element_size() * layout.rank * short
+    small = p.numel() < 4096  # which 8-bit Adam keeps in float32
+    return int(2 * p.numel() * (4 if small and mode.moments < 2 else mode.moments))
+
+
+def _galore_rank(module: nn.Module, rank: int | None) -> int | None:
+    """A quarter of the hidden size, as in the paper's comparison, unless a rank is asked for."""
+    size = getattr(getattr(module, "architecture", None), "hidden", None)
+    return rank if rank is not None or size is None else max(1, size // 4)
+
+
+# ---- the peak ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One mode: bytes at the moment of the peak, and the peak."""
+
+    mode: str
+    checkpointing: bool
+    weights: int
+    gradients: int
+    state: int
+    activations: int
+    workspace: int
+    moment: str
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.gradients + self.state + self.activations + self.workspace
+
+
+Moment = tuple[str, int, int, int]  # when; gradients, activations, workspace
+
+
+def _moments(
+    a: Architecture, weights: list[_Weight], mode: Mode, tokens: int, checkpointing: bool
+) -> list[Moment]:
+    """What lives beside weights and state at the moments of a step that can be its peak.
+
+    Backward goes from the head down to the embedding: saved activations fall while gradients grow,
+    both linearly, so that the peak is at either end. With gradient release none grow.
+    """
+    h, f, v = a.hidden, a.mlp, a.vocabulary
+    q, kv = a.heads * a.head_size, a.kv_heads * a.head_size
+    norm = (8 * h + 4) * tokens  # in float32; in bf16 before and after the weight; the variance
+    attention = (4 * q + 4 * kv + 4 * a.heads) * tokens  # q, k, v, output; log-sum-exp
+    mlp = 8 * f * tokens  # gate, its SiLU, up, their product
+    layer = 2 * norm + attention + mlp
+    kept = 2 * h * tokens if checkpointing else layer  # per layer, from forward to backward
+    stream = 2 * h * tokens  # the gradient that travels down
+
+    def part(prefix: str) -> list[_Weight]:
+        return [w for w in weights if prefix in w.name]
+
+    def gradient(some: list[_Weight]) -> int:
+        return sum(w.gradient for w in some)
+
+    head, embedding = part("lm_head"), part("embed_tokens")
+    head = head or embedding  # tied
+    one = [w for w in weights if ".0." in w.name]
+    final = [w for w in weights if w.name.endswith("norm.weight") and ".0." not in w.name][-1:]
+    own, all_of_it = gradient(one), gradient(weights)
+    after = gradient(head) + gradient(final)
+
+    def stepped(some: list[_Weight], now: int, sofar: int) -> tuple[int, int]:
+        """Gradients and workspace while the gradients of ``some`` come."""
+        if mode.release:
+            return max((w.gradient for w in some), default=0), max(w.workspace for w in some)
+        return now + sofar, 0
+
+    found: list[Moment] = []
+    top = a.layers * kept + norm
+    found.append(("loss", 0, top + 12 * v * tokens, 0))
+    found.append(("head", *_pair(stepped(head, gradient(head), 0), top + stream)))
+    used = max(w.dequantized for w in head)
+    found.append(("head", 0 if used else gradient(head), top + stream + 2 * v * tokens + used, 0))
+    for i in sorted({0, a.layers - 1}):
+        below = i * kept + (stream if checkpointing else 0)
+        later = after + own * (a.layers - 1 - i)
+        down = [w for w in one if "down_proj" in w.name]
+        working = below + layer + 4 * f * tokens + stream
+        name = f"backward of layer {i}"
+        found.append((name, *_pair(stepped(down, gradient(down), later), working)))
+        used = max(w.dequantized for w in one)
+        if used:
+            found.append((name, 0 if mode.release else later, working + used, 0))
+        ending = below + norm + attention + 2 * stream
+        found.append((name, *_pair(stepped(one, own, later), ending)))
+    rest = all_of_it - gradient(embedding)
+    found.append(("embedding", *_pair(stepped(embedding, gradient(embedding), rest), stream)))
+    if not mode.release:
+        found.append(("step", all_of_it, 0, max(w.workspace for w in weights)))
+    return found
+
+
+def _pair(stepped: tuple[int, int], activations: int) -> tuple[int, int, int]:
+    return stepped[0], activations, stepped[1]
+
+
+def estimate(
+    model: str | Path | Architecture | nn.Module,
+    *,
+    batch: int = 1,
+    sequence: int = 2048,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    modes: Sequence[Mode] = MODES,
+    checkpointing: Iterable[bool] = (True, False),
+) -> list[Estimate]:
+    """What a step takes per mode, with and without checkpointing, at its peak.
+
+    Args
+        model: as ``architecture`` takes it; or a module, on the meta device too, of a LLaMA kind
+            with a Hugging Face ``config``.
+        rank: of APOLLO and GaLore; by default a quarter of the hidden size (APOLLO: at most 256).
+    Raises
+        ValueError: names what is wrong, in one line.
+    """
+    for name, value in (("batch", batch), ("sequence", sequence), ("rank", rank)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if isinstance(model, nn.Module):
+        module, a = model, _architecture_of(model)
+    else:
+        a = model if isinstance(model, Architecture) else architecture(model)
+        module = on_meta(a, dtype)
+    if rank is None:
+        rank = max(1, min(256, a.hidden // 4))
+    found = []
+    for mode in modes:
+        weights = _weights(module, mode, rank if mode.ours else None)
+        fixed = sum(w.weight for w in weights), sum(w.state for w in weights)
+        for checkpointed in checkpointing:
+            moments = _moments(a, weights, mode, batch * sequence, checkpointed)
+            when, gradients, activations, workspace = max(moments, key=lambda m: sum(m[1:]))
+            found.append(
+                Estimate(
+                    mode.name, checkpointed, fixed[0], gradients, fixed[1], activations, workspace,
+                    when,
+                )
+            )  # fmt: skip
+    return found
+
+
+def _architecture_of(module: nn.Module) -> Architecture:
+    own = getattr(module, "architecture", None)
+    if isinstance(own, Architecture):
+        return own
+    config = getattr(module, "config", None)
+    if config is None:
+        raise ValueError(f"{type(module).__name__} has no config to take its architecture from")
+    return of_config(config, f"the config of {type(module).__name__}")
