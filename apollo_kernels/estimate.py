@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,7 @@ MODES = (
     Mode("Q-APOLLO-Mini, gradient release", "mini", int8=True, release=True, embeddings=True),
 )
 INT8_GROUP = 128  # of quantize_: neighbours that share a grid of 4 bytes
+WIDENED = 2**24  # int8 weights that a layer dequantizes at a time, as float32, on a card
 
 
 @dataclass(frozen=True)
@@ -211,15 +212,17 @@ class _Weight:
     dequantized: int  # while its layer runs
 
 
-def _weights(module: nn.Module, mode: Mode, rank: int | None) -> list[_Weight]:
-    rule = groups.apollo_mini if mode.rule == "mini" else groups.apollo
-    options: dict[str, Any] = {"embeddings": mode.embeddings}
-    if mode.rule != "mini":
-        options["rank"] = rank if mode.rule == "apollo" else _galore_rank(module, rank)
+def _weights(module: nn.Module, mode: Mode, rank: int | None, hidden: int) -> list[_Weight]:
+    if mode.rule == "mini":
+        made = groups.apollo_mini(module, embeddings=mode.embeddings)
+    else:  # GaLore's rank is the paper's: a quarter of the hidden size
+        quarter = max(1, hidden // 4)
+        rank = rank or (quarter if mode.rule == "galore" else min(256, quarter))
+        made = groups.apollo(module, rank=rank, embeddings=mode.embeddings)
     names = {p: name for name, p in module.named_parameters()}
     return [
         _weight(names[p], p, {"batch_dims": 0, "rank": None, "proj_type": "std", **group}, mode)
-        for group in rule(module, **options)
+        for group in made
         for p in group["params"]
     ]
 
@@ -230,15 +233,16 @@ def _weight(name: str, p: Tensor, group: dict[str, Any], mode: Mode) -> _Weight:
     int8 = mode.int8 and p.dim() == 2
     if int8:
         weight = p.numel() + 4 * p.shape[0] * -(-p.shape[1] // INT8_GROUP)
-    workspace, rounding = 0, fake.INT8 if int8 else 0
+    rounded = fake.int8_format(p.shape[1], INT8_GROUP) if int8 else ""
+    workspace = 0
     if mode.ours and layout is not None:
         channels, k = (layout.m, layout.n) if layout.rows else (layout.n, layout.m)
-        held, *verbs = fake.low_rank_bytes(channels, k, layout.rank, p.dtype, rounding)
-        workspace = held + max(verbs)
+        workspace = fake.low_rank_bytes(channels, k, layout.rank, p.dtype, rounded=rounded).most
     elif mode.ours:
-        decays = bool(group.get("weight_decay"))
-        workspace = fake.dense_bytes(p.shape, p.dtype, decays, rounding)
-    return _Weight(name, weight, gradient, _state(p, group, mode), workspace, gradient * int8)
+        workspace = fake.dense_bytes(p.shape, p.dtype, rounded=rounded)
+    widened = 4 * min(p.numel(), WIDENED)
+    dequantized = (gradient + widened) * int8
+    return _Weight(name, weight, gradient, _state(p, group, mode), workspace, dequantized)
 
 
 def _state(p: Tensor, group: dict[str, Any], mode: Mode) -> int:
@@ -251,12 +255,6 @@ def _state(p: Tensor, group: dict[str, Any], mode: Mode) -> int:
         return int(mode.moments * 2 * long * layout.rank) + p.element_size() * layout.rank * short
     small = p.numel() < 4096  # which 8-bit Adam keeps in float32
     return int(2 * p.numel() * (4 if small and mode.moments < 2 else mode.moments))
-
-
-def _galore_rank(module: nn.Module, rank: int | None) -> int | None:
-    """A quarter of the hidden size, as in the paper's comparison, unless a rank is asked for."""
-    size = getattr(getattr(module, "architecture", None), "hidden", None)
-    return rank if rank is not None or size is None else max(1, size // 4)
 
 
 # ---- the peak ------------------------------------------------------------------------------------
@@ -276,29 +274,85 @@ class Estimate:
     moment: str
 
     @property
+    def parts(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
     def peak(self) -> int:
-        return self.weights + self.gradients + self.state + self.activations + self.workspace
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> list[str]:
+        return [name for name, size in CARDS.items() if self.peak <= size]
+
+    @property
+    def dominant(self) -> str:
+        return max(self.parts, key=self.parts.__getitem__)
+
+    def as_dict(self) -> dict[str, Any]:
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        own.update(peak=self.peak, fits=self.fits, dominant=self.dominant, advice=advice(self))
+        return own
+
+
+PARTS = ("weights", "gradients", "state", "activations", "workspace")
+
+
+def advice(e: Estimate) -> str:
+    """What makes the largest part smaller."""
+    low_rank = "embeddings" in e.mode
+    ours = "APOLLO" in e.mode
+    if ours and e.gradients == e.weights == max(e.parts.values()):
+        return "gradient_release=True: a few gradients live at a time"
+    if e.dominant == "weights":
+        if e.mode.startswith("Q-"):
+            return "nothing smaller is left: a smaller model, or sharding"
+        if not ours:
+            return "APOLLO, whose weights can be int8 (quantize_) and whose gradients are released"
+        return "quantize_(model): a byte per weight instead of two"
+    if e.dominant == "gradients":
+        return "APOLLO with gradient_release=True: a few gradients live at a time"
+    if e.dominant == "state":
+        if e.mode.startswith("APOLLO") and not low_rank:
+            return "embeddings=True: embedding and head join the low-rank group"
+        return "apollo_mini(model): almost no state; apollo(model): a fraction"
+    if e.dominant == "workspace":
+        return "the model is small: PyTorch's temporaries outweigh it, the kernels have none"
+    if not e.checkpointing:
+        return "gradient checkpointing"
+    if e.moment == "loss":
+        return "a smaller micro-batch, or a loss that never holds all logits (chunked or fused)"
+    return "a smaller micro-batch with accumulation"
 
 
 Moment = tuple[str, int, int, int]  # when; gradients, activations, workspace
 
 
 def _moments(
-    a: Architecture, weights: list[_Weight], mode: Mode, tokens: int, checkpointing: bool
+    a: Architecture,
+    weights: list[_Weight],
+    mode: Mode,
+    tokens: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    ddp: str,
 ) -> list[Moment]:
     """What lives beside weights and state at the moments of a step that can be its peak.
 
     Backward goes from the head down to the embedding: saved activations fall while gradients grow,
     both linearly, so that the peak is at either end. With gradient release none grow.
     """
-    h, f, v = a.hidden, a.mlp, a.vocabulary
+    h, f, v, size = a.hidden, a.mlp, a.vocabulary, dtype.itemsize
     q, kv = a.heads * a.head_size, a.kv_heads * a.head_size
-    norm = (8 * h + 4) * tokens  # in float32; in bf16 before and after the weight; the variance
-    attention = (4 * q + 4 * kv + 4 * a.heads) * tokens  # q, k, v, output; log-sum-exp
-    mlp = 8 * f * tokens  # gate, its SiLU, up, their product
+    # A norm keeps x in float32, x in the weight's dtype before it is multiplied (in float32 that is
+    # one more tensor), its result, and the variance.
+    norm = ((4 + 2 * size) * h + 4) * tokens
+    attention = (2 * size * (q + kv) + 4 * a.heads) * tokens  # q, k, v, output; log-sum-exp
+    mlp = 4 * size * f * tokens  # gate, its SiLU, up, their product
     layer = 2 * norm + attention + mlp
-    kept = 2 * h * tokens if checkpointing else layer  # per layer, from forward to backward
-    stream = 2 * h * tokens  # the gradient that travels down
+    kept = size * h * tokens if checkpointing else layer  # per layer, from forward to backward
+    stream = size * h * tokens  # the gradient that travels down
+    logits = size * v * tokens
 
     def part(prefix: str) -> list[_Weight]:
         return [w for w in weights if prefix in w.name]
@@ -306,9 +360,10 @@ def _moments(
     def gradient(some: list[_Weight]) -> int:
         return sum(w.gradient for w in some)
 
-    head, embedding = part("lm_head"), part("embed_tokens")
-    head = head or embedding  # tied
-    one = [w for w in weights if ".0." in w.name]
+    one, down, embedding = part(".0."), part(".0.mlp.down_proj"), part("embed_tokens")
+    if not one or not down or not embedding:
+        raise ValueError("the module has no parameters named as LLaMA's: embed_tokens, down_proj")
+    head = part("lm_head") or embedding  # tied
     final = [w for w in weights if w.name.endswith("norm.weight") and ".0." not in w.name][-1:]
     own, all_of_it = gradient(one), gradient(weights)
     after = gradient(head) + gradient(final)
@@ -316,32 +371,36 @@ def _moments(
     def stepped(some: list[_Weight], now: int, sofar: int) -> tuple[int, int]:
         """Gradients and workspace while the gradients of ``some`` come."""
         if mode.release:
-            return max((w.gradient for w in some), default=0), max(w.workspace for w in some)
+            return max(w.gradient for w in some), max(w.workspace for w in some)
+        if ddp == "views":  # gradients come one at a time and are copied into the buckets
+            return max(w.gradient for w in some), 0
         return now + sofar, 0
 
     found: list[Moment] = []
     top = a.layers * kept + norm
-    found.append(("loss", 0, top + 12 * v * tokens, 0))
+    found.append(("loss", 0, top + 12 * v * tokens, 0))  # three of the logits, in float32
     found.append(("head", *_pair(stepped(head, gradient(head), 0), top + stream)))
     used = max(w.dequantized for w in head)
-    found.append(("head", 0 if used else gradient(head), top + stream + 2 * v * tokens + used, 0))
+    found.append(("head", 0 if used else gradient(head), top + stream + logits + used, 0))
+    dequantized = max(w.dequantized for w in one)
     for i in sorted({0, a.layers - 1}):
         below = i * kept + (stream if checkpointing else 0)
         later = after + own * (a.layers - 1 - i)
-        down = [w for w in one if "down_proj" in w.name]
-        working = below + layer + 4 * f * tokens + stream
-        name = f"backward of layer {i}"
-        found.append((name, *_pair(stepped(down, gradient(down), later), working)))
-        used = max(w.dequantized for w in one)
-        if used:
-            found.append((name, 0 if mode.release else later, working + used, 0))
+        name, width = f"backward of layer {i}", size * f * tokens
+        product = below + layer + width + stream  # the last matrix: its gradient, and its input's
+        found.append((name, *_pair(stepped(down, gradient(down), later), product)))
+        sofar = 0 if mode.release or ddp == "views" else later + gradient(down)
+        found.append((name, sofar, product + width, 0))  # through the product and the SiLU
+        found.append((name, sofar - gradient(down) * (sofar > 0), product + dequantized, 0))
         ending = below + norm + attention + 2 * stream
         found.append((name, *_pair(stepped(one, own, later), ending)))
     rest = all_of_it - gradient(embedding)
     found.append(("embedding", *_pair(stepped(embedding, gradient(embedding), rest), stream)))
     if not mode.release:
-        found.append(("step", all_of_it, 0, max(w.workspace for w in weights)))
-    return found
+        whole = 0 if ddp == "views" else all_of_it
+        found.append(("step", whole, 0, max(w.workspace for w in weights)))
+    buckets = all_of_it if ddp else 0
+    return [(name, gradients + buckets, *rest) for name, gradients, *rest in found]
 
 
 def _pair(stepped: tuple[int, int], activations: int) -> tuple[int, int, int]:
@@ -355,6 +414,7 @@ def estimate(
     sequence: int = 2048,
     rank: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    ddp: str = "",
     modes: Sequence[Mode] = MODES,
     checkpointing: Iterable[bool] = (True, False),
 ) -> list[Estimate]:
@@ -363,6 +423,8 @@ def estimate(
     Args
         model: as ``architecture`` takes it; or a module, on the meta device too, of a LLaMA kind
             with a Hugging Face ``config``.
+        ddp: "buckets" or "views", under DistributedDataParallel without or with
+            gradient_as_bucket_view; modes with gradient release do not run there.
         rank: of APOLLO and GaLore; by default a quarter of the hidden size (APOLLO: at most 256).
     Raises
         ValueError: names what is wrong, in one line.
@@ -372,19 +434,22 @@ def estimate(
             raise ValueError(f"{name} must be a whole number, got {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if ddp not in ("", "buckets", "views"):
+        raise ValueError(f"ddp must be '', 'buckets' or 'views', got {ddp!r}")
+    if ddp:
+        modes = [mode for mode in modes if not mode.release]
     if isinstance(model, nn.Module):
         module, a = model, _architecture_of(model)
+        dtype = next(model.parameters()).dtype
     else:
         a = model if isinstance(model, Architecture) else architecture(model)
         module = on_meta(a, dtype)
-    if rank is None:
-        rank = max(1, min(256, a.hidden // 4))
     found = []
     for mode in modes:
-        weights = _weights(module, mode, rank if mode.ours else None)
+        weights = _weights(module, mode, rank, a.hidden)
         fixed = sum(w.weight for w in weights), sum(w.state for w in weights)
         for checkpointed in checkpointing:
-            moments = _moments(a, weights, mode, batch * sequence, checkpointed)
+            moments = _moments(a, weights, mode, batch * sequence, dtype, checkpointed, ddp)
             when, gradients, activations, workspace = max(moments, key=lambda m: sum(m[1:]))
             found.append(
                 Estimate(
@@ -403,3 +468,105 @@ def _architecture_of(module: nn.Module) -> Architecture:
     if config is None:
         raise ValueError(f"{type(module).__name__} has no config to take its architecture from")
     return of_config(config, f"the config of {type(module).__name__}")
+
+
+# ---- what is shown -------------------------------------------------------------------------------
+
+
+def as_text(found: Sequence[Estimate], title: str) -> str:
+    """A table per kind of checkpointing; GB are 1e9 bytes."""
+    lines = [title, "GB (1e9 bytes) at the moment of a step's peak; a card keeps the rest of its GiB"]
+    width = max(len(e.mode) for e in found)
+    short = [name.split(" (")[0] for name in CARDS]
+    for checkpointed in dict.fromkeys(e.checkpointing for e in found):
+        lines += ["", "with checkpointing" if checkpointed else "without checkpointing"]
+        header = "".join(f"{name:>12}" for name in (*PARTS, "peak"))
+        lines.append(f"{'':<{width}}{header}  fits on")
+        for e in (e for e in found if e.checkpointing == checkpointed):
+            sizes = "".join(f"{size / 1e9:>12.2f}" for size in (*e.parts.values(), e.peak))
+            smallest = next((c for c, n in zip(short, CARDS, strict=True) if n in e.fits), None)
+            fits = f"{smallest} and larger" if smallest else "none of them"
+            lines.append(f"{e.mode:<{width}}{sizes}  {fits}")
+        for e in (e for e in found if e.checkpointing == checkpointed):
+            share = e.parts[e.dominant] / max(e.peak, 1)
+            lines.append(f"  {e.mode}: {share:.0%} {e.dominant} -> {advice(e)}")
+    lines += ["", "cards: " + "; ".join(CARDS)]
+    return "\n".join(lines)
+
+
+COLORS = ("#37474F", "#A3ABB8", "#C8553D", "#2A7F9E", "#E0B04B")  # of PARTS
+
+
+def chart(found: Sequence[Estimate], title: str, path: str | Path) -> None:
+    """Stacked bars of all modes, beside the cards, as a PNG.
+
+    Raises
+        ValueError: if matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--png needs matplotlib (pip install matplotlib)") from None
+    kinds = list(dict.fromkeys(e.checkpointing for e in found))
+    rows = max(sum(e.checkpointing == kind for e in found) for kind in kinds)
+    figure = Figure(figsize=(9, (1.1 + 0.42 * rows) * len(kinds) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    widest = max(e.peak for e in found) / 1e9
+    panels = figure.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, checkpointed in zip(panels, kinds, strict=True):
+        bars = [e for e in reversed(found) if e.checkpointing == checkpointed]
+        names, left = [e.mode for e in bars], [0.0] * len(bars)
+        for part, color in zip(PARTS, COLORS, strict=True):
+            sizes = [e.parts[part] / 1e9 for e in bars]
+            axes.barh(names, sizes, left=left, color=color, label=part, height=0.66)
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+        for place, total in enumerate(left):
+            axes.text(total + widest * 0.01, place, f"{total:.1f}", va="center", fontsize=9)
+        for name, size in CARDS.items():
+            if size / 1e9 <= widest * 1.08:
+                axes.axvline(size / 1e9, color="#777777", linewidth=0.8, linestyle=":", zorder=0)
+                axes.text(size / 1e9, len(bars) - 0.45, name.split(" (")[0], fontsize=8,
+                          color="#555555", ha="center", va="bottom")  # fmt: skip
+        axes.set_title("with checkpointing" if checkpointed else "without checkpointing",
+                       loc="left", fontsize=10, pad=16)  # fmt: skip
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(0, widest * 1.1)
+    panels[-1].set_xlabel("GB at the peak of a step")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(PARTS), frameon=False)
+    figure.suptitle(title, fontweight="bold")
+    try:
+        figure.savefig(path, dpi=130, format="png")
+    except OSError as error:
+        raise ValueError(f"--png {path}: {error.strerror or error}") from None
+
+
+def command(options: Any) -> str:
+    """What ``python -m apollo_kernels estimate`` prints; ValueError in one line for wrong input."""
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
+    kinds = {"both": (True, False), "on": (True,), "off": (False,)}[options.checkpointing]
+    found = estimate(
+        options.model, batch=options.batch, sequence=options.sequence, rank=options.rank,
+        dtype=dtype, ddp=options.ddp, checkpointing=kinds,
+    )  # fmt: skip
+    title = f"{options.model}, batch {options.batch} x {options.sequence}, {options.dtype}"
+    if options.png:
+        chart(found, title, options.png)
+    if options.json:
+        return json.dumps([e.as_dict() for e in found], indent=2)
+    return as_text(found, title)
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("model", help=f"{', '.join([*SHORT])}, or the path of a config.json")
+    parser.add_argument("--batch", type=int, default=1, help="sequences per micro-batch")
+    parser.add_argument("--sequence", type=int, default=2048, help="tokens per sequence")
+    parser.add_argument("--rank", type=int, help="of APOLLO; default: hidden size / 4, at most 256")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--checkpointing", choices=("both", "on", "off"), default="both")
+    parser.add_argument(
+        "--ddp", choices=("", "buckets", "views"), default="", help="DistributedDataParallel"
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--png", metavar="FILE", help="stacked bars (needs matplotlib)")

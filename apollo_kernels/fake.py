@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from apollo_kernels import int8
 from apollo_kernels.batch import Dense, Hyper, LowRank, Signals, compute_dtype
 from apollo_kernels.reference import _CHUNK
 
 BY_ADDRESS = False
 SAME_ORDER = False
 
-# Temporaries of the rounding by chance, in bytes per weight of a chunk: mostly the random words,
-# which PyTorch computes as int64.
-STOCHASTIC, INT8 = 28, 40
+# Bytes per weight of a chunk while an update is rounded by chance: the float32 weights, and mostly
+# the random words, which PyTorch computes as int64. From the second chunk on the bits of the one
+# before are still there. Ragged: the last group of a row is short, so that rows are padded.
+ROUNDED = {"chance": (28, 32), "int8": (29, 32), "ragged int8": (38, 38)}
 
 
 def takes(item: LowRank | Dense) -> bool:
@@ -56,89 +58,123 @@ def _chunk(shape: Sequence[int]) -> int:
     return size if size <= _CHUNK else max(1, _CHUNK * shape[0] // size) * (size // shape[0])
 
 
-def low_rank_bytes(
-    channels: int, k: int, rank: int, dtype: torch.dtype, rounding: int = 0
-) -> tuple[int, int, int, int]:
+@dataclass(frozen=True)
+class Bytes:
     """What a low-rank step takes beside weight, gradient and state.
 
-    Args
-        dtype: of weight and gradient; ``rounding``: STOCHASTIC, INT8 or 0.
-    Returns
-        bytes of R and q, held from ``project`` to the end of ``apply``; then what is added to them
-        while ``project``, ``scale`` and ``apply`` run.
+    held: R and q, from ``project`` to the end of ``apply``. The others are added while they run.
     """
+
+    held: int
+    project: int
+    scale: int
+    apply: int
+
+    @property
+    def most(self) -> int:
+        return self.held + max(self.project, self.scale, self.apply)
+
+
+def low_rank_bytes(
+    channels: int,
+    k: int,
+    rank: int,
+    dtype: torch.dtype,
+    *,
+    decays: bool = False,
+    rounded: str = "",
+    sparse: bool = False,
+) -> Bytes:
+    """Of X [channels, k]; ``dtype``: of weight and gradient; ``rounded``: a key of ROUNDED, or ""."""
     wide = compute_dtype(dtype).itemsize
-    chunk, copied = _chunk((channels, k)), wide if dtype.itemsize < wide else 0
-    r = wide * channels * rank
-    parts = r if chunk < channels * k else 0  # the rows of R stand apart before they are joined
-    project = wide * rank * k + parts + chunk * (copied + wide)
-    apply = chunk * (2 * copied + rounding)
-    return r + wide * channels, project, r, apply
+    chunk, copy = _chunk((channels, k)), wide if dtype.itemsize < wide else 0
+    r, several = wide * channels * rank, chunk < channels * k
+    if sparse and rank > 1:  # integers per k, and the chunk in the order of R's rows
+        project = 64 * k + chunk * (copy + 2 * wide)
+    else:  # P; then X and X^2, or R whose parts are joined
+        project = wide * rank * k + max(r * several, chunk * (copy + wide))
+    if rounded:
+        update = ROUNDED[rounded][several]
+    else:  # W widened and G, or what W decays by; a former W goes when the next one is there
+        update = max(2 * copy, copy * (1 + several) + wide * decays)
+    return Bytes(r + wide * channels, project, r, chunk * update)
 
 
 def dense_bytes(
-    shape: Sequence[int], dtype: torch.dtype, decays: bool = False, rounding: int = 0
+    shape: Sequence[int], dtype: torch.dtype, *, decays: bool = False, rounded: str = ""
 ) -> int:
     """The same for a dense step, which has one verb."""
     wide = compute_dtype(dtype).itemsize
-    copies = 2 + decays + (2 if dtype.itemsize < wide else 0)  # N and W; g and W where they widen
-    return _chunk(shape) * (copies * wide + rounding)
+    chunk, copies = _chunk(shape), 2 if dtype.itemsize < wide else 0
+    if rounded:
+        return chunk * ROUNDED[rounded][chunk < math.prod(shape)]
+    return chunk * wide * (copies + 2 + decays)  # gradient and weight; N, W and its decay
 
 
 # ---- the back end --------------------------------------------------------------------------------
 
 
-def _rounding(item: LowRank | Dense, hyper: Hyper) -> int:
-    if getattr(item, "grid", None) is not None:
-        return INT8
+def _rounded(item: LowRank | Dense, hyper: Hyper) -> str:
+    if item.grid is not None:
+        columns = item.weight.shape[1]
+        return int8_format(columns, int8.group_size(columns, item.grid.shape[1]))
     chance = hyper.stochastic_rounding and isinstance(item, LowRank)
-    return STOCHASTIC if chance and item.weight.dtype == torch.bfloat16 else 0
+    return "chance" if chance and item.weight.dtype == torch.bfloat16 else ""
+
+
+def int8_format(columns: int, group: int) -> str:
+    return "ragged int8" if columns % group else "int8"
 
 
 class LowRankBatch:
-    """One matrix."""
+    """One matrix; it keeps no gradient."""
 
     def __init__(self, item: LowRank):
         self.shape = item.weight.shape if item.rows else item.weight.shape[::-1]
-        self.item, self.dtype = replace(item, grad=item.weight), item.grad.dtype  # it keeps none
+        self.item, self.dtype = replace(item, grad=item.weight), item.grad.dtype
         self.device = item.weight.device
         self.held: Tensor | None = None
 
     def lend(self, gradients: Sequence[Tensor] | None) -> None:
         self.held = None
 
-    def _bytes(self, hyper: Hyper) -> tuple[int, int, int, int]:
-        rank, rounding = self.item.exp_avg.shape[1], _rounding(self.item, hyper)
-        return low_rank_bytes(*self.shape, rank, self.dtype, rounding)
+    def _bytes(self, hyper: Hyper) -> Bytes:
+        return low_rank_bytes(
+            *self.shape,
+            self.item.exp_avg.shape[1],
+            self.dtype,
+            decays=bool(hyper.weight_decay),
+            rounded=_rounded(self.item, hyper),
+            sparse=hyper.distribution == "sparse",
+        )
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
-        held, project, _, _ = self._bytes(hyper)
-        self.held = _memory(held, self.device)
-        _memory(project, self.device)
+        self.held = _memory(self._bytes(hyper).held, self.device)
+        _memory(self._bytes(hyper).project, self.device)
 
     def square_norm(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.device)
 
     def scale(self, hyper: Hyper, signals: Signals) -> None:
-        _memory(self._bytes(hyper)[2], self.device)
+        _memory(self._bytes(hyper).scale, self.device)
 
     def apply(self, hyper: Hyper, signals: Signals) -> None:
-        _memory(self._bytes(hyper)[3], self.device)
+        _memory(self._bytes(hyper).apply, self.device)
 
 
 class DenseBatch:
-    """One dense parameter."""
+    """One dense parameter; it keeps no gradient."""
 
     def __init__(self, item: Dense):
-        self.item, self.dtype = replace(item, grad=item.weight), item.grad.dtype  # it keeps none
+        self.item, self.dtype = replace(item, grad=item.weight), item.grad.dtype
 
     def lend(self, gradients: Sequence[Tensor] | None) -> None:
         pass
 
     def adamw(self, hyper: Hyper, signals: Signals) -> None:
         item, decays = self.item, bool(hyper.weight_decay)
-        shape = item.weight.shape or (1,)
-        size = dense_bytes(shape, self.dtype, decays, _rounding(item, hyper))
+        rounded, shape = _rounded(item, hyper), item.weight.shape or (1,)
+        size = dense_bytes(shape, self.dtype, decays=decays, rounded=rounded)
         _memory(size, item.weight.device)
 
 
