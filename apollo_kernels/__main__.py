@@ -1,4 +1,4 @@
-"""The command line: ``python -m apollo_kernels info [--json]``."""
+"""The command line: ``python -m apollo_kernels info``, and ``... estimate MODEL``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from apollo_kernels import info
+from apollo_kernels import estimate, info
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,7 +15,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="versions and back ends, ready to paste")
     command.add_argument("--json", action="store_true", help="machine-readable")
+    planned = commands.add_parser("estimate", help="what a model's training takes in memory")
+    estimate.add_arguments(planned)
     options = parser.parse_args(arguments)
+    if options.command == "estimate":
+        try:
+            print(estimate.command(options))
+        except ValueError as error:
+            print(f"estimate: {error}", file=sys.stderr)
+            return 2
+        return 0
     collected = info.collect()
     print(json.dumps(collected, indent=2) if options.json else info.as_text(collected))
     return 0

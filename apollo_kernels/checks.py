@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apollo_kernels import state
+from apollo_kernels import native, state
 from apollo_kernels.plan import Unit
 from apollo_kernels.quantized import stored
 
@@ -117,7 +117,7 @@ def _address(t: Tensor, what: str, name: Callable[[], str]) -> int:
     if t.device.type == "meta":
         raise RuntimeError(f"the {what} of {name()} is on the meta device, without memory")
     try:
-        address = t.data_ptr()
+        address = native.address(t)
     except RuntimeError as error:
         raise RuntimeError(f"the {what} of {name()} has no memory: {error}") from error
     plain = type(t) in (Tensor, torch.nn.Parameter)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch  # first: the module shares PyTorch's OpenMP threads where they are
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _C: Any = None  # where it is missing PyTorch computes the same
 with contextlib.suppress(ModuleNotFoundError):
@@ -22,20 +23,25 @@ if _C is None or _exchange_api is None or not _C.exchange_api_usable(_exchange_a
     _exchange_api = None
 
 
+def address(t: Tensor) -> int:
+    """Where a tensor lies; 0 for one without memory (fake.py)."""
+    return 0 if isinstance(t, FakeTensor) else t.data_ptr()
+
+
 def tensor_facts(tensors: Sequence[Tensor]) -> tuple[Any, Any]:
     """What kernels take from tensors, to be compared with ==: addresses, and everything else.
 
     Raises
         RuntimeError: for a tensor without address or strides (a sparse one).
     """
-    if _exchange_api is not None:
+    if _exchange_api is not None and not (tensors and isinstance(tensors[0], FakeTensor)):
         try:
             return _C.tensor_facts(_exchange_api, tensors)
         except BufferError:  # a dtype or a layout that DLPack does not know
             pass
     columns = (_shape, torch.Tensor.stride, _dtype, _device)
     rest = tuple(list(map(column, tensors)) for column in columns)
-    return list(map(torch.Tensor.data_ptr, tensors)), rest
+    return list(map(address, tensors)), rest
 
 
 def same_entries(dicts: list[dict[str, Any]], entries: list[Any]) -> bool:

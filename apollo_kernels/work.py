@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_kernels import reference
+from apollo_kernels import fake, reference
 from apollo_kernels.batch import Dense, LowRank
+from apollo_kernels.native import address
 from apollo_kernels.philox import parameter_key
 from apollo_kernels.quantized import stored
 from apollo_kernels.state import Layout
@@ -156,9 +157,12 @@ class Builder:
         self.families.setdefault(kind, []).append(_Entry(item, place, loaded, stored))
 
     def _taker(self, item: LowRank | Dense) -> ModuleType:
-        """reference.py also steps subclasses that wrap tensors, and so have no address."""
+        """reference.py also steps subclasses that wrap tensors, and so have no address; fake.py
+        those that have no numbers."""
+        if fake.takes(item):
+            return fake
         tensors = item.weight, item.grad, item.exp_avg, item.exp_avg_sq
-        placed = all(t.data_ptr() or not t.numel() for t in tensors)
+        placed = all(address(t) or not t.numel() for t in tensors)
         return self.backend if placed and self.backend.takes(item) else reference
 
     def _add_low_rank(
@@ -183,7 +187,7 @@ class Builder:
             return
         taker = self._taker(item(0))
         walks = not taker.BY_ADDRESS or any(_walks(weights[0]))
-        if weights.data_ptr() != own.data_ptr() or not walks:
+        if address(weights) != address(own) or not walks:
             copy = torch.empty(weights.shape, dtype=own.dtype, device=p.device)
             stand_ins.append(StandIn(copy, own))
             weights = copy
@@ -192,16 +196,16 @@ class Builder:
             stand_ins.append(StandIn(other, index))
             grads = other
         for j, name in enumerate(("exp_avg", "exp_avg_sq")):
-            own = moments[j].data_ptr() == state[name].data_ptr() and moments[j].is_contiguous()
+            own = address(moments[j]) == address(state[name]) and moments[j].is_contiguous()
             if not own:
                 moments[j] = torch.empty(shape, dtype=moments[j].dtype, device=p.device)
                 stand_ins.append(StandIn(moments[j], state[name]))
-        if norms.data_ptr() != state["update_norm"].data_ptr():
+        if address(norms) != address(state["update_norm"]):
             norms = torch.empty(norms.shape, dtype=norms.dtype, device=p.device)
             stand_ins.append(StandIn(norms, state["update_norm"]))
         apart = grads.stride(0) * grads.element_size()
         for i in range(layout.matrices):
-            copied = None if other is None else other[i].data_ptr()
+            copied = None if other is None else address(other[i])
             place = Place(index, layout, i, i * apart, copied)
             # The matrices may be stepped one after the other: all are stored after the last one.
             first, last = i == 0, i == layout.matrices - 1
@@ -215,7 +219,7 @@ class Builder:
         by_row, by_column = _walks(grads[0])
         alike = (rows and by_row) or (columns and by_column)
         ok = alike if taker.SAME_ORDER else by_row or by_column
-        if ok and grads.data_ptr() == grad.data_ptr():
+        if ok and address(grads) == address(grad):
             return None
         b, m, n = grads.shape
         if rows:
@@ -241,7 +245,7 @@ class Builder:
                     original = index if name == "grad" else t
                     stand_ins.append(StandIn(copy, original))
                     tensors[name] = copy
-        copied = None if tensors["grad"] is grad else tensors["grad"].data_ptr()
+        copied = None if tensors["grad"] is grad else address(tensors["grad"])
         item = Dense(**tensors, **rest)
         self._join(taker, item, Place(index, copied=copied), stand_ins, stand_ins)
 
