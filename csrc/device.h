@@ -73,12 +73,14 @@ APOLLO_DEVICE int thread_again() {
 }
 
 // Barrier `id` of a block's 16, whose first is that of __syncthreads: a thread that waits goes on
-// when `threads` have come, by either function. Who only arrives goes on at once.
-APOLLO_DEVICE void wait_at(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
+// when THREADS have come, by either function. Who only arrives goes on at once.
+template <int THREADS>
+APOLLO_DEVICE void wait_at(int id) {
+  asm volatile("bar.sync %0, %1;" : : "r"(id), "n"(THREADS) : "memory");
 }
-APOLLO_DEVICE void arrive_at(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" : : "r"(id), "r"(threads) : "memory");
+template <int THREADS>
+APOLLO_DEVICE void arrive_at(int id) {
+  asm volatile("bar.arrive %0, %1;" : : "r"(id), "n"(THREADS) : "memory");
 }
 
 // An address from a table, which the compiler could not know to be global memory's.

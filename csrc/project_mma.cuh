@@ -159,7 +159,9 @@ struct TileLayout {
   static constexpr int kShared = kStages * kStage;
   static_assert(kShared <= kSharedLimit);
   static_assert(8 * kTileThreads * 4 <= kShared, "q's scratch lies in the stages");
-  APOLLO_DEVICE static int stage(int k) { return int(uint32_t(k) / kStep % kStages) * kStage; }
+  APOLLO_DEVICE static int after(int stage) {
+    return stage == kShared - kStage ? 0 : stage + kStage;
+  }
 };
 
 // Between two turns of the main loop: the next one begins when all warps have ended the one AHEAD
@@ -186,11 +188,11 @@ struct Turns<2> {
     own ^= 1;
     arrive();
   }
-  APOLLO_DEVICE void end() const { wait_at(own, kTileThreads); }  // the turn before, by all others
+  APOLLO_DEVICE void end() const { wait_at<kTileThreads>(own); }  // the turn before, by all others
 
   APOLLO_DEVICE void arrive() const {
 #pragma unroll
-    for (int other = 2; other < 8; other += 2) arrive_at(own ^ other, kTileThreads);
+    for (int other = 2; other < 8; other += 2) arrive_at<kTileThreads>(own ^ other);
   }
 };
 
@@ -300,10 +302,11 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   // arithmetic are busy at once.
   constexpr int kAhead = Layout::kAhead * kStep;
   const bool makes_first = threadIdx.x / 128 % 2 == 0;
+  int multiplied = Layout::kAhead * Layout::kStage, made = 0;  // where these stages lie
   const auto turn = [&](auto is_whole, int k) {
     constexpr bool WHOLE = decltype(is_whole)::value;
-    const unsigned char* from_smem = shared + Layout::stage(k);
-    unsigned char* to_smem = shared + Layout::stage(k + kAhead);
+    const unsigned char* from_smem = shared + multiplied;
+    unsigned char* to_smem = shared + made;
     const auto make = [&] {
       if (!WHOLE && k + kAhead >= length) return;
       stage.store(to_smem);
@@ -314,6 +317,8 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
     if (WHOLE || k >= 0) product.add(from_smem, from_smem + Layout::kX);
     if (!makes_first) make();
     turns.next();
+    multiplied = Layout::after(multiplied);
+    made = Layout::after(made);
   };
   const int whole = stage.whole() ? length / kStep * kStep : 0;
 #pragma unroll 1
