@@ -159,8 +159,8 @@ struct TileLayout {
   static constexpr int kShared = kStages * kStage;
   static_assert(kShared <= kSharedLimit);
   static_assert(8 * kTileThreads * 4 <= kShared, "q's scratch lies in the stages");
-  APOLLO_DEVICE static int after(int stage) {
-    return stage == kShared - kStage ? 0 : stage + kStage;
+  APOLLO_DEVICE static unsigned char* after(unsigned char* stage, unsigned char* shared) {
+    return stage == shared + (kShared - kStage) ? shared : stage + kStage;
   }
 };
 
@@ -302,11 +302,11 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   // arithmetic are busy at once.
   constexpr int kAhead = Layout::kAhead * kStep;
   const bool makes_first = threadIdx.x / 128 % 2 == 0;
-  int multiplied = Layout::kAhead * Layout::kStage, made = 0;  // where these stages lie
+  unsigned char *multiplied = shared + Layout::kAhead * Layout::kStage, *made = shared;
   const auto turn = [&](auto is_whole, int k) {
     constexpr bool WHOLE = decltype(is_whole)::value;
-    const unsigned char* from_smem = shared + multiplied;
-    unsigned char* to_smem = shared + made;
+    const unsigned char* from_smem = multiplied;
+    unsigned char* to_smem = made;
     const auto make = [&] {
       if (!WHOLE && k + kAhead >= length) return;
       stage.store(to_smem);
@@ -317,8 +317,8 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
     if (WHOLE || k >= 0) product.add(from_smem, from_smem + Layout::kX);
     if (!makes_first) make();
     turns.next();
-    multiplied = Layout::after(multiplied);
-    made = Layout::after(made);
+    multiplied = Layout::after(multiplied, shared);
+    made = Layout::after(made, shared);
   };
   const int whole = stage.whole() ? length / kStep * kStep : 0;
 #pragma unroll 1
