@@ -72,6 +72,17 @@ APOLLO_DEVICE int thread_again() {
   return thread;
 }
 
+// Barrier `id` of a block's 16, whose first is that of __syncthreads: a thread that waits goes on
+// when THREADS have come, by either function. Who only arrives goes on at once.
+template <int THREADS>
+APOLLO_DEVICE void wait_at(int id) {
+  asm volatile("bar.sync %0, %1;" : : "r"(id), "n"(THREADS) : "memory");
+}
+template <int THREADS>
+APOLLO_DEVICE void arrive_at(int id) {
+  asm volatile("bar.arrive %0, %1;" : : "r"(id), "n"(THREADS) : "memory");
+}
+
 // An address from a table, which the compiler could not know to be global memory's.
 template <class T>
 APOLLO_DEVICE T* global(T* address) {

@@ -1,8 +1,8 @@
 // project for rank >= 8 on tensor cores: R = r^-1/2 X Z^T and q_c = |X_c|^2, reading X once; Z is
 // drawn and never leaves the SM. A block of 16 warps holds a tile of channels x rank rows and walks
-// along K in steps of 32: X and Z go to shared memory as bf16 (two stages, one barrier per step),
-// ldmatrix brings them to mma.m16n8k16. X in more than bf16's 8 bits is split into exact bf16
-// pieces: float16 into two, float32 into three.
+// along K in steps of 32: X and Z go to shared memory as bf16, in stages that are made one or two
+// steps before ldmatrix brings them to mma.m16n8k16. X in more than bf16's 8 bits is split into
+// exact bf16 pieces: float16 into two, float32 into three.
 #pragma once
 
 #include <type_traits>
@@ -147,13 +147,53 @@ struct Stage {
   }
 };
 
+constexpr int kSharedLimit = 99 * 1024;  // of a block on sm_86, sm_89 and sm_120
+
 template <class T, int RANKS>
 struct TileLayout {
   static constexpr int kX = kPieces<T> * Tile<T>::kPlane;
   static constexpr int kStage = kX + RANKS * 2 * kStep;
-  static constexpr int kShared = 2 * kStage;
-  static_assert(kShared <= 99 * 1024, "sm_86, sm_89 and sm_120 give a block 99 KB");
+  // A stage is made so many turns before it is multiplied, and as many later it may be overwritten.
+  static constexpr int kAhead = 4 * kStage <= kSharedLimit ? 2 : 1;
+  static constexpr int kStages = 2 * kAhead;
+  static constexpr int kShared = kStages * kStage;
+  static_assert(kShared <= kSharedLimit);
   static_assert(8 * kTileThreads * 4 <= kShared, "q's scratch lies in the stages");
+  APOLLO_DEVICE static unsigned char* after(unsigned char* stage, unsigned char* shared) {
+    return stage == shared + (kShared - kStage) ? shared : stage + kStage;
+  }
+};
+
+// Between two turns of the main loop: the next one begins when all warps have ended the one AHEAD
+// turns before it. One ahead is __syncthreads. Two ahead, warps of one scheduler (every fourth)
+// still end a turn together, since it serves them one after the other, but the four schedulers may
+// be a turn apart. Each has two barriers, for even and for odd turns: its own warps wait there and
+// the others only arrive, so that one which is late makes nobody wait who is not a turn ahead.
+template <int AHEAD>
+struct Turns {
+  APOLLO_DEVICE void begin() {}
+  APOLLO_DEVICE void next() { __syncthreads(); }  // the stages were made and read by all
+  APOLLO_DEVICE void end() {}
+};
+template <>
+struct Turns<2> {
+  int own;  // this scheduler's barrier of the turn before; 8 to 15, so that a bit picks another
+
+  APOLLO_DEVICE void begin() {
+    own = 8 + int(threadIdx.x / 32 % 4 * 2);
+    arrive();
+  }
+  APOLLO_DEVICE void next() {
+    end();
+    own ^= 1;
+    arrive();
+  }
+  APOLLO_DEVICE void end() const { wait_at<kTileThreads>(own); }  // the turn before, by all others
+
+  APOLLO_DEVICE void arrive() const {
+#pragma unroll
+    for (int other = 2; other < 8; other += 2) arrive_at<kTileThreads>(own ^ other);
+  }
 };
 
 // The block's accumulators: each warp holds kM x 4 fragments of 16 channels x 8 rank rows.
@@ -255,33 +295,40 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   product.begin();
   stage.begin(p, place.c0, k_begin);
   stage.template load<false>(length);
-  // The stage from k on is multiplied, the next one made and the one after that loaded. Half of the
-  // warps multiply first and half of them draw first, so that tensor cores and arithmetic are busy
-  // at once.
-  const bool makes_first = threadIdx.x < kTileThreads / 2;
+  Turns<Layout::kAhead> turns;
+  turns.begin();
+  // The stage from k on is multiplied, a later one made and the one after that loaded. Half of a
+  // scheduler's warps multiply first and half of them draw first, so that tensor cores and
+  // arithmetic are busy at once.
+  constexpr int kAhead = Layout::kAhead * kStep;
+  const bool makes_first = threadIdx.x / 128 % 2 == 0;
+  unsigned char *multiplied = shared + Layout::kAhead * Layout::kStage, *made = shared;
   const auto turn = [&](auto is_whole, int k) {
     constexpr bool WHOLE = decltype(is_whole)::value;
-    const bool odd = (k & kStep) != 0;  // stages lie in turns in either half
-    const unsigned char* from_smem = shared + (odd ? Layout::kStage : 0);
-    unsigned char* to_smem = shared + (odd ? 0 : Layout::kStage);
+    const unsigned char* from_smem = multiplied;
+    unsigned char* to_smem = made;
     const auto make = [&] {
-      if (!WHOLE && k + kStep >= length) return;
+      if (!WHOLE && k + kAhead >= length) return;
       stage.store(to_smem);
-      stage.template load<WHOLE>(length - (k + 2 * kStep));
-      drawing.store(to_smem + Layout::kX, uint32_t(k_begin) + uint32_t(k + kStep));
+      stage.template load<WHOLE>(length - (k + kAhead + kStep));
+      drawing.store(to_smem + Layout::kX, uint32_t(k_begin) + uint32_t(k + kAhead));
     };
     if (makes_first) make();
     if (WHOLE || k >= 0) product.add(from_smem, from_smem + Layout::kX);
     if (!makes_first) make();
-    __syncthreads();  // the next stage is there, and this one was read by all
+    turns.next();
+    multiplied = Layout::after(multiplied, shared);
+    made = Layout::after(made, shared);
   };
   const int whole = stage.whole() ? length / kStep * kStep : 0;
 #pragma unroll 1
-  for (int k = -kStep; k < length; k += kStep) {
+  for (int k = -kAhead; k < length; k += kStep) {
     turn(std::false_type{}, k);
+    if (k < -kStep) continue;  // nothing to multiply yet
 #pragma unroll 1
-    for (; k + 4 * kStep <= whole; k += kStep) turn(std::true_type{}, k + kStep);
+    for (; k + kAhead + 3 * kStep <= whole; k += kStep) turn(std::true_type{}, k + kStep);
   }
+  turns.end();
   float* scratch = reinterpret_cast<float*>(shared);
   // Looked up again: cheaper than registers kept till here.
   const int thread = thread_again();

@@ -219,6 +219,13 @@ SEEN = {
         + EXCHANGE.format(between="bar.sync 1, 64;", distance=128) + "\n$L2:",
         ["race in shared memory: read", "race in shared memory: write",
          "read of shared memory that nobody wrote"]),
+    "named barrier in a register": (
+        "shr.u32 %r8, %r1, 6; add.u32 %r8, %r8, 1;"
+        + EXCHANGE.format(between="bar.sync %r8, 64;", distance=128), []),
+    "named barrier of the wrong pair, in a register": (
+        "shr.u32 %r8, %r1, 5; and.b32 %r8, %r8, 1;"
+        + EXCHANGE.format(between="bar.sync %r8, 64;", distance=128),
+        ["race in shared memory: read"]),
     # Warps 0 and 1 write and arrive; 2 and 3 wait, and read what those wrote.
     "arrive and sync": (
         "shl.b32 %r3, %r1, 2; add.s32 %r4, %r2, %r3; setp.ge.u32 %p1, %r1, 64; @%p1 bra $L1;"

@@ -51,6 +51,8 @@ extern thread_local Thread* self;
 void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body);
 unsigned char* dynamic_shared();
 void block_barrier(int line);
+// One of a block's 16: it opens when so many threads have come, whether they wait or not.
+void named_barrier(int id, int threads, bool waits);
 // All lanes of a warp hand in `in` and get `out`; the last to arrive computes it for all.
 void collective(Operation operation, int source, const void* in, size_t in_size, void* out,
                 size_t out_size);
@@ -132,6 +134,15 @@ inline float approx_cos(float x) { return std::cos(x); }
 inline void sine_and_cosine_of_turns(double turns, double& sine, double& cosine) {
   sine = std::sin(6.283185307179586476925 * turns);
   cosine = std::cos(6.283185307179586476925 * turns);
+}
+
+template <int THREADS>
+void wait_at(int id) {
+  emulated::named_barrier(id, THREADS, true);
+}
+template <int THREADS>
+void arrive_at(int id) {
+  emulated::named_barrier(id, THREADS, false);
 }
 
 inline int made_again(int x) { return x; }

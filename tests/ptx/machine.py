@@ -155,7 +155,7 @@ class Machine(Memory):
         elif kind == "next":
             self._add(rank, self.k.blocks[code.place + 1].order, m)
         elif kind == "bar":
-            self._arrive(rank, self.k.blocks[code.place + 1].order, m, *rest)
+            self._come(rank, self.k.blocks[code.place + 1].order, m, taken, *rest)
         else:
             self.live = self.live & ~m
             for name in list(self.barriers):
@@ -165,9 +165,17 @@ class Machine(Memory):
         at = rank, order
         self.ready[at] = self.ready[at] | m if at in self.ready else m
 
+    def _come(self, rank, order, m, names, how, args, line) -> None:
+        """To the barrier that ``args`` name, or the values of a register."""
+        if names is None:
+            self._arrive(rank, order, m, how, args, line)
+            return
+        for name in np.unique(names[m]):
+            self._arrive(rank, order, m & (names == name), how, [str(name), *args[1:]], line)
+
     def _arrive(self, rank, order, m, how, args, line) -> None:
         if not all(x.isdigit() for x in args):
-            raise PtxError(f"unknown: a barrier in a register: {self.k.where(line)}")
+            raise PtxError(f"unknown: a barrier's count in a register: {self.k.where(line)}")
         self.device.barriers[self.k.name].add(line)
         name, expected = args[0], int(args[1]) // 32 if len(args) > 1 else None
         warps = np.unique(self.warp[m])
