@@ -58,7 +58,9 @@ def takes(item: LowRank | Dense) -> bool:
     """Whether the kernels know these dtypes and sizes."""
     weight, grad = item.weight, item.grad
     known = weight.dtype in DTYPES and grad.dtype in DTYPES
-    return known and (isinstance(item, Dense) or max(weight.shape) < 2**31)
+    if isinstance(item, Dense):
+        return known and item.exp_avg.dtype == torch.float32
+    return known and max(weight.shape) < 2**31
 
 
 def family(item: LowRank | Dense) -> Hashable:
