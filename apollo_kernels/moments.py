@@ -98,10 +98,8 @@ def encode(x: Tensor, unit: Tensor, bits: Tensor | int, code: Code) -> Tensor:
     fixed = (y * _power(-k) * 65536).round_().to(torch.int32)
     q = ((fixed + bits >> 16) + 8 * k).clamp_(max=code.last)
     if code.signed:
-        q = torch.where(x < 0, q + 128, q)
-    else:
-        q = torch.where(x > 0, q.clamp_(min=1), 0)
-    return q.to(torch.uint8)
+        return torch.where(x < 0, q + 128, q).to(torch.uint8)
+    return torch.where(x > 0, q.clamp_(min=1), 0).to(torch.uint8)
 
 
 def highest_of(x: Tensor) -> Tensor:

@@ -71,9 +71,7 @@ def dense_state(p: Tensor, group: Mapping[str, Any]) -> str | None:
     return "float32" if p.dtype == torch.float64 else group.get("dense_state", "float32")
 
 
-def expected(
-    p: Tensor, group: Mapping[str, Any]
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def expected(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each of the state's tensors but step."""
     layout, dtype = layout_of(p, group), compute_dtype(p.dtype)
     if layout is not None:
@@ -101,7 +99,7 @@ def zeros(p: Tensor, group: Mapping[str, Any], device: torch.device | str) -> di
 
 
 def needs_key(p: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether random numbers are drawn for a parameter: a projection, or to round what is stored."""
+    """Whether random numbers are drawn for a parameter: for a projection, or to round by chance."""
     return dense_state(p, group) != "float32" or isinstance(p, Int8Weight)
 
 
