@@ -572,13 +572,9 @@ class APOLLO(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_runtime", _Runtime())
-        of_an_older_pickle: dict[str, Any] = {
-            "max_grad_norm": None,
-            "batch_dims": 0,
-            "gradient_release": False,
-        }
-        of_an_older_pickle["dense_state"] = "float32"
-        self.defaults.update({**of_an_older_pickle, **self.defaults})
+        older: dict[str, Any] = {"max_grad_norm": None, "batch_dims": 0, "gradient_release": False}
+        older["dense_state"] = "float32"
+        self.defaults.update({**older, **self.defaults})
         for group in self.param_groups:  # of an older version: fill what it did not know
             for key, value in self.defaults.items():
                 if key not in _OWN_DEFAULTS:

@@ -1,4 +1,4 @@
-"""Narrow moments in registers: the arithmetic of apollo_kernels/moments.py, operation for operation.
+"""Narrow moments in registers: the arithmetic of apollo_kernels/moments.py, step for step.
 
 Tiles are [blocks, BLOCK] of neighbours in memory, and one column of units stands for a block. All
 products are by powers of two, and so exact: fused or not, they give the same codes.
@@ -60,8 +60,6 @@ def encode(x, unit, bits, SIGNED: tl.constexpr):
     k = tl.minimum(tl.maximum((y.to(tl.int32, bitcast=True) >> 23) - 130, 0), DOUBLINGS)
     fixed = ((y * _power(-k) * 65536.0 + TO_NEAREST) - TO_NEAREST).to(tl.int32)
     q = tl.minimum(((fixed + bits.to(tl.int32)) >> 16) + 8 * k, 8 * DOUBLINGS + 15)
-    if SIGNED:
-        q = tl.where(x < 0.0, q + 128, q)
-    else:
-        q = tl.where(x > 0.0, tl.maximum(q, 1), 0)
+    signed = tl.where(x < 0.0, q + 128, q)
+    q = signed if SIGNED else tl.where(x > 0.0, tl.maximum(q, 1), 0)
     return q.to(tl.uint8), unit
