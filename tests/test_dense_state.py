@@ -207,6 +207,17 @@ def test_a_thousand_steps_of_a_tiny_gradient_add_up_as_in_float32(dense_state, e
     assert m_found == pytest.approx(m, rel=error)
 
 
+def test_a_small_second_moment_never_becomes_zero(backend):
+    """2^-50 of the block's largest, far below one unit: N of an M by chance would be M / eps."""
+    p = parameter((128,), backend)
+    p.grad = torch.full_like(p, 2.0**-25)
+    p.grad[7] = 1.0
+    optimizer = APOLLO([p], dense_state="int8")
+    for _ in range(2):
+        optimizer.step()
+        assert (wide(optimizer, p, "exp_avg_sq") > 0).all()
+
+
 @pytest.mark.parametrize("dense_state", NARROW)
 def test_parts_of_a_parameter_are_rounded_as_the_whole(monkeypatch, dense_state):
     """As a parameter is cut so that temporaries stay small; a shard draws by the same numbers."""
