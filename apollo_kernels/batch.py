@@ -97,6 +97,8 @@ class Dense:
     """One parameter under AdamW: all tensors of the parameter's shape but step, int64 [].
 
     An int8 weight has its codes as ``weight``, its ``grid``, and the ``key`` of its rounding.
+    Narrow moments are bfloat16, or codes in uint8 with ``units``, of both (moments.py); they are
+    rounded with ``key`` too.
     """
 
     weight: Tensor
@@ -106,6 +108,7 @@ class Dense:
     step: Tensor
     grid: Tensor | None = None
     key: int = 0
+    units: tuple[Tensor, Tensor] | None = None
 
 
 class Batch(Protocol):

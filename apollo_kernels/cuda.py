@@ -61,7 +61,9 @@ def takes(item: LowRank | Dense) -> bool:
     known = weight.dtype in DTYPES and grad.dtype in DTYPES
     if item.grid is not None and not _takes_int8(item):
         return False
-    return known and (isinstance(item, Dense) or max(weight.shape) < 2**31)
+    if isinstance(item, Dense):
+        return known and item.exp_avg.dtype == torch.float32
+    return known and max(weight.shape) < 2**31
 
 
 def _takes_int8(item: LowRank | Dense) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+_EMBEDDINGS = "embedding", "output head"  # reasons of what ``embeddings`` is about
 
 
 @dataclass
@@ -47,10 +49,11 @@ def param_groups(
             "all": every parameter of two or more dimensions, embeddings and head included;
             any other string: a regular expression, searched in parameter names;
             a list of strings: parameters whose name has one of them as a substring.
-        embeddings: with "linear", also embeddings and the output head.
+        embeddings: with "linear", also embeddings and the output head. Their dense moments are most
+            of the state of a model with a large vocabulary.
         weight_decay: of matrices; biases, norms and other vectors get 0.
-        verbose: print a table of what went where and why.
-        options: further keys (lr, betas, ...), put into every group.
+        verbose: print a table of what went where and why, and what would save much of the state.
+        options: further keys (lr, betas, dense_state, ...), put into every group.
     Returns
         up to three groups: low-rank, dense with decay, dense without.
     Raises
@@ -59,8 +62,6 @@ def param_groups(
     choices = choose_parameters(model, targets, embeddings)
     if not any(c.low_rank for c in choices):
         raise ValueError(f"targets={targets!r} matches no parameter of {type(model).__name__}")
-    if verbose:
-        print(describe(choices))
     low_rank: dict[str, Any] = {
         "rank": rank,
         "scale_type": scale_type,
@@ -76,7 +77,10 @@ def param_groups(
         ),
         ([c.parameter for c in choices if not c.low_rank and not c.decay], {"weight_decay": 0.0}),
     ]
-    return [{"params": params, **keys, **options} for params, keys in groups if params]
+    made = [{"params": params, **keys, **options} for params, keys in groups if params]
+    if verbose:
+        print(describe(choices), *_advice(choices, made, targets), sep="\n")
+    return made
 
 
 def apollo(model: nn.Module, rank: int | None = None, **options: Any) -> list[dict[str, Any]]:
@@ -134,6 +138,23 @@ def describe(choices: list[Choice]) -> str:
     return "\n".join(lines)
 
 
+def _advice(
+    choices: Sequence[Choice], groups: Sequence[dict[str, Any]], targets: str | Iterable[str]
+) -> list[str]:
+    """What memory_report() would say of the groups, by the names of the parameters."""
+    from apollo_kernels import memory, state  # not above: they know int8 weights, which know us
+
+    names = {c.parameter: c.name for c in choices}
+    movable = {c.parameter for c in choices if c.reason in _EMBEDDINGS and targets == "linear"}
+    rest = {"rank": None, "batch_dims": 0, "proj_type": "std", "dense_state": "float32"}
+    rest["scale_type"] = "channel"
+    whole = [
+        {**rest, **group, "param_names": [names[p] for p in group["params"]]} for group in groups
+    ]
+    report = memory.measure(whole, lambda p, group: state.zeros(p, group, "meta"), movable)
+    return report.advice()
+
+
 def _judge(
     name: str,
     p: Tensor,
@@ -155,9 +176,9 @@ def _judge(
         return found, f"name {'matches' if found else 'does not match'} {targets!r}"
     modules = [module for module, _ in owners]
     if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in modules):
-        return embeddings, "embedding"
+        return embeddings, _EMBEDDINGS[0]
     if any(m is head for m in modules):
-        return embeddings, "output head"
+        return embeddings, _EMBEDDINGS[1]
     if any(_is_linear(m) and key == "weight" for m, key in owners):
         return True, type(modules[0]).__name__
     return False, f"in {type(modules[0]).__name__}, not a linear layer"

@@ -1,14 +1,20 @@
-"""How many bytes weights and optimizer state take, per group, next to AdamW's."""
+"""How many bytes weights and optimizer state take, per group, next to AdamW's, and what to change
+where dense moments are much of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from apollo_kernels import state as states
+from apollo_kernels.moments import DENSE_STATES, MOMENTS
 from apollo_kernels.quantized import stored
+
+_MUCH = 1 / 3  # of the state, from where on dense moments are worth a word
+_NAMED = 4  # parameters that the advice names
 
 
 @dataclass
@@ -24,10 +30,24 @@ class GroupMemory:
 
 
 @dataclass
+class Saving:
+    """A change of the options, the bytes of state it would save, and the parameters it is about."""
+
+    option: str
+    bytes: int
+    names: list[str]
+
+
+@dataclass
 class MemoryReport:
-    """Rows by group; str() is a table. State that the first step has yet to make counts as made."""
+    """Rows by group; str() is a table. State that the first step has yet to make counts as made.
+
+    ``savings``: empty unless dense moments are more than a third of the state.
+    """
 
     groups: list[GroupMemory] = field(default_factory=list)
+    dense_moment_bytes: int = 0
+    savings: list[Saving] = field(default_factory=list)
 
     @property
     def weight_bytes(self) -> int:
@@ -54,7 +74,19 @@ class MemoryReport:
             sizes = (g.weight_bytes, g.state_bytes, g.adamw_bytes)
             line = f"{g.name:<22}{g.parameters:>8}{g.elements:>17,}"
             lines.append(line + "".join(f"{size / 1e6:>13,.3f}" for size in sizes))
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.advice()])
+
+    def advice(self) -> list[str]:
+        """``savings`` as lines to print."""
+        if not self.savings:
+            return []
+        share = self.dense_moment_bytes / self.state_bytes
+        lines = [f"{share:.0%} of the state are moments of dense parameters:"]
+        for saving in self.savings:
+            names = ", ".join(saving.names[:_NAMED]) + (", ..." if saving.names[_NAMED:] else "")
+            about = f" ({names})" if names else ""
+            lines.append(f"  {saving.option} would save {saving.bytes / 1e6:,.3f} MB{about}")
+        return lines
 
 
 def tensor_bytes(values: Iterable[Any]) -> int:
@@ -64,15 +96,19 @@ def tensor_bytes(values: Iterable[Any]) -> int:
 def measure(
     param_groups: list[dict[str, Any]],
     state_of: Callable[[Tensor, dict[str, Any]], Mapping[str, Any]],
+    movable: Collection[Tensor] | None = None,
 ) -> MemoryReport:
-    """The report over ``param_groups``; ``state_of(p, group)`` may answer with meta tensors."""
+    """The report over ``param_groups``; ``state_of(p, group)`` may answer with meta tensors.
+
+    ``movable``: the dense parameters that ``embeddings=True`` would put into the low-rank group; by
+    default all matrices among them, since a group does not say what its parameters belong to.
+    """
     report = MemoryReport()
     for index, group in enumerate(param_groups):
         rows: dict[str, GroupMemory] = {}
         for p in group["params"]:
             state = state_of(p, group)
-            low_rank = "update_norm" in state
-            kind = f"rank {group['rank']} {group['scale_type']}" if low_rank else "dense AdamW"
+            kind = _kind(p, group)
             row = rows.setdefault(kind, GroupMemory(f"{index}: {kind}", 0, 0, 0, 0, 0))
             row.parameters += 1
             row.elements += p.numel()
@@ -80,4 +116,58 @@ def measure(
             row.state_bytes += tensor_bytes(state.values())
             row.adamw_bytes += 2 * tensor_bytes([p])
         report.groups.extend(rows.values())
+    _advise(report, param_groups, state_of, movable)
     return report
+
+
+def _kind(p: Tensor, group: Mapping[str, Any]) -> str:
+    stored_as = states.dense_state(p, group)
+    if stored_as is None:
+        return f"rank {group['rank']} {group['scale_type']}"
+    return "dense AdamW" if stored_as == "float32" else f"dense AdamW {stored_as}"
+
+
+def _moment_bytes(state: Mapping[str, Any]) -> int:
+    return tensor_bytes(v for k, v in state.items() if k.removesuffix("_unit") in MOMENTS)
+
+
+def _advise(
+    report: MemoryReport,
+    param_groups: Sequence[dict[str, Any]],
+    state_of: Callable[[Tensor, dict[str, Any]], Mapping[str, Any]],
+    movable: Collection[Tensor] | None,
+) -> None:
+    """What a report says of dense moments."""
+    dense: list[tuple[str, Tensor, dict[str, Any], int]] = []
+    for group in param_groups:
+        names = group.get("param_names") or []
+        for place, p in enumerate(group["params"]):
+            if states.dense_state(p, group) is not None:
+                name = names[place] if place < len(names) else "x".join(map(str, p.shape))
+                dense.append((name, p, group, _moment_bytes(state_of(p, group))))
+    report.dense_moment_bytes = sum(size for *_, size in dense)
+    if report.dense_moment_bytes <= _MUCH * report.state_bytes:
+        return
+    low_rank = next((g for g in param_groups if g["rank"] is not None), None)
+
+    def weigh(option: str, change: Mapping[str, Any], of: Collection[Tensor] | None = None) -> None:
+        saved, named = 0, []
+        for name, p, group, size in sorted(dense, key=lambda entry: -entry[3]):
+            if of is None or p in of:
+                less = size - tensor_bytes(_after(p, {**group, **change}))
+                saved += less
+                named += [name] if less > 0 else []
+        if saved > 0:
+            report.savings.append(Saving(option, saved, named))
+
+    if low_rank is not None:
+        matrices = {p for _, p, group, _ in dense if group["rank"] is None and p.dim() > 1}
+        moved = matrices if movable is None else matrices & set(movable)
+        weigh("embeddings=True", {**low_rank, "batch_dims": 0}, moved)
+    for stored_as in DENSE_STATES[1:]:
+        weigh(f'dense_state="{stored_as}"', {"dense_state": stored_as})
+
+
+def _after(p: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
+    """The state of ``p`` in ``group``, without its step."""
+    return [v for key, v in states.zeros(p, group, "meta").items() if key != "step"]

@@ -33,8 +33,9 @@ from apollo_kernels.state import as_step
 _OWN_DEFAULTS = ("seed", "backend", "max_grad_norm", "gradient_release")
 
 # What of a group decides its plan, and what of it decides its Hyper; lr is looked at by itself.
-_structure = itemgetter("rank", "proj_type", "batch_dims", "capturable")
+_structure = itemgetter("rank", "proj_type", "batch_dims", "capturable", "dense_state")
 _CHECKED = {*options.HYPER_KEYS, "proj", "rank", "proj_type", "batch_dims", "differentiable"}
+_CHECKED |= {"dense_state"}
 _settings = itemgetter(*sorted(_CHECKED - {"lr"}))
 
 
@@ -93,6 +94,9 @@ class APOLLO(torch.optim.Optimizer):
         exact_projection: normals come from correctly rounded functions on a GPU too, so that every
             card, and the CPU, draws the same bits. For replicas on unlike cards; slower where
             float64 is (consumer cards). Signs and "sparse" are exact anyway.
+        dense_state: how the moments of dense parameters are kept: "float32", "bfloat16" (half the
+            bytes) or "int8" (a quarter), both rounded by chance. It is this optimizer's and no
+            checkpoint's: loaded moments are converted.
         batch_dims: that many leading dimensions count matrices: an expert weight [E, m, n] with
             batch_dims 1 is E matrices, each with its own projection, scales and limiter.
         max_grad_norm: clips the norm of all gradients together to this, as
@@ -133,6 +137,7 @@ class APOLLO(torch.optim.Optimizer):
         differentiable: bool = False,
         stochastic_rounding: bool = False,
         exact_projection: bool = False,
+        dense_state: str = "float32",
         batch_dims: int = 0,
         max_grad_norm: float | None = None,
         gradient_release: bool = False,
@@ -245,15 +250,18 @@ class APOLLO(torch.optim.Optimizer):
         with torch.no_grad():
             if release is not None:
                 release.end()
-            elif torch.compiler.is_compiling() and not self._any_int8():
+            elif torch.compiler.is_compiling() and not self._any_narrow():
                 self._compiled_step()  # a trace cannot look into the choice of a back end
             else:
                 self._eager_step()
         return loss
 
-    def _any_int8(self) -> bool:
-        """The operator of a compiled step knows no int8 weights: that step breaks the graph."""
-        return any(isinstance(p, Int8Weight) for g in self.param_groups for p in g["params"])
+    def _any_narrow(self) -> bool:
+        """The operator of a compiled step knows neither int8 weights nor narrow moments: that step
+        breaks the graph."""
+        groups = self.param_groups
+        narrow = any(group["dense_state"] != "float32" for group in groups)
+        return narrow or any(isinstance(p, Int8Weight) for g in groups for p in g["params"])
 
     @torch._disable_dynamo  # where a trace breaks, what follows is not to be traced piece by piece
     def _eager_step(self) -> None:
@@ -473,7 +481,7 @@ class APOLLO(torch.optim.Optimizer):
                 taken.add(key)
 
     def _state_is_whole(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """A dense weight that was quantized in mid-run lacks nothing but a key."""
+        """A dense parameter whose weight or moments were narrowed in mid-run lacks a key alone."""
         own = self.state.get(p) or {}
         return bool(own) and ("seed" in own or not state.needs_key(p, group))
 
@@ -499,13 +507,16 @@ class APOLLO(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict(); what does not fit raises ValueError before any change.
 
-        torch casts loaded state to the parameter's dtype; the moments here stay float32 and the
-        tensors are copies, so that two optimizers never share them.
+        torch casts loaded state to the parameter's dtype; the moments here stay float32, or take
+        the group's own ``dense_state``, whatever was saved. The tensors are copies, so that two
+        optimizers never share them.
         """
         loaded: list[tuple[Tensor, dict[str, Any]]] = []
 
-        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            given = self._in_own_dense_state(given)
             loaded[:] = self._checked(given)
+            return given
 
         def restore(_: torch.optim.Optimizer) -> None:
             for p, own in loaded:
@@ -523,6 +534,14 @@ class APOLLO(torch.optim.Optimizer):
             for handle in handles:
                 handle.remove()
         self._runtime.forget()  # plans and what they own: the state before
+
+    def _in_own_dense_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The same with the groups' ``dense_state`` as it is here: how this optimizer stores
+        moments is no part of a run."""
+        groups, _ = parts_of(state_dict)
+        pairs = zip(groups, self.param_groups, strict=False)
+        own = [{**saved, "dense_state": group["dense_state"]} for saved, group in pairs]
+        return {**state_dict, "param_groups": own + groups[len(own) :]}
 
     def _checked(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         """The states of ``state_dict`` as ours, with the parameters that they belong to."""
@@ -545,7 +564,7 @@ class APOLLO(torch.optim.Optimizer):
                         f"the state of {name} was written by apollo_torch: use "
                         "apollo_kernels.load_apollo_torch"
                     )
-                own = state.converted(p, saved, name)
+                own = state.converted(p, group, saved, name)
                 state.check(p, group, own, lambda name=name: name)  # type: ignore[misc]
                 made.append((p, own))
         return made
@@ -553,8 +572,9 @@ class APOLLO(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_runtime", _Runtime())
-        of_an_older_pickle = {"max_grad_norm": None, "batch_dims": 0, "gradient_release": False}
-        self.defaults.update({**of_an_older_pickle, **self.defaults})
+        older: dict[str, Any] = {"max_grad_norm": None, "batch_dims": 0, "gradient_release": False}
+        older["dense_state"] = "float32"
+        self.defaults.update({**older, **self.defaults})
         for group in self.param_groups:  # of an older version: fill what it did not know
             for key, value in self.defaults.items():
                 if key not in _OWN_DEFAULTS:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from apollo_kernels.batch import Hyper
+from apollo_kernels.moments import DENSE_STATES
 
 # What `proj` may be, and the distribution (philox.DISTRIBUTIONS) that it asks for.
 PROJECTIONS = {"random": "gaussian", "gaussian": "gaussian"}
@@ -52,6 +53,7 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
     check("scale", _number(group["scale"]) and group["scale"] > 0, "a number > 0")
     check("scale_type", group["scale_type"] in SCALE_TYPES, f"one of {SCALE_TYPES}")
     check("proj_type", group["proj_type"] in PROJ_TYPES, f"one of {PROJ_TYPES}")
+    check("dense_state", group["dense_state"] in DENSE_STATES, f"one of {DENSE_STATES}")
     known = tuple(PROJECTIONS)
     check("proj", group["proj"] in known, f"one of {known} (an SVD is not offered)")
     check("differentiable", not group["differentiable"], "False: the step has no derivative")

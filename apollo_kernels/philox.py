@@ -20,7 +20,7 @@ DISTRIBUTIONS = ("gaussian", "rademacher", "sparse")
 
 ROUNDS = 7
 # The counter's last word: no two uses of the generator share a counter.
-GAUSSIAN, RADEMACHER, ROUNDING, ROUNDING_INT8, SPARSE = range(5)
+GAUSSIAN, RADEMACHER, ROUNDING, ROUNDING_INT8, SPARSE, MOMENTS = range(6)
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -218,6 +218,24 @@ def rounding_bits(
     w = torch.stack(words(key, c0, c1, step, use), dim=-1)  # [rows, calls, 4]
     halves = torch.stack([w & 0xFFFF, w >> 16], dim=-1).view(rows, -1)
     return halves[:, :columns].int()
+
+
+def moment_bits(
+    key: int, step: int, first: int, count: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """16 random bits each for M and V of ``count`` elements from number ``first`` on, for one step.
+
+    Element e, counted over rows, takes word e mod 4 of the call (e div 4, its low and its high
+    half, step, 5): the low half for M and the high one for V.
+
+    Returns
+        int32 [count] in [0, 65536), twice.
+    """
+    before = first % 4
+    call = torch.arange(first // 4, -(-(first + count) // 4), device=device)
+    drawn = words(key, call & _MASK32, call >> 32, step, MOMENTS)
+    w = torch.stack(drawn, dim=-1).view(-1)[before : before + count]
+    return (w & 0xFFFF).int(), (w >> 16).int()
 
 
 def projection_matrix(

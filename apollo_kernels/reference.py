@@ -19,9 +19,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from apollo_kernels import cpu, int8
+from apollo_kernels import cpu, int8, moments
 from apollo_kernels.batch import NORM_GROWTH, TINY, Dense, Hyper, LowRank, Signals
-from apollo_kernels.philox import ROUNDING_INT8, draw, rounding_bits, scaled, sparse
+from apollo_kernels.philox import ROUNDING_INT8, draw, moment_bits, rounding_bits, scaled, sparse
 
 _CHUNK = 2**20  # elements widened at a time: bounds the temporaries and keeps them in cache
 
@@ -473,17 +473,65 @@ class DenseBatch:
         factor = _gradient_factor(hyper, signals)
         factor *= 1.0 if signals.clip is None else float(signals.clip)
         step, finite = int(item.step), True
+        moments_of = _Moments(item, step % 2**32)
+
+        def update(some: slice, w: Tensor) -> None:
+            nonlocal finite
+            m, v = moments_of.load(some)
+            finite &= adamw(w, _vector(grad)[some], m, v, hyper, step, factor)
+            moments_of.store(some, m, v)
+
         if item.grid is not None:
-
-            def update(rows: slice, wide: Tensor) -> None:
-                nonlocal finite
-                m, v = item.exp_avg[rows], item.exp_avg_sq[rows]
-                finite &= adamw(wide, grad[rows], m, v, hyper, step, factor)
-
             update_int8(item.weight, item.grid, item.key, step % 2**32, update)
-            _count(signals, UPDATED if finite else NOT_FINITE)
-            return
-        tensors = (item.weight, grad, item.exp_avg, item.exp_avg_sq)
-        for w, g, m, v in _parts(*(t.view(1) if t.dim() == 0 else t for t in tensors)):
-            finite &= adamw(w, g, m, v, hyper, step, factor)
+        else:
+            weight = _vector(item.weight)
+            size = max(1, _CHUNK * len(weight) // max(weight.numel(), 1))
+            for first in range(0, len(weight), size):
+                some = slice(first, min(first + size, len(weight)))
+                update(some, weight[some])
         _count(signals, UPDATED if finite else NOT_FINITE)
+
+
+def _vector(t: Tensor) -> Tensor:
+    """``t`` with at least one dimension."""
+    return t.view(1) if t.dim() == 0 else t
+
+
+class _Moments:
+    """M and V of a dense parameter, however they are stored: parts along dimension 0 as floats.
+
+    ``step``: its low 32 bits, which decide the random ones.
+    """
+
+    def __init__(self, item: Dense, step: int):
+        self.stored = _vector(item.exp_avg), _vector(item.exp_avg_sq)
+        self.units, self.key, self.step = item.units, item.key, step
+        self.dtype = item.exp_avg.dtype
+
+    def load(self, some: slice) -> tuple[Tensor, Tensor]:
+        """float32 and float64 ones in place, so that there is nothing to store."""
+        m, v = (t[some] for t in self.stored)
+        if self.dtype == torch.bfloat16:
+            return m.float(), v.float()
+        if self.units is None:
+            return m, v
+        m, v = (
+            moments.decode(*moments.rows_of(t, unit, some), code).view(t[some].shape)
+            for t, unit, code in zip(self.stored, self.units, moments.CODES.values(), strict=True)
+        )
+        return m, v
+
+    def store(self, some: slice, m: Tensor, v: Tensor) -> None:
+        """Rounds them by chance."""
+        if self.dtype not in (torch.bfloat16, torch.uint8):
+            return
+        first = some.start * math.prod(m.shape[1:])
+        drawn = moment_bits(self.key, self.step, first, m.numel(), m.device)
+        codes = moments.CODES.values()
+        for i, (x, bits, code) in enumerate(zip((m, v), drawn, codes, strict=True)):
+            if self.units is None:
+                x = x.clamp(-moments.LARGEST, moments.LARGEST)
+                self.stored[i][some].copy_(round_stochastically(x, bits.view(x.shape)))
+            else:
+                to, unit = moments.rows_of(self.stored[i], self.units[i], some)
+                moments.store(x.reshape(to.shape), to, unit, bits.view(to.shape), code)

@@ -1,9 +1,10 @@
 """The state of a parameter: its tensors before the first step, what fits, and the Philox key.
 
 Low-rank: exp_avg, exp_avg_sq [*batch, C, r], update_norm [*batch], step [], seed (int).
-Dense:    exp_avg, exp_avg_sq [p.shape], step []; and seed for an int8 weight.
+Dense:    exp_avg, exp_avg_sq [p.shape], step []; and seed for an int8 weight or narrow moments.
 
-step is int64, the others are float32 (float64 for float64 parameters). DESIGN.md, "State".
+step is int64, the others are float32 (float64 for float64 parameters), or what ``dense_state`` asks
+for: bfloat16, or uint8 codes with exp_avg_unit, exp_avg_sq_unit. DESIGN.md, "State".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from apollo_kernels import moments
 from apollo_kernels.batch import compute_dtype
 from apollo_kernels.philox import KEY_BITS, parameter_key
 from apollo_kernels.quantized import Int8Weight
@@ -60,21 +62,36 @@ def layout_of(p: Tensor, group: Mapping[str, Any]) -> Layout | None:
     return Layout(tuple(p.shape[:lead]), m, n, min(group["rank"], n if rows else m), rows)
 
 
-def shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the state's float tensors."""
-    layout = layout_of(p, group)
-    if layout is None:
-        return {"exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
-    moments = layout.moments
-    return {"exp_avg": moments, "exp_avg_sq": moments, "update_norm": layout.batch}
+def dense_state(p: Tensor, group: Mapping[str, Any]) -> str | None:
+    """How the moments of a dense parameter are stored; None for a low-rank one.
+
+    Of float64 parameters they are float64, whatever the group asks for.
+    """
+    if layout_of(p, group) is not None:
+        return None
+    return "float32" if p.dtype == torch.float64 else group.get("dense_state", "float32")
+
+
+def expected(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each of the state's tensors but step."""
+    layout, dtype = layout_of(p, group), compute_dtype(p.dtype)
+    if layout is not None:
+        both = dict.fromkeys(moments.MOMENTS, (layout.moments, dtype))
+        return {**both, "update_norm": (layout.batch, dtype)}
+    shape, kind = tuple(p.shape), dense_state(p, group)
+    if kind == "int8":
+        units = (moments.blocks(shape), torch.float32)
+        names = [f"{key}_unit" for key in moments.MOMENTS]
+        return dict.fromkeys(moments.MOMENTS, (shape, torch.uint8)) | dict.fromkeys(names, units)
+    return dict.fromkeys(moments.MOMENTS, (shape, torch.bfloat16 if kind == "bfloat16" else dtype))
 
 
 def zeros(p: Tensor, group: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
     """The state's tensors before the first step; the key (``seed``) is not among them."""
     state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
-    dtype, dense = compute_dtype(p.dtype), layout_of(p, group) is None
-    for key, shape in shapes(p, group).items():
-        if dense:  # in the weight's own memory order, and a plain tensor whatever the weight is
+    in_order = dense_state(p, group) in ("float32", "bfloat16")
+    for key, (shape, dtype) in expected(p, group).items():
+        if in_order:  # in the weight's own memory order, and a plain tensor whatever the weight is
             like = torch.empty_strided(p.shape, p.stride(), dtype=dtype, device="meta")
             state[key] = torch.zeros_like(like, device=device)
         else:
@@ -83,8 +100,8 @@ def zeros(p: Tensor, group: Mapping[str, Any], device: torch.device | str) -> di
 
 
 def needs_key(p: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether random numbers are drawn for a parameter: a projection, or the rounding to int8."""
-    return layout_of(p, group) is not None or isinstance(p, Int8Weight)
+    """Whether random numbers are drawn for a parameter: for a projection, or to round by chance."""
+    return dense_state(p, group) != "float32" or isinstance(p, Int8Weight)
 
 
 def new_key(seed: int, position: int, parameters: int, taken: Collection[int]) -> int:
@@ -102,12 +119,12 @@ def check(
     p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], name: Callable[[], str]
 ) -> None:
     """Raises ValueError, with the parameter's name, for a state that a step must not rest on."""
-    expected = shapes(p, group)
-    if missing := {"step", *expected} - set(state):
+    tensors = expected(p, group)
+    if missing := {"step", *tensors} - set(state):
         raise ValueError(
             f"the state of {name()} does not fit: it lacks {', '.join(sorted(missing))}"
         )
-    low_rank = "update_norm" in expected
+    low_rank = "update_norm" in tensors
     if not low_rank and "update_norm" in state:
         raise ValueError(
             f"the state of {name()} does not fit: it is that of a low-rank step, while shape "
@@ -124,9 +141,9 @@ def check(
     numbers = step.device.type == "cpu" and not isinstance(step, FakeTensor)
     if numbers and not torch.compiler.is_compiling() and step < 0:
         raise ValueError(f"step of {name()} must not be negative, got {int(step)}")
-    for key, shape in expected.items():
-        _check_tensor(key, state[key], shape, p, group, name)
-    if low_rank or (needs_key(p, group) and "seed" in state):  # a dense one may have been bf16
+    for key, (shape, dtype) in tensors.items():
+        _check_tensor(key, state[key], shape, dtype, p, group, name)
+    if low_rank or (needs_key(p, group) and "seed" in state):  # a dense one may have been wider
         seed = state.get("seed")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**KEY_BITS:
             raise ValueError(
@@ -138,6 +155,7 @@ def _check_tensor(
     key: str,
     found: Any,
     shape: tuple[int, ...],
+    dtype: torch.dtype,
     p: Tensor,
     group: Mapping[str, Any],
     name: Callable[[], str],
@@ -153,11 +171,15 @@ def _check_tensor(
             f"{group['batch_dims']} need {shape} for a parameter of shape "
             f"{tuple(p.shape)}; none of them changes after step 1"
         )
-    dtype = compute_dtype(p.dtype)
     if found.dtype != dtype or found.device != p.device:
+        asked = dense_state(p, group)
+        why = f" (dense_state {asked!r}; load_state_dict converts)" if asked else ""
         raise ValueError(
-            f"{key} of {name()} must be {dtype} on {p.device}, got {found.dtype} on {found.device}"
+            f"{key} of {name()} must be {dtype} on {p.device}, got {found.dtype} on "
+            f"{found.device}{why}"
         )
+    if dtype == torch.uint8 and not found.is_contiguous():
+        raise ValueError(f"{key} of {name()} must be contiguous, got strides {found.stride()}")
 
 
 def check_step(step: Any, name: str) -> int:
@@ -177,8 +199,12 @@ def as_step(step: Any, device: torch.device) -> Tensor:
     return torch.tensor(int(step), dtype=torch.int64, device=device)
 
 
-def converted(p: Tensor, saved: Mapping[str, Any], name: str) -> dict[str, Any]:
+def converted(
+    p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], name: str
+) -> dict[str, Any]:
     """A copy of saved state on p's device in the contract's dtypes; other values stay as they are.
+
+    Moments of a dense parameter come in the group's ``dense_state``, from whichever they were in.
 
     Raises
         ValueError: for a value that no conversion makes right; the rest is for ``check``.
@@ -187,19 +213,52 @@ def converted(p: Tensor, saved: Mapping[str, Any], name: str) -> dict[str, Any]:
     for key, value in saved.items():
         if key == "step":
             value = as_step(check_step(value, name), p.device)
-        elif key in ("exp_avg", "exp_avg_sq", "update_norm") and isinstance(value, Tensor):
-            value = _converted_floats(key, value, p, name)
+        elif key in moments.MOMENTS and isinstance(value, Tensor):
+            state.update(_converted_moment(key, saved, p, group, name))
+            continue
+        elif key == "update_norm" and isinstance(value, Tensor):
+            value = _floats(key, value, p, name).to(compute_dtype(p.dtype), copy=True)
+        elif key.removesuffix("_unit") in moments.MOMENTS:
+            continue  # it came with its moment
         elif isinstance(value, Tensor):
             value = value.detach().clone()
         state[key] = value
     return state
 
 
-def _converted_floats(key: str, value: Tensor, p: Tensor, name: str) -> Tensor:
+def _converted_moment(
+    key: str, saved: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: str
+) -> dict[str, Tensor]:
+    """A moment under its key and, in int8, its units."""
+    value, unit, asked = saved[key], saved.get(f"{key}_unit"), dense_state(p, group)
+    shape = tuple(value.shape)
+    if value.dtype == torch.uint8 and asked is not None:
+        if not isinstance(unit, Tensor) or tuple(unit.shape) != moments.blocks(shape):
+            got = tuple(unit.shape) if isinstance(unit, Tensor) else unit
+            raise ValueError(
+                f"{key}_unit of {name} does not fit: codes of shape {shape} need one unit for each "
+                f"of {moments.blocks(shape)} blocks, got {got!r}"
+            )
+        value = value.detach().to(p.device)
+        unit = _floats(f"{key}_unit", unit, p, name).float()
+        if asked == "int8":
+            codes = value.clone(memory_format=torch.contiguous_format)
+            return {key: codes, f"{key}_unit": unit.clone()}
+        value = moments.from_codes(value, unit, key)
+    value = _floats(key, value, p, name)
+    if asked == "int8" and shape == tuple(p.shape):
+        codes, unit = moments.to_codes(value, key)
+        return {key: codes, f"{key}_unit": unit}
+    dtype = torch.bfloat16 if asked == "bfloat16" else compute_dtype(p.dtype)
+    return {key: value.to(dtype, copy=True)}
+
+
+def _floats(key: str, value: Tensor, p: Tensor, name: str) -> Tensor:
+    """Saved numbers on p's device, which can be right."""
     if not value.is_floating_point() or value.device.type == "meta":
         raise ValueError(f"{key} of {name} must hold floats, got {value.dtype} on {value.device}")
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"{key} of {name} holds NaN or Inf")
     if key != "exp_avg" and bool((value < 0).any()):
         raise ValueError(f"{key} of {name} holds negative numbers")
-    return value.detach().to(p.device, compute_dtype(p.dtype), copy=True)
+    return value.detach().to(p.device)

@@ -231,6 +231,10 @@ class Builder:
         rest: dict[str, Any] = {"step": state["step"]}
         if grid:
             rest.update(grid=grid[0], key=state["seed"])
+        if state["exp_avg"].dtype in (torch.bfloat16, torch.uint8):
+            rest.update(key=state["seed"])
+        if state["exp_avg"].dtype == torch.uint8:
+            rest.update(units=(state["exp_avg_unit"], state["exp_avg_sq_unit"]))
         tensors: dict[str, Any] = {"weight": own, "grad": grad}
         tensors.update(exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"])
         taker = self._taker(Dense(**tensors, **rest))

@@ -28,6 +28,7 @@ from apollo_kernels.triton_kernels import adamw, apply, project, scale, sparse, 
 from apollo_kernels.triton_kernels.element import element
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx942")
+F32 = element(torch.float32)
 TYPES = {"table": "*i64", "items": "*i32", "space": "*fp32", "clock": "*i64", "bad": "*i32"}
 TYPES |= {"counters": "*i64", "gap": "i32"}  # all others are fp32
 OPTIONAL = ("lr_at", "grad_scale", "found_inf", "clip")
@@ -71,7 +72,7 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
                 name = f"apply {side}{' stochastic' * by_chance}"
                 rest = {"STOCHASTIC": by_chance, "num_warps": apply.warps(by_chance)}
                 yield name, apply._apply, {**tiling, **rest}
-        tiling = adamw.Tiling(element(dtype), element(dtype), True)._asdict()
+        tiling = adamw.Tiling(element(dtype), element(dtype), F32, True)._asdict()
         yield f"adamw {NAMES[dtype]}", adamw._adamw, {**tiling, "num_warps": 8}
     for rows in (True, False):  # int8 weights lie in rows; their channels may not
         shape = layout(torch.bfloat16, rows, 64)
@@ -79,8 +80,12 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
         rest = {"STOCHASTIC": False, "num_warps": apply.warps(True)}
         side = "rows" if rows else "columns"
         yield f"apply int8 {side}", apply._apply, {**apply.choose(shape)._asdict(), **rest}
-    tiling = adamw.Tiling(element(torch.uint8), element(torch.bfloat16), True, GROUP=128)._asdict()
+    bf16, uint8 = element(torch.bfloat16), element(torch.uint8)
+    tiling = adamw.Tiling(uint8, bf16, F32, True, GROUP=128)._asdict()
     yield "adamw int8", adamw._adamw, {**tiling, "num_warps": 8}
+    for moments in (bf16, uint8):
+        tiling = adamw.Tiling(bf16, bf16, moments, True)._asdict()
+        yield f"adamw bf16, {moments} moments", adamw._adamw, {**tiling, "num_warps": 8}
     yield "combine", scale._combine, {
         "ALIGNED": True, "BR": 128, "BC": scale.COMBINE, "SPARSE": False,
     }  # fmt: skip
@@ -105,7 +110,7 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
     for rank in (1, 16):  # one lane per rank row: the sums over them go through shuffles alone
         tile = {"ALIGNED": False, "BR": rank, "BC": scale.COMBINE, "SPARSE": rank == 1}
         yield f"combine rank {rank}, signals", scale._combine, {**tile, **given}
-    tiling = adamw.Tiling(element(torch.float16), element(torch.float16), True)._asdict()
+    tiling = adamw.Tiling(element(torch.float16), element(torch.float16), F32, True)._asdict()
     yield "adamw f16, signals", adamw._adamw, {**tiling, "num_warps": 8, **given}
     yield "begin, signals", adamw._begin, {"CORRECT": False, "num_warps": 1, **given}
 

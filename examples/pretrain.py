@@ -23,6 +23,7 @@ from training import (
     OPTIMIZERS,
     PRESETS,
     PROJECTIONS,
+    STATES,
     Run,
     Settings,
     Stop,
@@ -52,6 +53,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int)
     add("--dtype", choices=("float32", "bfloat16"))
     add("--int8", action="store_const", const=True, help="attention and MLP weights in int8")
+    add("--dense-state", choices=STATES, help="moments of embedding, head and norms")
+    add("--embeddings", action="store_const", const=True, help="low-rank embedding and head")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--eval-every", type=int)
     add("--eval-batches", type=int)

@@ -32,6 +32,7 @@ PRESETS = {
     "13b": (5120, 13824, 40, 40),
 }
 OPTIMIZERS = ("adamw", "apollo", "apollo-mini", "sgd")
+STATES = ("float32", "bfloat16", "int8")
 PROJECTIONS = ("random", "rademacher", "sparse")
 # Learning rates of the low-rank (for AdamW: all) matrices; --sweep repeats the search.
 LEARNING_RATES = {"adamw": 5e-4, "apollo": 5e-3, "apollo-mini": 5e-3, "sgd": 0.1}
@@ -63,6 +64,8 @@ class Settings:
     seed: int = 0
     dtype: str = "float32"
     int8: bool = False
+    dense_state: str = "float32"
+    embeddings: bool = False
     device: str = "cpu"
     eval_every: int = 50
     eval_batches: int = 8
@@ -208,12 +211,16 @@ def build_model(settings: Settings) -> torch.nn.Module:
 def build_optimizer(settings: Settings, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Matrices of attention and MLP at ``lr``, the rest under AdamW at ``dense_lr``."""
     options = {"proj": settings.proj, **({"rank": settings.rank} if settings.rank else {})}
+    if settings.embeddings or settings.dense_state != "float32":
+        if not settings.optimizer.startswith("apollo"):
+            raise Stop(f"--embeddings and --dense-state: {settings.optimizer} has neither")
+        options["embeddings"] = settings.embeddings
     mini = settings.optimizer == "apollo-mini"
     groups = (apollo_kernels.apollo_mini if mini else apollo_kernels.apollo)(model, **options)
     matrices, dense = groups[0], [p for group in groups[1:] for p in group["params"]]
     lr = settings.lr or LEARNING_RATES[settings.optimizer]
     if settings.optimizer.startswith("apollo"):
-        rest = {"params": dense, "lr": settings.dense_lr}
+        rest = {"params": dense, "lr": settings.dense_lr, "dense_state": settings.dense_state}
         return apollo_kernels.APOLLO([{**matrices, "lr": lr}, rest])
     groups = [{"params": matrices["params"], "lr": lr}, {"params": dense, "lr": settings.dense_lr}]
     if settings.optimizer == "sgd":

@@ -3,6 +3,7 @@
 It shares no code with the package: a second reading of the same text.
 """
 
+import bisect
 import math
 
 import numpy as np
@@ -259,3 +260,46 @@ class Int8Group:
     def _code(self, value, bits):
         fixed = round(float(self._place(value)) * 65536)  # to even
         return (min(max(fixed, 0), 255 * 65536) + bits) // 65536
+
+
+def moment_bits(key, step, e):
+    """The 16 random bits of M and those of V, for element e of a dense parameter."""
+    call = e // 4
+    word = philox((call & MASK, call >> 32, step & MASK, 5), key)[e % 4]
+    return word & 0xFFFF, word >> 16
+
+
+class MomentBlock:
+    """Up to 128 neighbours of a moment in a byte each: a table of values, and a unit."""
+
+    def __init__(self, signed, count):
+        self.signed, self.last = signed, 127 if signed else 255
+        self.table = [
+            float(q) if q < 16 else (8 + q % 8) * 2.0 ** (q // 8 - 1) for q in range(self.last + 1)
+        ]
+        self.unit, self.codes = 0.0, [0] * count
+
+    def values(self):
+        signs = [-1 if self.signed and c > 127 else 1 for c in self.codes]
+        sizes = [self.table[c % 128 if self.signed else c] for c in self.codes]
+        return [s * t * self.unit for s, t in zip(signs, sizes, strict=True)]
+
+    def store(self, values, bits):
+        """Values that float32 has, with 16 random bits each."""
+        top, highest = self.table[-1], max(map(abs, values))
+        fresh = 2.0**-126
+        while 2.0**-126 * top < highest and top * fresh <= highest:
+            fresh *= 2  # until what is rounded up has a code
+        old = max(self.unit, 2.0**-126)
+        self.unit = old if highest <= top * old and 2 * fresh >= old else fresh
+        self.codes = [self._code(v, b) for v, b in zip(values, bits, strict=True)]
+
+    def _code(self, value, bits):
+        y = abs(value) / self.unit
+        q = bisect.bisect_right(self.table, y) - 1
+        if y > self.table[q]:
+            share = (y - self.table[q]) / (self.table[q + 1] - self.table[q])
+            q += round(share * 65536) + bits >= 65536  # to even
+        if not self.signed:
+            return max(q, 1) if value > 0 else q
+        return q + 128 * (value < 0)

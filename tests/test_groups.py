@@ -132,3 +132,66 @@ def test_the_optimizer_takes_what_the_makers_return():
             p.grad = torch.randn_like(p)
         optimizer.step()
         assert len(optimizer.state) == len(list(model.parameters()))
+
+
+# ---- what is said of dense moments -------------------------------------------------------------
+
+
+def test_a_table_and_a_report_recommend_what_saves_dense_moments(capsys):
+    """[20, 16] twice, 1.3 of 3 weights: 5120 bytes of moments, of 9452 in all."""
+    model = Model()
+    groups = param_groups(model, rank=4, verbose=True)
+    table = capsys.readouterr().out
+    report = apollo_kernels.APOLLO(groups).memory_report()
+    matrices, vectors = [320, 320, 144], [32, 16, 4, 16, 16]
+    dense = sum(matrices) + sum(vectors)
+    blocks = [20, 20, 4, 1, 1, 1, 1, 1]
+    assert report.dense_moment_bytes == 8 * dense
+    savings = {s.option: s.bytes for s in report.savings}
+    # the report cannot tell a filter from an embedding: [4, 36], whose channels are its columns
+    low_rank = 3 * 4 + 8 * 4 * (20 + 20 + 36)
+    assert savings == {
+        "embeddings=True": 8 * sum(matrices) - low_rank,
+        'dense_state="bfloat16"': 4 * dense,
+        'dense_state="int8"': 6 * dense - 8 * sum(blocks),
+    }
+    for saving in report.savings:
+        assert f"{saving.option} would save {saving.bytes / 1e6:,.3f} MB" in str(report)
+    moved = 8 * 640 - 2 * 4 - 8 * 4 * 40
+    line = f"embeddings=True would save {moved / 1e6:,.3f} MB (embed.weight, lm_head.weight)"
+    assert line in table
+    assert 'dense_state="bfloat16" would save' in table
+
+
+def test_what_was_saved_is_what_the_report_said():
+    model = Model()
+    options = {"rank": 4, "scale_type": "tensor"}
+
+    def report(**more):
+        return apollo_kernels.APOLLO(param_groups(model, **options, **more)).memory_report()
+
+    before = report()
+    savings = {s.option: s.bytes for s in before.savings}
+    for dense_state in ("bfloat16", "int8"):
+        less = before.state_bytes - report(dense_state=dense_state).state_bytes
+        assert less == savings[f'dense_state="{dense_state}"']
+    moved = before.state_bytes - report(targets="all").state_bytes
+    assert moved == savings["embeddings=True"]
+
+
+def test_nothing_is_recommended_where_dense_moments_are_few(capsys):
+    """A third of the state is the limit, on either side of it."""
+    p, q = nn.Parameter(torch.zeros(64, 64)), nn.Parameter(torch.zeros(253))
+    groups = [{"params": [p], "rank": 8}, {"params": [q]}]  # 4100 + 16 bytes beside them
+    few = apollo_kernels.APOLLO(groups).memory_report()
+    assert few.dense_moment_bytes == 2024 and not few.savings and "would" not in str(few)
+    groups[1]["params"] = [nn.Parameter(torch.zeros(260))]
+    much = apollo_kernels.APOLLO(groups).memory_report()
+    assert [s.option for s in much.savings] == ['dense_state="bfloat16"', 'dense_state="int8"']
+    param_groups(Model(), rank=4, targets="all", verbose=True)
+    assert "would" not in capsys.readouterr().out
+
+
+def test_a_report_names_parameters_where_it_knows_them():
+    optimizer = apollo_kernels.APOLLO([("wte", nn.Parameter(torch.zeros(50, 8)))])
+    assert "(wte)" in str(optimizer.memory_report())

@@ -77,6 +77,10 @@ class Broken(Exception):
 
 RUNS = [[o, "--dtype", d] for o in ("adamw", "apollo", "apollo-mini") for d in DTYPES]
 RUNS += [["apollo", "--dtype", "bfloat16", "--int8"], ["apollo-mini", "--int8"]]
+RUNS += [
+    ["apollo", "--dense-state", "int8"],
+    ["apollo", "--dense-state", "bfloat16", "--embeddings"],
+]
 
 
 @pytest.mark.parametrize("options", RUNS, ids=" ".join)
@@ -178,6 +182,7 @@ def test_the_optimizer_s_choice_matters_and_sgd_runs(run, text, tmp_path):
     [
         (["--data", "/no/such/file"], 1, "--data: no such file: '/no/such/file'"),
         (["--optimizer", "adamw", "--int8", *MICRO], 1, "--int8: adamw cannot step int8 weights"),
+        (["--optimizer", "adamw", "--embeddings", *MICRO], 1, "--dense-state: adamw has neither"),
         (["--resume", "/no/such/run.pt"], 1, "--resume: no such file: '/no/such/run.pt'"),
         (["--resume", __file__], 1, "is no checkpoint of this script"),
         (["--steps", "0"], 2, "--steps must be positive, got 0"),

@@ -17,6 +17,7 @@ RADEMACHER = tl.constexpr(contract.RADEMACHER)
 ROUNDING = tl.constexpr(contract.ROUNDING)
 ROUNDING_INT8 = tl.constexpr(contract.ROUNDING_INT8)
 SPARSE = tl.constexpr(contract.SPARSE)
+MOMENTS = tl.constexpr(contract.MOMENTS)
 FAST = torch.version.cuda is not None and not INTERPRET.value  # PTX instead of Triton's functions
 
 
@@ -159,3 +160,14 @@ def rounding_of_groups(key, step, first, columns, M: tl.constexpr, N: tl.constex
     c0, i = (call % per_row).to(tl.uint32), (call // per_row).to(tl.uint32)
     w0, w1, w2, w3 = words(key, c0, i, step, ROUNDING_INT8)
     return tl.reshape(_halves(w0, w1, w2, w3), (M, N))
+
+
+@triton.jit
+def moment_bits(key, step, first, N: tl.constexpr):
+    """16 random bits [N] uint32 each for M and V of the elements from number ``first`` on; first
+    and N divide by 4."""
+    call = first // 4 + tl.arange(0, N // 4)
+    low, high = call.to(tl.uint32), (call >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = words(key, low, high, step, MOMENTS)
+    w = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (N,))  # in order
+    return w & 0xFFFF, w >> 16

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from apollo_kernels import moments
 from apollo_kernels.batch import Dense, Hyper, LowRank, Signals
 from apollo_kernels.triton_kernels import adamw, apply, project, scale, sparse
 from apollo_kernels.triton_kernels import table as tables
@@ -33,7 +34,8 @@ def takes(item: LowRank | Dense) -> bool:
     that no tile holds whole."""
     sides = max(item.weight.shape, default=0) < 2**31
     known = item.weight.dtype in _DTYPES if item.grid is None else _takes_int8(item)
-    return known and item.grad.dtype in _DTYPES and sides
+    stored = isinstance(item, LowRank) or _takes_moments(item)
+    return known and stored and item.grad.dtype in _DTYPES and sides
 
 
 def _takes_int8(item: LowRank | Dense) -> bool:
@@ -41,6 +43,16 @@ def _takes_int8(item: LowRank | Dense) -> bool:
     assert item.grid is not None
     whole = isinstance(item, LowRank) or item.weight.shape[1] % group == 0
     return whole and group <= 4096 and item.weight.is_contiguous() and item.grid.is_contiguous()
+
+
+def _takes_moments(item: Dense) -> bool:
+    """Narrow ones where elements are counted as they lie, and blocks do not end within a row."""
+    if item.exp_avg.dtype == torch.float32:
+        return True
+    tensors = [item.weight, item.exp_avg, item.exp_avg_sq, *(item.units or ())]
+    rows, blocks = moments.blocks(item.weight.shape)
+    whole = rows <= 1 or rows * blocks * moments.BLOCK == item.weight.numel()
+    return all(t.is_contiguous() for t in tensors) and (item.units is None or whole)
 
 
 def family(item: LowRank | Dense) -> Hashable:
@@ -285,19 +297,23 @@ class DenseBatch(_Launcher):
         for item in items:
             row = tables.DenseRow(
                 *(t.data_ptr() for t in (item.grad, item.weight, item.exp_avg, item.exp_avg_sq)),
-                step=item.step.data_ptr(), size=item.weight.numel(),
+                step=item.step.data_ptr(), size=item.weight.numel(), key=item.key,
             )  # fmt: skip
             group = tables.group_of(item)
             if item.grid is not None:
                 at, columns = item.grid.data_ptr(), item.weight.shape[1]
-                row = row._replace(grid=at, key=item.key, columns=columns)
+                row = row._replace(grid=at, columns=columns)
+            if item.units is not None:
+                m, v = (unit.data_ptr() for unit in item.units)
+                row = row._replace(exp_avg_unit=m, exp_avg_sq_unit=v)
             rows.append(row)
             others = (row.weight, row.exp_avg, row.exp_avg_sq, row.size)
             vectors.append(all(number % 16 == 0 for number in others))
             aligned = vectors[-1] and row.grad % 16 == 0
             tiling = adamw.Tiling(
-                element(item.weight.dtype), element(item.grad.dtype), aligned, GROUP=group
-            )
+                *(element(t.dtype) for t in (item.weight, item.grad, item.exp_avg)), aligned,
+                GROUP=group,
+            )  # fmt: skip
             tiles.append((tiling, triton.cdiv(row.size, tiling.BLOCK)))
         self._space = torch.zeros(_RECORD * len(items), dtype=torch.float32, device=device)
         self._bad = torch.zeros(len(items), dtype=torch.int32, device=device)

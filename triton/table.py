@@ -56,9 +56,11 @@ class DenseRow(NamedTuple):
     exp_avg_sq: Any
     step: Any
     size: Any
-    grid: Any = 0  # an address, and the next two: of an int8 weight alone
-    key: Any = 0
+    key: Any = 0  # of what is rounded by chance
+    grid: Any = 0  # an address, and the next one: of an int8 weight alone
     columns: Any = 0
+    exp_avg_unit: Any = 0  # an address, and the next one: of int8 moments alone
+    exp_avg_sq_unit: Any = 0
 
 
 LOW_RANK = LowRankRow(*map(tl.constexpr, range(len(LowRankRow._fields))))
