@@ -443,7 +443,7 @@ CUDA = [
         "quotients of int8 weights are not corrected", "csrc/int8.cuh",
         "fmaf(fmaf(-quotient, scale, w), reciprocal, quotient) + zero", "quotient + zero",
         "test_quantized.py::test_equal_updates_give_equal_codes_to_the_last_bit[cuda-1.0]",
-        argued="the emulated reciprocal is rounded correctly, so a quotient is off by a last bit: that "
+        argued="the emulated reciprocal is rounded correctly, so a quotient errs by one bit, which "
         "moves a code in a million",
     ),
     Mutant(
