@@ -443,6 +443,8 @@ CUDA = [
         "quotients of int8 weights are not corrected", "csrc/int8.cuh",
         "fmaf(fmaf(-quotient, scale, w), reciprocal, quotient) + zero", "quotient + zero",
         "test_quantized.py::test_equal_updates_give_equal_codes_to_the_last_bit[cuda-1.0]",
+        argued="the emulated reciprocal is rounded correctly, so a quotient errs by one bit, which "
+        "moves few codes, and none of this test",
     ),
     Mutant(
         "int8 scales near 0 are not lifted", "csrc/int8.cuh",

@@ -558,7 +558,7 @@ def test_every_back_end_finds_the_same_codes(backend, order):
 @pytest.mark.parametrize("size", [1.0, 1e-24, 1e-35, 3e37])
 def test_equal_updates_give_equal_codes_to_the_last_bit(backend, size):
     """Updates by -lr, 0 or lr are equal floats everywhere: some leave the grid, some saturate."""
-    # A quotient off by a last bit moves one code in 65536.
+    # Many weights, since a last bit moves few codes.
     steps, m, n = (2, 24, 256) if backend.interpreted else (3, 300, 1024)
 
     def run(backend):
