@@ -644,6 +644,38 @@ TRITON = [
         "[triton]",
     ),
     Mutant(
+        "words of narrow moments change places", "triton/philox.py",
+        "tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))",
+        "test_dense_state.py::test_one_step_from_nothing_is_the_contract_s[triton-bfloat16]",
+    ),
+    Mutant(
+        "M and V of narrow moments change bits", "triton/philox.py",
+        "return w & 0xFFFF, w >> 16", "return w >> 16, w & 0xFFFF",
+        "test_dense_state.py::test_one_step_from_nothing_is_the_contract_s[triton-int8]",
+    ),
+    Mutant(
+        "a unit of int8 moments follows at once", "triton/moments.py",
+        "(2 * fresh >= unit)", "(fresh >= unit)",
+        "test_dense_state.py::test_every_back_end_stores_what_the_specification_does"
+        "[triton-torch.float32-int8]",
+    ),
+    Mutant(
+        "a small V in int8 becomes 0", "triton/moments.py", "tl.maximum(q, 1)", "q",
+        "test_dense_state.py::test_a_small_second_moment_never_becomes_zero[triton]",
+    ),
+    Mutant(
+        "narrow moments are rounded up to infinity", "triton/moments.py",
+        "tl.minimum(tl.maximum(x, -LARGEST), LARGEST)", "x",
+        "test_dense_state.py::test_the_largest_gradients_leave_finite_numbers"
+        "[triton-(0.0, 0.0)-0.0-bfloat16]",
+    ),
+    Mutant(
+        "blocks of int8 moments reach into the next row", "triton/step.py",
+        "and (item.units is None or whole)", "",
+        "test_dense_state.py::test_every_back_end_stores_what_the_specification_does"
+        "[triton-torch.float32-int8]",
+    ),
+    Mutant(
         "found_inf leaves the record of the step before", "triton/adamw.py",
         "    tl.store(record, 0.0)  # no tile writes anything, unless the end is reached\n", "",
         "test_nonfinite.py::test_found_inf_skips_every_write[triton-1.0-None-(5,)-{}]",

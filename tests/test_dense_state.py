@@ -134,29 +134,35 @@ def test_every_back_end_stores_what_the_specification_does(backend, dense_state,
             assert close.float().mean() > 0.997, key
 
 
+def rounded(row, bits, name, dense_state):
+    """A new moment's row as the restatement stores it."""
+    if dense_state == "bfloat16":
+        raw = row.float().view(torch.int32) + torch.tensor(bits, dtype=torch.int32)
+        return (raw & -65536).view(torch.float32).tolist()
+    values = []
+    for first in range(0, len(row), 128):
+        part = slice(first, first + 128)
+        block = MomentBlock(name == "exp_avg", len(bits[part]))
+        block.store(row[part].tolist(), bits[part])
+        values += block.values()
+    return values
+
+
 @pytest.mark.parametrize("dense_state", NARROW)
 def test_one_step_from_nothing_is_the_contract_s(backend, dense_state):
     """M = (1 - b1) G and V = (1 - b2) G^2, with betas that make both exact."""
-    p = parameter((3, 130), backend)
-    p.grad = randn((3, 130), backend, torch.bfloat16, seed=1).float()
-    optimizer = APOLLO([p], betas=(0.5, 0.75), dense_state=dense_state)
-    optimizer.step()
-    key, g = optimizer.state[p]["seed"], p.grad.double().cpu()
-    bits = [[moment_bits(key, 1, 130 * i + j) for j in range(130)] for i in range(3)]
-    for which, (name, x) in enumerate((("exp_avg", g / 2), ("exp_avg_sq", g * g / 4))):
-        found = wide(optimizer, p, name).cpu()
-        for i in range(3):
-            own = [b[which] for b in bits[i]]
-            if dense_state == "int8":
-                wanted = []
-                for part in (slice(0, 128), slice(128, 130)):
-                    block = MomentBlock(name == "exp_avg", len(own[part]))
-                    block.store(x[i, part].tolist(), own[part])
-                    wanted += block.values()
-            else:
-                raw = x[i].float().view(torch.int32) + torch.tensor(own, dtype=torch.int32)
-                wanted = (raw & -65536).view(torch.float32).tolist()
-            assert found[i].tolist() == wanted, (name, i)
+    for columns in (130, 256):  # rows of whole blocks, and others
+        p = parameter((3, columns), backend)
+        p.grad = randn((3, columns), backend, torch.bfloat16, seed=1).float()
+        optimizer = APOLLO([p], betas=(0.5, 0.75), dense_state=dense_state)
+        optimizer.step()
+        key, g = optimizer.state[p]["seed"], p.grad.double().cpu()
+        for which, (name, x) in enumerate((("exp_avg", g / 2), ("exp_avg_sq", g * g / 4))):
+            found = wide(optimizer, p, name).cpu()
+            for i in range(3):
+                first = columns * i
+                bits = [moment_bits(key, 1, first + j)[which] for j in range(columns)]
+                assert found[i].tolist() == rounded(x[i], bits, name, dense_state), (name, i)
 
 
 @pytest.mark.parametrize("dense_state", NARROW)
@@ -305,6 +311,20 @@ def test_gradient_release_gives_the_same_bits(backend):
             optimizer.zero_grad()
             net(randn((8, 16), backend, seed=step)).square().mean().backward()
             optimizer.step()
+        results.append(snapshot(optimizer))
+    assert changed(*results) == set()
+
+
+def test_a_compiled_step_gives_the_same_bits(backend):
+    """It breaks the graph and runs as it is: a compiled step's operator takes float32 alone."""
+    results = []
+    for compiles in (False, True):
+        params = parameters([(4, 256), (9,)], backend)
+        optimizer = APOLLO(params, lr=0.01, dense_state="int8")
+        step = torch.compile(optimizer.step, backend="eager") if compiles else optimizer.step
+        for number in range(2):
+            fill(params, backend, number)
+            step()
         results.append(snapshot(optimizer))
     assert changed(*results) == set()
 
