@@ -89,8 +89,10 @@ def architecture(model: str | Path) -> Architecture:
 
 def of_config(config: Any, where: str = "config") -> Architecture:
     """The architecture that a Hugging Face config (its dict, or the object) describes."""
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
     if not isinstance(config, dict):
-        config = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+        raise ValueError(f"{where}: config.json holds no dict but a {type(config).__name__}")
     names = {
         "hidden": "hidden_size", "mlp": "intermediate_size", "layers": "num_hidden_layers",
         "heads": "num_attention_heads", "vocabulary": "vocab_size",
@@ -108,6 +110,11 @@ def of_config(config: Any, where: str = "config") -> Architecture:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"{where}: {name} must be a whole number, got {value!r}")
         found[key] = value or 0
+    if not found["head_size"] and found["hidden"] % found["heads"]:
+        raise ValueError(
+            f"{where}: num_attention_heads={found['heads']} does not divide "
+            f"hidden_size={found['hidden']}"
+        )
     found["tied"] = bool(config.get("tie_word_embeddings", False))
     kind = config.get("model_type", "llama")
     found["attention_bias"] = bool(config.get("attention_bias", kind == "qwen2"))
@@ -400,7 +407,7 @@ def _moments(
         whole = 0 if ddp == "views" else all_of_it
         found.append(("step", whole, 0, max(w.workspace for w in weights)))
     buckets = all_of_it if ddp else 0
-    return [(name, gradients + buckets, *rest) for name, gradients, *rest in found]
+    return [(name, now + buckets, kept, used) for name, now, kept, used in found]
 
 
 def _pair(stepped: tuple[int, int], activations: int) -> tuple[int, int, int]:
@@ -475,7 +482,10 @@ def _architecture_of(module: nn.Module) -> Architecture:
 
 def as_text(found: Sequence[Estimate], title: str) -> str:
     """A table per kind of checkpointing; GB are 1e9 bytes."""
-    lines = [title, "GB (1e9 bytes) at the moment of a step's peak; a card keeps the rest of its GiB"]
+    lines = [
+        title,
+        "GB (1e9 bytes) at the moment of a step's peak; a card keeps the rest of its GiB",
+    ]
     width = max(len(e.mode) for e in found)
     short = [name.split(" (")[0] for name in CARDS]
     for checkpointed in dict.fromkeys(e.checkpointing for e in found):

@@ -130,7 +130,8 @@ class LowRankBatch:
     """One matrix; it keeps no gradient."""
 
     def __init__(self, item: LowRank):
-        self.shape = item.weight.shape if item.rows else item.weight.shape[::-1]
+        m, n = item.weight.shape
+        self.channels, self.k = (m, n) if item.rows else (n, m)
         self.item, self.dtype = replace(item, grad=item.weight), item.grad.dtype
         self.device = item.weight.device
         self.held: Tensor | None = None
@@ -140,7 +141,8 @@ class LowRankBatch:
 
     def _bytes(self, hyper: Hyper) -> Bytes:
         return low_rank_bytes(
-            *self.shape,
+            self.channels,
+            self.k,
             self.item.exp_avg.shape[1],
             self.dtype,
             decays=bool(hyper.weight_decay),

@@ -196,8 +196,8 @@ class Builder:
             stand_ins.append(StandIn(other, index))
             grads = other
         for j, name in enumerate(("exp_avg", "exp_avg_sq")):
-            own = address(moments[j]) == address(state[name]) and moments[j].is_contiguous()
-            if not own:
+            same = address(moments[j]) == address(state[name])
+            if not (same and moments[j].is_contiguous()):
                 moments[j] = torch.empty(shape, dtype=moments[j].dtype, device=p.device)
                 stand_ins.append(StandIn(moments[j], state[name]))
         if address(norms) != address(state["update_norm"]):
