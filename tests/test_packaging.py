@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(900)  # nvcc, where another worker has the other core
 
 
 def run(*command, cwd=ROOT, **environment):
