@@ -159,6 +159,10 @@ struct TileLayout {
   static constexpr int kShared = kStages * kStage;
   static_assert(kShared <= kSharedLimit);
   static_assert(8 * kTileThreads * 4 <= kShared, "q's scratch lies in the stages");
+  // Stages lie in a ring: the one that is multiplied half of it away from the one that is made.
+  APOLLO_DEVICE static const unsigned char* opposite(unsigned char* stage, unsigned char* shared) {
+    return stage < shared + kShared / 2 ? stage + kShared / 2 : stage - kShared / 2;
+  }
   APOLLO_DEVICE static unsigned char* after(unsigned char* stage, unsigned char* shared) {
     return stage == shared + (kShared - kStage) ? shared : stage + kStage;
   }
@@ -172,7 +176,9 @@ struct TileLayout {
 template <int AHEAD>
 struct Turns {
   APOLLO_DEVICE void begin() {}
-  APOLLO_DEVICE void next() { __syncthreads(); }  // the stages were made and read by all
+  APOLLO_DEVICE void next() {
+    __syncthreads();  // the next stage is there, and this one was read by all
+  }
   APOLLO_DEVICE void end() {}
 };
 template <>
@@ -302,11 +308,10 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   // arithmetic are busy at once.
   constexpr int kAhead = Layout::kAhead * kStep;
   const bool makes_first = threadIdx.x / 128 % 2 == 0;
-  unsigned char *multiplied = shared + Layout::kAhead * Layout::kStage, *made = shared;
+  unsigned char* to_smem = shared;
   const auto turn = [&](auto is_whole, int k) {
     constexpr bool WHOLE = decltype(is_whole)::value;
-    const unsigned char* from_smem = multiplied;
-    unsigned char* to_smem = made;
+    const unsigned char* from_smem = Layout::opposite(to_smem, shared);
     const auto make = [&] {
       if (!WHOLE && k + kAhead >= length) return;
       stage.store(to_smem);
@@ -317,8 +322,7 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
     if (WHOLE || k >= 0) product.add(from_smem, from_smem + Layout::kX);
     if (!makes_first) make();
     turns.next();
-    multiplied = Layout::after(multiplied, shared);
-    made = Layout::after(made, shared);
+    to_smem = Layout::after(to_smem, shared);
   };
   const int whole = stage.whole() ? length / kStep * kStep : 0;
 #pragma unroll 1

@@ -150,7 +150,7 @@ CUDA = [
     ),
     Mutant(
         "whole stages are loaded beyond the end", "csrc/project_mma.cuh",
-        "k + 4 * kStep <= whole", "k + 3 * kStep <= whole",
+        "k + kAhead + 3 * kStep <= whole", "k + kAhead + 2 * kStep <= whole",
         "test_cuda_batch.py::test_tiles_read_each_element_once_in_16_bytes_and_nothing_beyond"
         "[512-True]",
     ),
@@ -180,7 +180,7 @@ CUDA = [
     ),
     Mutant(
         "K is not counted down", "csrc/project_mma.cuh",
-        "length - (k + 2 * kStep)", "length",
+        "length - (k + kAhead + kStep)", "length",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.float32-sliced]",
     ),
     Mutant(

@@ -21,8 +21,7 @@ FLAGS = {
 
 # Every barrier of csrc, by its file and comment: without one, most results here stay the same.
 BARRIERS = [
-    ("before the product", "project_mma.cuh", "one per step"),
-    ("before the stages become scratch", "project_mma.cuh", "the stages become scratch"),
+    ("between two turns", "project_mma.cuh", "the next stage is there, and this one was read by all"),
     ("before squares are summed", "project_mma.cuh", "all rows of squares are there"),
     ("after squares are summed", "project_mma.cuh", "scratch is free again"),
     ("before a tile's norms", "project_epilogue.cuh", "all warps' sums are there"),
@@ -41,6 +40,8 @@ BARRIERS = [
 BUGS = [
     *((f"no barrier {place}", "thread", file, f"__syncthreads();  // {comment}", f"// {comment}")
       for place, file, comment in BARRIERS),
+    ("no scheduler waits for the others", "thread", "project_mma.cuh",
+     "wait_at<kTileThreads>(own);", "arrive_at<kTileThreads>(own);"),
     ("a row read past its end", "address", "common.cuh",
      "values[i] = i < n ? from[i] : T{};", "values[i] = i <= n ? from[i] : T{};"),
     ("a row written past its end", "address", "common.cuh",

@@ -165,6 +165,7 @@ int main(int argc, char**) {
       low_rank(130, 70, rank, kBfloat16, kBfloat16, {false, kRademacher, one, false});
       low_rank(300, 1100, rank, kBfloat16, kBfloat16, {true, kRademacher, !one, true});
     }
+    low_rank(130, 70, 8, kFloat32, kFloat32, {true, kRademacher, false, false});
     low_rank(130, 70, 2, kBfloat16, kBfloat16, {false, kGaussian, false, false});
     low_rank(34, 1024, 1, kBfloat16, kBfloat16, {true, kRademacher, false, false});
     for (const bool by_row : {true, false}) {
