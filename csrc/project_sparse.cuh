@@ -176,14 +176,14 @@ APOLLO_DEVICE void finish_sparse(const Matrix& p, const Launch& launch, const Sp
   const int j0 = int(at.tile) * rows, slots = int(at.share.slots);
   const int rank = int(p.rank), left = rank - j0 < rows ? rank - j0 : rows;
   const int lanes = rows <= 8 * kTogether ? 8 : rows <= 16 * kTogether ? 16 : 32;
-  const int lane = int(threadIdx.x) % lanes;
+  const int thread = thread_again(), lane = thread % lanes;
   float *exp_avg = p.exp_avg, *exp_avg_sq = p.exp_avg_sq, *r_workspace = r_of(p, launch, at.chunk);
   float* norms = r_of(p, launch, 0) + int64_t(at.tile) * p.channels;
   const int64_t channels = p.channels, other_norms = p.rank_tiles * p.channels;
 #pragma unroll 1
   for (int first = 0; first < CHANNELS && at.c0 + first < channels;
        first += kSparseThreads / lanes) {
-    const int channel = first + int(threadIdx.x) / lanes;
+    const int channel = first + thread / lanes;
     const int64_t c = at.c0 + channel, entry = c * rank + j0;
     const float* from_smem = sums_smem + of_channel(channel);
     const int end = c < channels ? left : 0;
@@ -240,7 +240,7 @@ APOLLO_DEVICE void sparse_by_row(const Launch& launch, float* sums_smem) {
   constexpr int kAhead = E == 4 ? 1 : E == 8 ? 2 : 4;  // blocks of K that are loaded ahead
   const Matrix& p = matrix_of(launch);
   const auto at = SparsePlace::of(p, E, 32, kSparseWarps * kChannels);
-  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+  const int thread = thread_again(), lane = thread % 32, warp = thread / 32;
   const uint32_t rank = uint32_t(p.rank), slots = at.share.slots;
   uint32_t slot = uint32_t(lane) / at.share.width;
   uint32_t unit = at.tile * at.share.width + uint32_t(lane) % at.share.width;
@@ -352,7 +352,7 @@ APOLLO_DEVICE void sparse_by_column(const Launch& launch, float* sums_smem) {
   constexpr int kLoad = Shape::kLoad, kRows = Shape::kRows, kAhead = Shape::kAhead;
   const Matrix& p = matrix_of(launch);
   const auto at = SparsePlace::of(p, kRows, kSparseWarps, Shape::kChannels);
-  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+  const int thread = thread_again(), lane = thread % 32, warp = thread / 32;
   const uint32_t rank = uint32_t(p.rank), slots = at.share.slots;
   const uint32_t slot = uint32_t(warp) / at.share.width;
   const uint32_t j0 = (at.tile * at.share.width + uint32_t(warp) % at.share.width) * kRows;
@@ -439,11 +439,11 @@ APOLLO_DEVICE void sparse_by_column(const Launch& launch, float* sums_smem) {
     squares_smem[warp * Shape::kChannels + lane * kLoad + e] = squares[e];
   }
   __syncthreads();  // the sums of all rank rows are there
-  const int thread = int(threadIdx.x);
-  if (thread < Shape::kChannels && at.c0 + thread < p.channels) {
+  const int channel = thread_again();
+  if (channel < Shape::kChannels && at.c0 + channel < p.channels) {
     float sum = 0.0f;
-    for (int i = 0; i < kSparseWarps; ++i) sum += squares_smem[i * Shape::kChannels + thread];
-    q_of(p, launch, int64_t(at.chunk) * at.share.tiles + at.tile)[at.c0 + thread] = sum;
+    for (int i = 0; i < kSparseWarps; ++i) sum += squares_smem[i * Shape::kChannels + channel];
+    q_of(p, launch, int64_t(at.chunk) * at.share.tiles + at.tile)[at.c0 + channel] = sum;
   }
   finish_sparse<Shape::kChannels>(p, launch, at, int(at.share.width) * kRows, sums_smem,
                                   of_channel);

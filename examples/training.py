@@ -141,6 +141,15 @@ class Run:
         values = (v for state in self.optimizer.state.values() for v in state.values())
         return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
 
+    def weight_bytes(self) -> int:
+        """Of the model's parameters; of an int8 weight its codes and grids."""
+
+        def parts(p: torch.Tensor) -> list[torch.Tensor]:
+            names = p.__tensor_flatten__()[0] if hasattr(p, "__tensor_flatten__") else []
+            return [getattr(p, name) for name in names] or [p]
+
+        return sum(t.numel() * t.element_size() for p in self.model.parameters() for t in parts(p))
+
     def save(self, path: Path) -> None:
         """Writes to a temporary file first: a kill leaves the old checkpoint whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
