@@ -237,7 +237,7 @@ def _weights(module: nn.Module, mode: Mode, rank: int | None, hidden: int) -> li
 def _weight(name: str, p: Tensor, group: dict[str, Any], mode: Mode) -> _Weight:
     layout = state.layout_of(p, group)
     weight = gradient = p.numel() * p.element_size()
-    int8 = mode.int8 and p.dim() == 2
+    int8 = mode.int8 and layout is not None  # quantize_ and the low-rank group choose alike
     if int8:
         weight = p.numel() + 4 * p.shape[0] * -(-p.shape[1] // INT8_GROUP)
     rounded = fake.int8_format(p.shape[1], INT8_GROUP) if int8 else ""

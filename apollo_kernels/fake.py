@@ -85,7 +85,7 @@ def low_rank_bytes(
     rounded: str = "",
     sparse: bool = False,
 ) -> Bytes:
-    """Of X [channels, k]; ``dtype``: of weight and gradient; ``rounded``: a key of ROUNDED, or ""."""
+    """Of X [channels, k]; ``dtype``: of weight and gradient; ``rounded``: a key of ROUNDED."""
     wide = compute_dtype(dtype).itemsize
     chunk, copy = _chunk((channels, k)), wide if dtype.itemsize < wide else 0
     r, several = wide * channels * rank, chunk < channels * k

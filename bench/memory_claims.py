@@ -216,8 +216,8 @@ def _replicated(model: nn.Module, *, views: bool) -> nn.Module:
 
 
 class _Reducer:
-    """DDP's, which orders its buckets anew after the first step, and reads numbers for it: not here.
-    The bytes are the same."""
+    """DDP's, but for the new order of buckets after the first step, which would read numbers; the
+    bytes are the same."""
 
     def __init__(self, own: Any):
         self.own = own
@@ -327,9 +327,15 @@ def estimated(run: Run) -> estimate.Estimate:
         run.optimizer, rule, moments, int8=run.int8, embeddings=run.embeddings, release=run.release
     )
     (found,) = estimate.estimate(
-        shape, dtype=getattr(torch, run.dtype), batch=run.batch, sequence=run.sequence, rank=run.rank, ddp=run.ddp, modes=[mode],
+        shape,
+        batch=run.batch,
+        sequence=run.sequence,
+        rank=run.rank,
+        dtype=getattr(torch, run.dtype),
+        ddp=run.ddp,
+        modes=[mode],
         checkpointing=[run.checkpointing],
-    )  # fmt: skip
+    )
     return found
 
 
@@ -402,9 +408,10 @@ def table(counted: Counted, names: list[str]) -> str:
     lines = [
         "# Memory claims",
         "",
-        "Peak bytes of one whole training step (forward, backward, optimizer), counted on fake tensors",
-        "by `bench/memory_claims.py`; GB are 1e9 bytes. Estimate: `python -m apollo_kernels estimate`.",
-        "bf16 weights, activations checkpointed per layer, sequence length 256 unless it says otherwise.",
+        "Peak bytes of one whole training step (forward, backward, optimizer), counted on fake",
+        "tensors by `bench/memory_claims.py`. GB are 1e9 bytes. The last column is how far off",
+        "`python -m apollo_kernels estimate` is. bf16 weights unless they are int8, activations",
+        "checkpointed per layer unless it says otherwise.",
     ]
     for name in names:
         lines += [""] + (_micro_batches(counted) if name == MICRO_BATCH else _claim(counted, name))
@@ -436,15 +443,16 @@ def _micro_batches(counted: Counted) -> list[str]:
     runs = micro_batch_runs()
     best = {label: largest_batch(run, CARD, counted) for label, run in runs.items()}
     lines = [
-        f"## The largest micro-batch of LLaMA-7B in {CARD:g} GB, and how many times AdamW's (paper: "
-        f"{PAPER:g})",
+        f"## The largest micro-batch of LLaMA-7B in {CARD:g} GB, and how many times AdamW's "
+        f"(paper: {PAPER:g})",
         "",
-        "AdamW is torch's fused one with bf16 moments (the other forms hold temporaries as large as the",
-        "weights). Both the batch and the next one were counted. DDP: its default, with gradients beside",
-        "their buckets. Bytes depend on batch x sequence alone, so the column of length 1024 follows from",
-        "the first; one point of it was counted.",
+        "AdamW is torch's fused one with bf16 moments; the other forms hold temporaries as large",
+        "as the weights. Both the batch and the next one were counted. DDP: its default, with",
+        "gradients beside their buckets. Bytes depend on batch x sequence alone, so the column of",
+        "length 1024 follows from the first; one point of it was counted.",
         "",
-        "| | batch at 256 | peak GB | next one | times AdamW, same mode | times plain AdamW | batch at 1024 |",
+        "| | batch at 256 | peak GB | next one | times AdamW, same mode | times plain AdamW "
+        "| batch at 1024 |",
         "|---|---|---|---|---|---|---|",
     ]
     for label, run in runs.items():
