@@ -21,7 +21,11 @@ FLAGS = {
 
 # Every barrier of csrc, by its file and comment: without one, most results here stay the same.
 BARRIERS = [
-    ("between two turns", "project_mma.cuh", "the next stage is there, and this one was read by all"),
+    (
+        "between two turns",
+        "project_mma.cuh",
+        "the next stage is there, and this one was read by all",
+    ),
     ("before squares are summed", "project_mma.cuh", "all rows of squares are there"),
     ("after squares are summed", "project_mma.cuh", "scratch is free again"),
     ("before a tile's norms", "project_epilogue.cuh", "all warps' sums are there"),
