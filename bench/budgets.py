@@ -26,6 +26,8 @@ PER_ELEMENT = "instructions per element"
 EIGHTS, SCALARS = "8-byte accesses", "scalar accesses"
 REGISTERS, OCCUPANCY = "registers", "occupancy"
 
+EVERY_ARCHITECTURE = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
 # Kernel -> instructions per element of its main loops.
 TARGETS = {
     "apply_update<bfloat16, bfloat16, ToNearest>": 12.0,
@@ -34,11 +36,13 @@ TARGETS = {
 }
 
 
-# (architecture, kernel) that spills today. It ends when they are mended: then the entry has to go.
+# (architecture, kernel) that spills today: 128 registers hold the sums, a stage and float64's
+# temporaries only just. It ends when they are mended: then the entry has to go.
 SPILLING = {
-    ("sm_100", "project_sparse<bfloat16>"),
-    ("sm_120", "project_sparse<bfloat16>"),
-    ("sm_120", "project_tiles<bfloat16, 128, Signs>"),
+    ("sm_80", "project_tiles<float16, 128, Gaussian>"),
+    ("sm_80", "project_tiles<float16, 128, Signs>"),
+    *((arch, "project_tiles<bfloat16, 128, ExactGaussian>") for arch in EVERY_ARCHITECTURE),
+    *((arch, "project_tiles<float16, 128, ExactGaussian>") for arch in ("sm_80", "sm_86", "sm_89")),
 }
 
 
