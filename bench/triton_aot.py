@@ -84,7 +84,7 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
     tiling = adamw.Tiling(uint8, bf16, F32, True, GROUP=128)._asdict()
     yield "adamw int8", adamw._adamw, {**tiling, "num_warps": 8}
     for moments in (bf16, uint8):
-        tiling = adamw.Tiling(bf16, bf16, moments, True)._asdict()
+        tiling = adamw.Tiling.of(bf16, bf16, moments, True)._asdict()
         yield f"adamw bf16, {moments} moments", adamw._adamw, {**tiling, "num_warps": 8}
     yield "combine", scale._combine, {
         "ALIGNED": True, "BR": 128, "BC": scale.COMBINE, "SPARSE": False,

@@ -232,7 +232,8 @@ def _adamw(
 
 
 class Tiling(NamedTuple):
-    """Which kernel a dense parameter takes: 4096 elements, 16 of each of 256 threads."""
+    """Which kernel a dense parameter takes: BLOCK elements of 256 threads. Where moments are codes
+    of a byte, 8 per thread are as many as registers hold."""
 
     T: tl.dtype
     G_T: tl.dtype
@@ -240,6 +241,10 @@ class Tiling(NamedTuple):
     ALIGNED: bool
     BLOCK: int = 4096
     GROUP: int = 0
+
+    @classmethod
+    def of(cls, weight: tl.dtype, grad: tl.dtype, moments: tl.dtype, aligned: bool, group: int = 0):
+        return cls(weight, grad, moments, aligned, 2048 if moments == tl.uint8 else 4096, group)
 
 
 def begin(table: Tensor, space: Tensor, bad: Tensor, signals: Signals, hyper: Hyper) -> None:

@@ -310,9 +310,9 @@ class DenseBatch(_Launcher):
             others = (row.weight, row.exp_avg, row.exp_avg_sq, row.size)
             vectors.append(all(number % 16 == 0 for number in others))
             aligned = vectors[-1] and row.grad % 16 == 0
-            tiling = adamw.Tiling(
+            tiling = adamw.Tiling.of(
                 *(element(t.dtype) for t in (item.weight, item.grad, item.exp_avg)), aligned,
-                GROUP=group,
+                group=group,
             )  # fmt: skip
             tiles.append((tiling, triton.cdiv(row.size, tiling.BLOCK)))
         self._space = torch.zeros(_RECORD * len(items), dtype=torch.float32, device=device)
