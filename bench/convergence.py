@@ -88,10 +88,11 @@ def base_settings(device: torch.device) -> training.Settings:
 
 
 def kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The run in the file, or None if there is none with these settings."""
+    """The run in the file, or None if there is none with these settings. Settings that came later
+    than the run were at their defaults."""
     with contextlib.suppress(OSError, json.JSONDecodeError):
         run: dict[str, Any] = json.loads(path.read_text())
-        if run["settings"] == settings:
+        if {**as_json(training.Settings()), **run["settings"]} == settings:
             return run
     return None
 
