@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
 .PHONY: help demo test test-ptx test-sanitizers test-mutants lint format bench kernel-report gpu-check wheel clean
 help:
-	@echo "make demo    pre-train a small LLaMA with AdamW, APOLLO and APOLLO-Mini; a table and a PNG"
+	@echo "make demo    pre-train a small LLaMA with AdamW, APOLLO, Mini and int8 Mini; a table and a PNG"
 	@echo "make test    the whole suite        make lint   ruff, clang-format, mypy"
 	@echo "make bench   roofline, the verbs, and a step next to the peers that are installed"
 	@echo "make test-ptx       what nvcc and Triton compile, run by an interpreter: an hour"
