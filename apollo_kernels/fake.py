@@ -5,7 +5,8 @@ of a 7B model runs on any machine, and a tracker sees what it allocates. Everyth
 is the optimizer's own code. The verbs here hold as many bytes as those of reference.py do, for as
 long; tests/test_memory_claims.py compares the two. That is an upper bound for the kernels, whose
 workspace is a few floats per channel. Not counted: the temporaries of drawing a projection (kernels
-and the compiled generator have none), and the projections that a CPU keeps (cpu.ProjectionCache).
+and the compiled generator have none), the projections that a CPU keeps (cpu.ProjectionCache), and
+what narrow dense moments (dense_state) are widened into.
 """
 
 from __future__ import annotations

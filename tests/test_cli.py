@@ -1,6 +1,7 @@
 """``python -m apollo_kernels info`` says what runs and why."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -25,6 +26,16 @@ def test_info_json_is_machine_readable():
     out = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert out["devices"]["cpu"]["runs"] == "torch"
     assert out["native_module"]["present"] is True
+
+
+def test_a_reader_that_stops_reading_causes_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "apollo_kernels", "info"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd="/")
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr == ""
 
 
 def test_info_tells_why_the_native_module_is_missing(monkeypatch):
