@@ -483,7 +483,7 @@ class APOLLO(torch.optim.Optimizer):
     def _state_is_whole(self, p: Tensor, group: dict[str, Any]) -> bool:
         """A dense parameter whose weight or moments were narrowed in mid-run lacks a key alone."""
         own = self.state.get(p) or {}
-        return bool(own) and ("seed" in own or not state.needs_key(p, group))
+        return len(own) > 0 and ("seed" in own or not state.needs_key(p, group))
 
     def _places(self) -> Mapping[Tensor, checks.Place]:
         """Where every parameter stands; ValueError for one that stands twice."""
