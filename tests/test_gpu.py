@@ -56,7 +56,10 @@ def kernels(backend):
 
 
 def test_the_fast_logarithm_keeps_its_promise_for_every_u1():
-    """All 2^23 of them: a positive logarithm would have been a NaN in Z (csrc/philox.cuh)."""
+    """All 2^23 of them: a positive logarithm would have been a NaN in Z (csrc/philox.cuh).
+
+    PTX promises 2^-22, of the logarithm where that is beyond 1, to which comes u1's own rounding.
+    """
     sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
     import card_facts
 
