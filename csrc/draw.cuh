@@ -91,53 +91,58 @@ APOLLO_DEVICE int swizzled(int row, int chunk) {
 }
 
 // Z of rank rows j0.. in shared memory, a stage after the other, in rows of 64 bytes. Rows beyond
-// the rank are drawn, too: no R of theirs is stored. The words of a stage are worked out beside the
-// entries of the one before, so that integer products and special functions are busy at once; for
-// the same reason half of the warps begin with the words, and half with the entries.
-template <int RANKS, class DISTRIBUTION>
+// the rank are drawn, too: no R of theirs is stored. AHEAD: the words of a stage are worked out
+// beside the entries of the one before, so that integer products and special functions are busy at
+// once; for the same reason half of the warps begin with the words, and half with the entries. It
+// takes registers, which not every kernel has.
+template <int RANKS, class DISTRIBUTION, bool AHEAD>
 struct Drawing {
   static constexpr int kCalls = RANKS * 8 / kTileThreads;  // (row, t, block of 16) per thread
-  static constexpr int kHeld = DISTRIBUTION::kCallLength > kStep ? 1 : kCalls;
-  using Held = Words[kHeld];
+  static constexpr bool kServesMany = DISTRIBUTION::kCallLength > kStep;  // stages by one call
+  static constexpr bool kHolds = AHEAD || kServesMany;
+  static constexpr int kWords = kServesMany ? 1 : kCalls;
+  using CallWords = Words[kWords];
   Stream stream;
   uint32_t block;  // this thread's first one in a stage
   int dst_smem;
-  Held held;  // of the next stage
+  CallWords held;  // of the next stage
 
   APOLLO_DEVICE void begin(const Matrix& p, int j0, uint32_t epoch, uint32_t k0) {
     const uint32_t row = threadIdx.x / 4 % RANKS, t = threadIdx.x % 4;
     stream = Stream::of(p, epoch, uint32_t(j0) + row, t);
     block = kCalls == 2 ? 0 : threadIdx.x / (4 * RANKS);
     dst_smem = swizzled<64>(int(row), int(2 * block)) + 4 * int(t);
-    call(held, k0);
+    if constexpr (kHolds) call(held, k0);
   }
 
   // The next stage, which begins at k0.
   APOLLO_DEVICE void store(unsigned char* z_smem, uint32_t k0) {
     const uint32_t next = k0 + kStep;
-    const bool called = next % DISTRIBUTION::kCallLength == 0;
-    if (threadIdx.x / 128 % 2 != 0) {
-      Held words;
+    CallWords words;
+    if constexpr (!kHolds) {
+      call(words, k0);
+      store(z_smem, k0, words);
+    } else if (AHEAD && threadIdx.x / 128 % 2 != 0) {
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) words[i] = held[i];
-      if (called) call(held, next);
+      for (int i = 0; i < kWords; ++i) words[i] = held[i];
+      if (next % DISTRIBUTION::kCallLength == 0) call(held, next);
       store(z_smem, k0, words);
     } else {
       store(z_smem, k0, held);
-      if (called) call(held, next);
+      if (next % DISTRIBUTION::kCallLength == 0) call(held, next);
     }
   }
 
-  APOLLO_DEVICE void call(Held& words, uint32_t k0) const {
+  APOLLO_DEVICE void call(CallWords& words, uint32_t k0) const {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < kWords; ++i) {
       words[i] = DISTRIBUTION::words(stream, k0, block + uint32_t(i));
     }
   }
-  APOLLO_DEVICE void store(unsigned char* z_smem, uint32_t k0, const Held& words) const {
+  APOLLO_DEVICE void store(unsigned char* z_smem, uint32_t k0, const CallWords& words) const {
 #pragma unroll
     for (int i = 0; i < kCalls; ++i) {
-      const Pairs z = DISTRIBUTION::pairs(words[i % kHeld], k0, block + uint32_t(i));
+      const Pairs z = DISTRIBUTION::pairs(words[i % kWords], k0, block + uint32_t(i));
       *reinterpret_cast<uint32_t*>(z_smem + (dst_smem ^ 32 * i)) = z.low;
       *reinterpret_cast<uint32_t*>(z_smem + (dst_smem ^ 32 * i ^ 16)) = z.high;
     }

@@ -125,6 +125,10 @@ APOLLO_DEVICE Place place_of(const Matrix& p) {
           block / rank_tiles / channel_tiles};
 }
 
+// bf16 with normals by fast functions or signs: what is trained with, and what has registers left.
+template <class T, class DISTRIBUTION>
+constexpr bool kIsFast = kPieces<T> == 1 && !std::is_same_v<DISTRIBUTION, ExactGaussian>;
+
 template <class T, int RANKS, class DISTRIBUTION, bool BY_ROW, bool SQUARES>
 APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned char* shared) {
   using Layout = TileLayout<T, RANKS>;
@@ -135,7 +139,7 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   const int steps = (length + kStep - 1) / kStep;
 
   Source<T, BY_ROW, SQUARES> source;
-  Drawing<RANKS, DISTRIBUTION> drawing;
+  Drawing<RANKS, DISTRIBUTION, kIsFast<T, DISTRIBUTION>> drawing;
   TileProduct<T, RANKS, BY_ROW> product;
   source.begin(p, place.c0, k_begin, length);
   drawing.begin(p, place.j0, epoch_of(p, launch), uint32_t(k_begin));
@@ -170,12 +174,11 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   finish_tile(product, matrix, launch, end.c0, end.j0, end.chunk, scratch, thread);
 }
 
-// Where a tile's rank does not fit one block, the first block sums squares for all. Only for bf16's
-// fast distributions is the time that the others save worth a loop of their own.
+// Where a tile's rank does not fit one block, the first block sums squares for all. Only in the fast
+// kernels is the time that the others save worth a loop of their own.
 template <class T, int RANKS, class DISTRIBUTION, bool BY_ROW>
 APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned char* shared) {
-  constexpr bool kExact = std::is_same_v<DISTRIBUTION, ExactGaussian>;
-  if constexpr (RANKS == 128 && kPieces<T> == 1 && !kExact) {
+  if constexpr (RANKS == 128 && kIsFast<T, DISTRIBUTION>) {
     if (place_of<Tile<T>::kChannels, RANKS>(p).j0 != 0) {
       project_tile<T, RANKS, DISTRIBUTION, BY_ROW, false>(p, launch, shared);
       return;

@@ -118,7 +118,8 @@ CUDA = [
     ),
     Mutant(
         "signs of the call's first word alone", "csrc/draw.cuh",
-        "kRademacher), k0);", "kRademacher), 0);",
+        "sign_word(words, k0);",
+        "sign_word(words, 0);",
         "test_kernels.py::test_the_kernels_draw_the_contracts_numbers[right-8-rademacher]",
     ),
     Mutant(
@@ -133,7 +134,7 @@ CUDA = [
         "test_kernels.py::test_every_pair_of_dtypes[8-(torch.float32, torch.float32)]",
     ),
     Mutant(
-        "float16 in one piece", "csrc/project_mma.cuh",
+        "float16 in one piece", "csrc/project_source.cuh",
         "constexpr int kPieces = pieces(kDtypeOf<T>);",
         "constexpr int kPieces = kDtypeOf<T> == kFloat16 ? 1 : pieces(kDtypeOf<T>);",
         "test_kernels.py::test_every_pair_of_dtypes[8-(torch.float32, torch.float16)]",
@@ -145,18 +146,21 @@ CUDA = [
     ),
     Mutant(
         "the last stage is not multiplied", "csrc/project_mma.cuh",
-        "k < length; k += kStep) {", "k + kStep < length; k += kStep) {",
+        "step < steps; step += kSteps",
+        "step + kSteps < steps; step += kSteps",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.float32-rows]",
     ),
     Mutant(
-        "whole stages are loaded beyond the end", "csrc/project_mma.cuh",
-        "k + kAhead + 3 * kStep <= whole", "k + kAhead + 2 * kStep <= whole",
+        "whole stages are loaded beyond the end", "csrc/project_source.cuh",
+        "Shape::kChannels ? length / kStep : 0;",
+        "Shape::kChannels ? length / kStep + 1 : 0;",
         "test_cuda_batch.py::test_tiles_read_each_element_once_in_16_bytes_and_nothing_beyond"
         "[512-True]",
     ),
     Mutant(
-        "narrow tiles are loaded whole", "csrc/project_mma.cuh",
-        "return wide && channels == Shape::kChannels;", "return wide;",
+        "narrow tiles are loaded whole", "csrc/project_source.cuh",
+        "whole = wide && channels == Shape::kChannels ?",
+        "whole = wide ?",
         "test_cuda_batch.py::test_tiles_read_each_element_once_in_16_bytes_and_nothing_beyond"
         "[360-False]",
     ),
@@ -174,18 +178,55 @@ CUDA = [
     ),
     Mutant(
         "a column of X not turned", "csrc/project_mma.cuh",
-        "(x_smem ^ 32 * m) + 16 * 2 * Tile<T>::kChannels * kk",
-        "(x_smem + 32 * m) + 16 * 2 * Tile<T>::kChannels * kk",
+        "(x_smem ^ 32 * m) + 16 * 128 * kk",
+        "(x_smem + 32 * m) + 16 * 128 * kk",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.bfloat16-columns]",
     ),
     Mutant(
-        "K is not counted down", "csrc/project_mma.cuh",
-        "length - (k + kAhead + kStep)", "length",
+        "nobody waits for copies", "csrc/project_source.cuh",
+        "    wait_for_copies();\n    if constexpr", "    if constexpr",
+        "test_cuda_batch.py::test_full_tiles_and_their_tails_take_the_steps_of_the_restatement"
+        "[rows-False]",
+    ),
+    Mutant(
+        "panels of channels lie one upon the other", "csrc/project_source.cuh",
+        "first() / 64 * kPanel", "0",
+        "test_cuda_batch.py::test_full_tiles_and_their_tails_take_the_steps_of_the_restatement"
+        "[columns-False]",
+    ),
+    Mutant(
+        "the words of the stage before", "csrc/draw.cuh",
+        "DISTRIBUTION::words(stream, k0, block + uint32_t(i));\n    }",
+        "DISTRIBUTION::words(stream, k0 - kStep, block + uint32_t(i));\n    }",
+        "test_kernels.py::test_the_kernels_draw_the_contracts_numbers[right-8-gaussian]",
+    ),
+    Mutant(
+        "moments of the step before", "csrc/project_epilogue.cuh",
+        "Moments& at = held[step % 2];", "Moments& at = held[(step + 1) % 2];",
+        "test_cuda_batch.py::test_full_tiles_and_their_tails_take_the_steps_of_the_restatement"
+        "[rows-False]",
+    ),
+    Mutant(
+        "nobody squares for the other rank tiles", "csrc/project_mma.cuh",
+        "p).j0 != 0) {", "p).j0 == 0) {",
+        "test_cuda_batch.py::test_full_tiles_and_their_tails_take_the_steps_of_the_restatement"
+        "[rows-False]",
+    ),
+    Mutant(
+        "sparse moments are not handed on", "csrc/project_sparse.cuh",
+        "    held = next;\n", "",
+        "test_cuda_batch.py::test_full_tiles_of_the_sparse_projection_meet_their_tails",
+    ),
+    Mutant(
+        "K is not counted down", "csrc/project_source.cuh",
+        "const int left = length - step * kStep;",
+        "const int left = length;",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.float32-sliced]",
     ),
     Mutant(
-        "channels beyond the last are read", "csrc/project_mma.cuh",
-        "row(i) < outer ? inner : 0", "inner",
+        "channels beyond the last are read", "csrc/project_source.cuh",
+        "row(i) < (BY_ROW ? channels : left) ? inner : 0",
+        "inner",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.float32-sliced]",
     ),
     Mutant(
@@ -194,8 +235,9 @@ CUDA = [
         "test_kernels.py::test_every_rank_and_orientation[std-8]",
     ),
     Mutant(
-        "tiles' offsets in 32 bits", "csrc/project_mma.cuh",
-        "outer * ld + inner", "int(outer * ld) + inner",
+        "tiles' offsets in 32 bits", "csrc/project_source.cuh",
+        "outer * ld + inner",
+        "int(outer * ld) + inner",
         "test_kernels.py::test_offsets_beyond_two_to_the_31[std-True-8]",
     ),
     Mutant(

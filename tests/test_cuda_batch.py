@@ -684,7 +684,7 @@ def test_full_tiles_of_the_sparse_projection_meet_their_tails():
         for rank in (8, 24, 64, 256, 384)
         for dtype in (F32, BF16, F16)
     ]  # fmt: skip
-    compare(items, hyper(distribution="sparse"))
+    compare(items, hyper(distribution="sparse"), steps=2)
 
 
 @pytest.mark.parametrize("rank", [8, 64, 256, 512])
@@ -714,6 +714,19 @@ def test_tiles_read_each_element_once_in_16_bytes_and_nothing_beyond(module, cha
         module.watch(buffer.data_ptr(), buffer.numel() * buffer.element_size())
         batch.project(hyper(), signals())
         assert module.watched_bytes() == front.numel() * front.element_size()
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_full_tiles_and_their_tails_take_the_steps_of_the_restatement(order, separate):
+    """Two whole tiles of channels and a part of one; of K several turns, the last one not full.
+    Beyond rank 128 the second block of a channel tile leaves the squares to the first."""
+    items = [
+        low_rank((520, 168), rank, True, grad=dtype, order=order, key=rank)
+        for rank in (16, 64, 128, 200)
+        for dtype in (F32, BF16, F16)
+    ]
+    compare(items, separate=separate)
 
 
 def test_every_switch_takes_sparse_steps_too():
