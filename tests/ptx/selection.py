@@ -97,8 +97,10 @@ def sectors() -> list[Case]:
         for (dtype, count), rows in axes for rank, proj in kinds[:count]
     ]  # fmt: skip
     dense = ((BF16, F32), (F32, F32), (BF16, BF16), (BF16, INT8))
-    found += [Case(((32768,),), weight=dtype, grad=dtype, steps=1, moments=stored)
-              for dtype, stored in dense]
+    found += [
+        Case(((32768,),), weight=dtype, grad=dtype, steps=1, moments=stored)
+        for dtype, stored in dense
+    ]
     codes = [(grad, rank) for grad in (BF16, F32) for rank in (1, 0)]
     return found + [Case(((128, 256),), rank, weight=INT8, grad=grad, steps=1, hyper=TENSOR)
                     for grad, rank in codes]  # fmt: skip
