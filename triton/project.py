@@ -110,6 +110,9 @@ def _project(
     else:
         acc = tl.zeros((BK if BR == 1 else BR, BC), tl.float32)
     q = tl.zeros((BK, BC), tl.float32)
+    # SWAPPED: both operands lie in shared memory, x as its copies have left it. With z as the left
+    # one Triton would keep it in registers, let wgmma go on into the next turn, and draw the next z
+    # into the same registers (its issue 9433; on an H200 a rademacher R was wrong by 7 %).
     for k0 in range(begin, end, BK):
         x = tl.load(x_at, mask=(c < channels)[None, :] & (k0 + k < size)[:, None], other=0)
         z = to_bf16(draw(key, epoch, r_tile * BR, k0, BR, BK, SIGNS, EXACT, FAST))
@@ -166,7 +169,7 @@ def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
 
     128 channels share an entry of z: at rank 128 its 14 slots then fit into the time in which an
     H200 reads 128 bf16 weights (15 slots each), and other cards have more slots per byte. 128 x 128
-    float32 sums take 64 registers of 256 threads. Along K, whole 128-byte lines are best; mma.sync
+    float32 sums take 64 registers of 256 threads. wgmma takes 64 rows of its left operand at once. Along K, whole 128-byte lines are best; mma.sync
     holds both operands in registers beside the sums, and half a line is what fits without spills.
     Rank 1 streams G through registers, 32 bytes per thread, in segments of 256 bytes or more.
     """
