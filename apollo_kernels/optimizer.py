@@ -488,7 +488,8 @@ class APOLLO(torch.optim.Optimizer):
         ]
         if not new:
             return
-        seed, taken, called = self.defaults["seed"], self._taken_keys(), dict[int, list[str]]()
+        seed, taken = self.defaults["seed"], self._taken_keys()
+        called: dict[int, list[str]] = {}  # of groups
         for p, group in new:
             if self.state[p] is None:
                 self.state[p] = {}
