@@ -37,8 +37,8 @@ _SCALER = (
 )
 _DISTRIBUTED = (
     "gradient release does not work under DistributedDataParallel: {name} would be stepped before "
-    "its gradient is averaged over the ranks. Nor would it save memory there, since buckets hold all "
-    "gradients at once. Train without gradient release, or on one process"
+    "its gradient is averaged over the ranks. It would save no memory there either: buckets hold "
+    "all gradients at once. Train without gradient release, or on one process"
 )
 
 

@@ -17,7 +17,7 @@ if not HAS_GPU:  # decided when Triton is imported: its kernels run interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# Warnings that tests cause on purpose, all over: they step twins, which share keys, clamp ranks, and
+# Warnings that tests cause on purpose, all over: they clamp ranks, step twins that share keys, and
 # overflow where a kernel must keep what it has (NumPy tells of that inside of Triton's interpreter,
 # as a card does not).
 EXPECTED = [

@@ -5,6 +5,7 @@ imported torch once, so that further processes start in a moment.
 """
 
 import multiprocessing
+import pickle
 import tempfile
 import traceback
 from pathlib import Path
@@ -50,7 +51,7 @@ def _answer(rank, process, pipe):
     if not pipe.poll(TIMEOUT):
         return False, f"no answer in {TIMEOUT} s"
     try:
-        return pipe.recv()
+        return pickle.loads(pipe.recv_bytes())
     except EOFError:
         process.join()
         return False, f"ended with {process.exitcode}"
@@ -63,8 +64,13 @@ def _child(pipe, folder, rank, world, function, arguments):
         torch.set_num_threads(1)
         store = distributed.FileStore(str(Path(folder) / "store"), world)
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-        pipe.send((True, function(rank, *arguments)))
+        _send(pipe, (True, function(rank, *arguments)))
         distributed.barrier()
         distributed.destroy_process_group()
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        _send(pipe, (False, traceback.format_exc()))
+
+
+def _send(pipe, value):
+    """By value: torch's own way for tensors, in shared memory, ends with the process."""
+    pipe.send_bytes(pickle.dumps(value))

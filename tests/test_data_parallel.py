@@ -60,7 +60,7 @@ def equal(found):
     assert len(set(found[0])) == len(found[0]) > 1
 
 
-# ---- DistributedDataParallel -----------------------------------------------------------------------
+# ---- DistributedDataParallel ---------------------------------------------------------------------
 
 OPTIMIZERS = {
     "channel": dict(rank=4),
@@ -113,7 +113,7 @@ def test_replicas_are_equal_however_gradients_are_reduced(how):
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_replicas_are_equal_whatever_is_drawn(kind):
-    equal(processes.run(replicas, kind, "views", 130))
+    equal(processes.run(replicas, kind, "views", 100))
 
 
 def joined(rank):
@@ -145,16 +145,14 @@ def joined(rank):
 
 
 def test_replicas_are_equal_after_join():
-    (common, weights, behind, after), (common_1, weights_1, behind_1, after_1) = processes.run(
-        joined
-    )
-    equal([common, common_1])
-    assert all(torch.equal(p, q) for p, q in zip(weights, weights_1, strict=True))
-    assert behind != behind_1
-    equal([after, after_1])
+    common, weights, behind, after = zip(*processes.run(joined), strict=True)
+    equal(common)
+    assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
+    assert behind[0] != behind[1]
+    equal(after)
 
 
-# ---- gradient release ------------------------------------------------------------------------------
+# ---- gradient release ----------------------------------------------------------------------------
 
 
 def released(rank, how):
@@ -184,7 +182,7 @@ def test_gradient_release_is_refused_on_every_rank(how):
         assert untouched
 
 
-# ---- ZeroRedundancyOptimizer -----------------------------------------------------------------------
+# ---- ZeroRedundancyOptimizer ---------------------------------------------------------------------
 
 
 def redundancy_free(rank, maker, views, world=2):
@@ -222,10 +220,8 @@ def redundancy_free(rank, maker, views, world=2):
     parts = parted()
     parts.load_state_dict(saved[0])
     train(range(50, 75))
-    keys = {
-        n: whole.state[p]["seed"] for n, p in models[1].module.named_parameters() if p.dim() > 1
-    }
-    return own, keys
+    called = models[1].module.named_parameters()
+    return own, {name: whole.state[p]["seed"] for name, p in called if p.dim() > 1}
 
 
 @pytest.mark.parametrize("views", [False, True])
