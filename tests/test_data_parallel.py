@@ -234,18 +234,19 @@ def test_zero_redundancy_is_the_whole_optimizer_in_parts(maker, views):
 
 
 def joined_without_redundancy(rank):
-    """Each rank steps its part for those that have ended, so that no state is left behind."""
+    """A rank that has ended steps its part on, so that no state is left behind; what the others
+    reduce reaches it in the buckets, of which its gradients are views."""
     from torch.distributed.algorithms.join import Join
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    replica = DistributedDataParallel(net())
+    replica = DistributedDataParallel(net(), gradient_as_bucket_view=True)
     optimizer = ZeroRedundancyOptimizer(apollo(replica, rank=4), optimizer_class=APOLLO, lr=1e-2)
 
     def train(steps):
         for step in steps:
             backward(replica, batch(rank, step))
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
 
     with Join([replica, optimizer]):
         train(range(10 if rank else 25))
