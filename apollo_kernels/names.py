@@ -39,7 +39,7 @@ def number(name: str) -> int:
 
 def remember(model: nn.Module) -> None:
     """From now on ``model`` may be asked, as long as it lives."""
-    _models[:] = [known for known in _models if known() not in (None, model)]
+    _models[:] = [k for k in _models if k() is not None and k() is not model]
     _models.append(weakref.ref(model))
 
 

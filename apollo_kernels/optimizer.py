@@ -80,7 +80,8 @@ class APOLLO(torch.optim.Optimizer):
     take decoupled AdamW. ``apollo_kernels.param_groups`` makes the groups of a model.
 
     Args
-        params: parameters or groups; a group may override every argument up to ``capturable``.
+        params: parameters, with names or without, or groups; a group may override every argument
+            up to ``capturable``. A name decides a parameter's projections, or else its position.
         lr: learning rate, a float or a 1-element tensor.
         betas, eps: of Adam, on the projected gradient.
         weight_decay: decoupled, as in AdamW.

@@ -247,9 +247,14 @@ def test_names_survive_a_copy(how):
     assert [copied.state[p]["seed"] for p in low_rank] == wanted
 
 
-def test_a_compiled_first_step_gives_the_same_keys(backend):
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_compiled_first_step_gives_the_same_keys(backend, copied):
+    """Nothing is hashed in a trace, not even where another process has made the optimizer."""
     model = net(backend)
     optimizer = APOLLO(apollo(model, rank=2))
+    if copied:
+        names._numbers.clear()
+        model, optimizer = copy.deepcopy((model, optimizer))
     fill(list(model.parameters()), backend)
     torch._dynamo.reset()
     torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)()
