@@ -212,7 +212,7 @@ class APOLLO(torch.optim.Optimizer):
             self._check_added(len(self.param_groups) - 1)
             if self._runtime.release is not None:
                 self._runtime.release.follow()
-        except ValueError:
+        except (ValueError, NotImplementedError):
             self.param_groups.pop()
             raise
         self._runtime.flat.add(added)
