@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from apollo_kernels import state as states
+from apollo_kernels.distributed import local
 from apollo_kernels.moments import DENSE_STATES, MOMENTS
 from apollo_kernels.quantized import stored
 
@@ -90,7 +91,9 @@ class MemoryReport:
 
 
 def tensor_bytes(values: Iterable[Any]) -> int:
-    return sum(t.numel() * t.element_size() for t in values if isinstance(t, Tensor))
+    """On this rank."""
+    own = [local(t) for t in values if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in own)
 
 
 def measure(
@@ -111,8 +114,8 @@ def measure(
             kind = _kind(p, group)
             row = rows.setdefault(kind, GroupMemory(f"{index}: {kind}", 0, 0, 0, 0, 0))
             row.parameters += 1
-            row.elements += p.numel()
-            row.weight_bytes += tensor_bytes(stored(p))
+            row.elements += local(p).numel()
+            row.weight_bytes += tensor_bytes(stored(local(p)))
             row.state_bytes += tensor_bytes(state.values())
             row.adamw_bytes += 2 * tensor_bytes([p])
         report.groups.extend(rows.values())
