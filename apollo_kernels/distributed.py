@@ -87,7 +87,7 @@ def check(p: Any, layout: Any, dense_state: str | None, name: Callable[[], str])
             refuse(placement, f"{known}, not {type(placement).__name__}")
     cuts = [d for d in _cuts(p) if d is not None]
     lead = 0 if layout is None else len(layout.batch)
-    for placement, d in zip(p.placements, _cuts(p), strict=True):
+    for i, (placement, d) in enumerate(zip(p.placements, _cuts(p), strict=True)):
         if d is None:
             continue
         if layout is None:
@@ -96,6 +96,10 @@ def check(p: Any, layout: Any, dense_state: str | None, name: Callable[[], str])
         elif d > lead + 1 or 0 < d < lead:
             sides = [0] if lead else []
             refuse(placement, f"only dimensions {[*sides, lead, lead + 1]} of it can be cut")
+        elif d == lead + 1 and not layout.rows and layout.n != p.shape[d]:
+            ranks = p.device_mesh.size(i)  # the moments [C, r] are cut in as many equal parts
+            if p.shape[d] % ranks:
+                refuse(placement, f"its {p.shape[d]} do not come out even on {ranks} ranks")
     narrow = layout is None and dense_state not in (None, "float32")
     if (layout is not None or narrow) and len(cuts) > len(set(cuts)):
         refuse(p.placements, "one dimension of it is cut by two dimensions of its mesh")
