@@ -31,7 +31,8 @@ def placed(whole, mesh, placements):
 
 
 def full(t):
-    return t.full_tensor() if hasattr(t, "full_tensor") else t.detach().clone()
+    """A copy of the whole; on one rank a DTensor's is its own memory."""
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t.detach()).clone()
 
 
 class Case:
@@ -85,6 +86,97 @@ def run(groups, dtype, mesh, steps, factor, options):
         return Case(groups, dtype, mesh, **options).train(steps, factor).result()
 
 
+def refused(placements, group, shape=(6, 4), at_construction=True):
+    """The message of the error with which a parameter is refused, and the number of groups then."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    known = {"p": Partial(), "s": _StridedShard(0, split_factor=2), "r": Replicate()}
+    kinds = [known.get(at) or Shard(int(at)) for at in placements]
+    mesh = mesh_of((2,) if len(kinds) == 1 else (2, 1))
+    whole = numbers(shape, 0, torch.float32)
+    local = whole if kinds[0].is_partial() else whole[:3] if "s" in placements else None
+    if local is None:
+        p = placed(whole, mesh, placements)
+    else:
+        p = DTensor.from_local(
+            local, mesh, kinds, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+    optimizer = APOLLO([("plain", torch.nn.Parameter(numbers((2, 2), 1)))])
+    try:
+        optimizer.add_param_group({"params": [("odd.weight", torch.nn.Parameter(p))], **group})
+    except NotImplementedError as error:
+        return str(error), len(optimizer.param_groups)
+    return None
+
+
+def one_rank_refuses(kind):
+    """A good step, then one that rank 1 refuses alone, or that ranks want differently; then a good
+    one again. What each rank raised, whether anything had changed, and the end."""
+    rank = distributed.get_rank()
+    low = {"rank": 4, "betas": (0.5, 0.9)}
+    case = Case([(low, [(6, 4), (4, 6)], "0"), ({"rank": None}, [(5,)], "0")], "float64", (2,))
+    with torch.no_grad():
+        case.step(0)
+        before = case.result()
+        if kind == "state" and rank == 1:
+            own = case.optimizer.state[case.params[1]]
+            kept, own["step"] = own["step"], torch.tensor(-1)
+        if kind == "gradient" and rank == 1:
+            case.params[2].requires_grad_(False)
+        if kind == "option" and rank == 1:
+            case.optimizer.param_groups[0]["lr"] = 0.5
+        try:
+            for i, p in enumerate(case.params):
+                p.grad = case.laid(numbers(p.shape, 7 + i), "0")
+            if kind == "gradient" and rank == 1:
+                case.params[2].grad = None
+            case.optimizer.step()
+            raised = None
+        except Exception as error:
+            raised = str(error)
+        if kind == "state" and rank == 1:
+            own["step"] = kept
+        case.optimizer.param_groups[0]["lr"] = 1e-3
+        same = all(
+            torch.equal(value, before[key])
+            for key, value in case.result().items()
+            if isinstance(value, torch.Tensor)
+        )
+        case.step(1)
+        return raised, same, case.result()
+
+
+def inf_on_one_rank():
+    """What a GradScaler's look at local gradients does where rank 1 alone has found an Inf."""
+    case = Case([({"rank": 4}, [(6, 4), (4, 6)], "0"), ({"rank": None}, [(5,)], "0")], "float64", (2,))
+    with torch.no_grad():
+        case.step(0)
+        before = case.result()
+        case.optimizer.grad_scale = torch.ones(())
+        case.optimizer.found_inf = torch.tensor(float(distributed.get_rank()))
+        case.step(1)
+        del case.optimizer.grad_scale, case.optimizer.found_inf
+        skipped = case.result()
+        case.step(2)
+    return before, skipped, case.result()
+
+
+def nonfinite(placements, scale_type):
+    """A NaN in rank 1's part of the second gradient: weights before and after, and the counters."""
+    low = {"rank": 4, "scale_type": scale_type}
+    case = Case([(low, [(6, 4), (4, 6)], placements)], "float32", (2,))
+    with torch.no_grad():
+        case.step(0)
+        before = case.result()
+        for i, p in enumerate(case.params):
+            whole = numbers(p.shape, 7 + i, torch.float32)
+            whole[-1, -1] = torch.nan
+            p.grad = case.laid(whole, placements)
+        case.optimizer.step()
+    return before, case.result()
+
+
 def identity(shapes, mesh, placements, proj):
     """M of a step whose gradient is the identity, with b1 = 0: the projection itself."""
     low = {"rank": 8, "betas": (0.0, 0.9), "proj": proj}
@@ -94,3 +186,165 @@ def identity(shapes, mesh, placements, proj):
             p.grad = case.laid(torch.eye(len(p), dtype=torch.float32, device="cpu"), placements)
         case.optimizer.step()
         return [full(case.optimizer.state[p]["exp_avg"]) for p in case.params]
+
+
+# ---- models under fully_shard --------------------------------------------------------------------
+
+
+def model():
+    """Odd sizes: matrices of both orientations, a vector that some ranks hold nothing of."""
+    torch.manual_seed(1)
+    of = torch.nn
+    body = [of.Embedding(11, 10), of.Linear(10, 17), of.GELU(), of.Linear(17, 10), of.LayerNorm(10)]
+    return of.Sequential(*body, of.Linear(10, 1, bias=False), of.Flatten(-2)).double()
+
+
+def loss_of(net, step, rank=0, world=1):
+    """Of this rank's share of a batch of 12 sequences."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(11, (12, 4), generator=generator)
+    goal = tokens.double().mean(1, keepdim=True).expand(-1, 4)
+    mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
+    return (net(tokens[mine]) - goal[mine]).square().mean()
+
+
+def optimizer_of(net, **options):
+    matrices = [(n, p) for n, p in net.named_parameters() if n in ("1.weight", "3.weight")]
+    taken = [n for n, _ in matrices]
+    rest = [(n, p) for n, p in net.named_parameters() if n not in taken]
+    low = {"params": matrices, "rank": 4, "update_proj_gap": 3, "lr": 0.02}
+    return APOLLO([low, {"params": rest, "lr": 0.01}], **options)
+
+
+def sharded_model(mesh, reshard=True, policy=None):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    net, mesh = model(), mesh_of(mesh)
+    options = {"mp_policy": MixedPrecisionPolicy(**policy)} if policy else {}
+    for layer in (net[1], net[3]):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, **options)
+    fully_shard(net, mesh=mesh, **options)
+    return net
+
+
+def fit(net, optimizer, steps, rank=0, world=1):
+    """Losses of the whole batch, which ranks share."""
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss = loss_of(net, step, rank, world)
+        loss.backward()
+        optimizer.step()
+        if world > 1:
+            loss = loss.detach() / world
+            distributed.all_reduce(loss)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def fsdp(mesh, steps, options, release=False, policy=None):
+    """Losses, weights and state of a model that fully_shard has cut."""
+    net = sharded_model(mesh, policy=policy)
+    optimizer = optimizer_of(net, **options)
+    if release:
+        optimizer.attach(net)
+    losses = fit(net, optimizer, steps, distributed.get_rank(), distributed.get_world_size())
+    return losses, contents(net, optimizer)
+
+
+def contents(net, optimizer):
+    found = {}
+    for name, p in net.named_parameters():
+        found[name, "weight"] = full(p.detach())
+        for key, value in optimizer.state[p].items():
+            found[name, key] = full(value) if isinstance(value, torch.Tensor) else value
+    return found
+
+
+def one_process(steps, options):
+    net = model()
+    optimizer = optimizer_of(net, **options)
+    return fit(net, optimizer, steps), contents(net, optimizer)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def stores(net, optimizer, flat=False):
+    from torch.distributed.checkpoint import state_dict as of
+
+    options = of.StateDictOptions(flatten_optimizer_state_dict=flat)
+    return {
+        "model": of.get_model_state_dict(net),
+        "optimizer": of.get_optimizer_state_dict(net, optimizer, options=options),
+    }
+
+
+def save(folder, mesh, steps, how="save"):
+    """Trains, saves through torch.distributed.checkpoint, trains on: losses, contents when saved."""
+    from torch.distributed import checkpoint
+
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    net = sharded_model(mesh)
+    optimizer = optimizer_of(net)
+    fit(net, optimizer, range(steps), rank, world)
+    saved = contents(net, optimizer)
+    content = stores(net, optimizer, flat=how == "flat")
+    if how == "async":
+        checkpoint.async_save(content, checkpoint_id=folder).result()
+    else:
+        checkpoint.save(content, checkpoint_id=folder)
+    return fit(net, optimizer, range(steps, steps + 4), rank, world), saved
+
+
+def load(folder, mesh, steps, how="save"):
+    """Loads what ``save`` has saved, on whatever number of ranks; without a mesh into plain
+    tensors. Contents then, and losses from there on."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict as of
+
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    net = sharded_model(mesh) if mesh else model()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(0.5)
+    optimizer = optimizer_of(net, seed=5)
+    content = stores(net, optimizer, flat=how == "flat")
+    checkpoint.load(content, checkpoint_id=folder)
+    options = of.StateDictOptions(flatten_optimizer_state_dict=how == "flat")
+    of.set_model_state_dict(net, content["model"])
+    of.set_optimizer_state_dict(net, optimizer, content["optimizer"], options=options)
+    found = contents(net, optimizer)
+    return fit(net, optimizer, range(steps, steps + 4), rank, world), found
+
+
+def whole_states(mesh, steps, given=None):
+    """The full state dicts of a sharded run on rank 0; or, if ``given``, a run that begins there."""
+    from torch.distributed.checkpoint import state_dict as of
+
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    net = sharded_model(mesh)
+    optimizer = optimizer_of(net)
+    if given is not None:
+        options = of.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        mine = given if rank == 0 else ({}, {})
+        of.set_model_state_dict(net, mine[0], options=options)
+        of.set_optimizer_state_dict(net, optimizer, mine[1], options=options)
+        found = contents(net, optimizer)
+        return fit(net, optimizer, range(steps, steps + 3), rank, world), found
+    losses = fit(net, optimizer, range(steps), rank, world)
+    options = of.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    states = of.get_model_state_dict(net, options=options)
+    return losses, states, of.get_optimizer_state_dict(net, optimizer, options=options)
+
+
+def own_state_dict(mesh, steps):
+    """A plain state_dict() of whole tensors, loaded into a sharded optimizer: each rank takes its
+    part. The contents then."""
+    plain = model()
+    optimizer = optimizer_of(plain)
+    fit(plain, optimizer, range(steps))
+    net = sharded_model(mesh)
+    other = optimizer_of(net)
+    other.load_state_dict(optimizer.state_dict())
+    return contents(net, other), contents(plain, optimizer)

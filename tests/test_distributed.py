@@ -1,5 +1,8 @@
 """Sharded parameters: a step over several ranks is the step of one process over whole tensors."""
 
+import re
+
+import helpers
 import pytest
 import ranks
 import sharded
@@ -195,3 +198,138 @@ def test_dense_shards_are_bit_for_bit_those_of_one_process(group, dense_state):
     groups = [({"rank": None, "dense_state": "int8"}, [(9,)], "0")]
     for own in group.run(2, sharded.run, groups, "float32", (2,), range(1), 1.0, {}):
         assert own[0, "exp_avg"].dtype == torch.float32
+
+
+# ---- what is refused, and by all ----------------------------------------------------------------
+
+LOW, CONVOLUTION = {"rank": 2}, (6, 4, 2)
+
+
+@pytest.mark.parametrize("placements, own, shape, words", [
+    ("p", LOW, (6, 4), "Partial"),
+    ("s", LOW, (6, 4), "_StridedShard"),
+    ("s", {}, (6, 4), "_StridedShard"),
+    ("2", LOW, CONVOLUTION, r"Shard\(dim=2\).*only dimensions \[0, 1\]"),
+    ("00", LOW, (6, 4), "two dimensions of its mesh"),
+    ("1", {"dense_state": "bfloat16"}, (6, 4), r"Shard\(dim=1\).*dense_state 'bfloat16'"),
+    ("1", {**LOW, "proj_type": "left"}, (6, 3, 2), "its 3 do not come out even on 2"),
+], ids=str)  # fmt: skip
+def test_a_placement_that_no_step_knows_is_refused_at_construction(
+    group, placements, own, shape, words
+):
+    for message, groups in group.run(2, sharded.refused, placements, own, shape):
+        assert re.search(words, message) and "'odd.weight'" in message
+        assert groups == 1
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("state", "p1.*negative"), ("gradient", "ranks differ"), ("option", "ranks differ"),
+])  # fmt: skip
+def test_no_rank_steps_or_waits_where_one_refuses(group, kind, words):
+    """And the next step is as if nothing had been."""
+    answers = group.run(2, sharded.one_rank_refuses, kind)
+    (first, _, _), (second, _, _) = answers
+    assert re.search(words, second)
+    assert re.search("another rank" if kind == "state" else words, first)
+    assert all(same for _, same, _ in answers)
+    low = {"rank": 4, "betas": (0.5, 0.9)}
+    groups = [(low, [(6, 4), (4, 6)], "0"), ({"rank": None}, [(5,)], "0")]
+    expected = sharded.run(groups, "float64", None, range(2), 1.0, {})
+    for _, _, result in answers:
+        compare(result, expected, 1e-12)
+
+
+def test_an_inf_that_one_rank_has_found_skips_the_step_on_all(group):
+    for before, skipped, after in group.run(2, sharded.inf_on_one_rank):
+        compare(skipped, before, 0)
+        assert int(after[0, "step"]) == 2 and int(before[0, "step"]) == 1
+
+
+@pytest.mark.parametrize("placements", ["0", "1"])
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_a_nan_on_one_rank_keeps_the_weights_of_all(group, placements, scale_type):
+    """The parameter's weights and update_norm stay; the step counts, and so does the NaN."""
+    for before, after in group.run(2, sharded.nonfinite, placements, scale_type):
+        for i in range(2):
+            assert torch.equal(after[i, "weight"], before[i, "weight"])
+            assert torch.equal(after[i, "update_norm"], before[i, "update_norm"])
+            assert torch.isfinite(after[i, "exp_avg"]).all()
+            assert int(after[i, "step"]) == 2
+        assert after["stats"]["nonfinite"] == 2
+
+
+# ---- models under fully_shard --------------------------------------------------------------------
+
+
+def close(found, expected, tolerance=1e-9):
+    """Losses and contents: the gradients themselves are sums over ranks in another order."""
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    compare(found[1], expected[1], tolerance)
+
+
+@pytest.mark.parametrize("world, mesh", [(1, (1,)), (2, (2,)), (3, (3,)), (4, (2, 2))], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=str)
+def test_a_model_under_fully_shard_trains_as_on_one_process(group, world, mesh, options):
+    """Each rank has its share of the batch."""
+    expected = sharded.one_process(range(8), options)
+    for found in group.run(world, sharded.fsdp, mesh, range(8), options):
+        close(found, expected)
+
+
+def test_gradient_release_under_fully_shard_gives_the_bits_of_the_normal_mode(group):
+    """Its hooks run when gradients have been reduced, in the same order on all ranks."""
+    normal = group.run(2, sharded.fsdp, (2,), range(5), {})
+    for found, expected in zip(
+        group.run(2, sharded.fsdp, (2,), range(5), {}, True), normal, strict=True
+    ):
+        close(found, expected, 0)
+
+
+def test_a_mixed_precision_policy_leaves_float_shards_to_step(group):
+    """Compute in bfloat16, shards and reduction as they are: near the losses of full precision."""
+    policy = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    losses, expected = (
+        group.run(2, sharded.fsdp, (2,), range(8), {}, False, own)[0][0] for own in (policy, None)
+    )
+    assert losses == pytest.approx(expected, rel=0.05)
+    assert losses != expected
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["save", "async", "flat"])
+def test_a_checkpoint_goes_from_two_ranks_to_three_and_to_one(group, tmp_path, how):
+    """Through torch.distributed.checkpoint: moments, counters and keys to the bit, and the losses
+    that the run would have had."""
+    folder = str(tmp_path)
+    (losses, saved), _ = group.run(2, sharded.save, folder, (2,), 4, how)
+    for world, mesh in ((3, (3,)), (1, (1,)), (4, (2, 2)), (1, None)):
+        for found_losses, found in group.run(world, sharded.load, folder, mesh, 4, how):
+            compare(found, saved, 0)
+            assert found_losses == pytest.approx(losses, rel=1e-9)
+
+
+def test_full_state_dicts_go_to_one_process_and_back(group):
+    from torch.distributed.checkpoint import state_dict as of
+
+    _, model_state, optimizer_state = group.run(2, sharded.whole_states, (2,), 4)[0]
+    net = sharded.model()
+    optimizer = sharded.optimizer_of(net, seed=5)
+    of.set_model_state_dict(net, model_state)
+    of.set_optimizer_state_dict(net, optimizer, optimizer_state)
+    _, expected = sharded.one_process(range(4), {})
+    found = sharded.contents(net, optimizer)
+    compare(found, expected, 1e-9)
+    losses = sharded.fit(net, optimizer, range(4, 7))
+    back = group.run(3, sharded.whole_states, (3,), 4, (model_state, optimizer_state))
+    for found_losses, own in back:
+        compare(own, found, 0)
+        assert found_losses == pytest.approx(losses, rel=1e-9)
+
+
+def test_a_plain_state_dict_of_whole_tensors_is_cut_where_it_is_loaded(group):
+    for found, expected in group.run(2, sharded.own_state_dict, (2,), 3):
+        for key, value in expected.items():
+            if key[1] != "weight":
+                assert helpers.same(found[key], value), key
