@@ -29,6 +29,7 @@ AtPlace = tuple[Any, tuple[Any, ...]]  # a mesh, and how a DTensor is placed on 
 
 MATRICES, ROWS, COLUMNS = "matrices", "rows", "columns"  # what a dimension of a mesh may cut
 BUCKET = 64 * 2**20  # bytes of partial sums that wait for one reduce-scatter
+_FLAGS = 4  # what ranks tell each other before a step
 
 
 def is_sharded(t: Any) -> bool:
@@ -341,6 +342,58 @@ def agreed(
             "groups and seed must be the same on all of them; nothing was written on any rank"
         )
     return found, bool(seen[1])
+
+
+# ---- what a step sends ---------------------------------------------------------------------------
+
+
+@dataclass
+class Traffic:
+    """Bytes per step in the buffers that this rank hands to collectives: the whole side of each,
+    of which about (ranks - 1) / ranks cross its link (twice that for an all-reduce)."""
+
+    all_reduce: int = 0
+    reduce_scatter: int = 0
+    all_gather: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.all_reduce + self.reduce_scatter + self.all_gather
+
+    def add(self, view: View, channels: int, per_channel: bool, dtype: torch.dtype) -> None:
+        """Those of a low-rank parameter."""
+        if not view.spread.crosses:
+            return
+        matrices, rank = view.layout.matrices, view.layout.rank
+        self.all_reduce += matrices * 8 * (1 if per_channel else 3) * len(view.spread.axes)
+        if view.spread.contracted is not None:
+            ranks = view.spread.contracted.size()
+            rows = matrices * -(-channels // ranks) * ranks
+            self.reduce_scatter += rows * (rank + 1) * dtype.itemsize
+            self.all_gather += rows * per_channel * dtype.itemsize
+
+
+def traffic_of(
+    params: Sequence[tuple[Tensor, Any, str, torch.dtype]], clips: bool
+) -> Traffic | None:
+    """What a step of all of them sends; None if none is sharded.
+
+    Args
+        params: each with its layout, scale_type, and the dtype of its moments.
+    """
+    axes = axes_of(p for p, *_ in params)
+    if not axes:
+        return None
+    traffic, spreads = Traffic(len(axes) * 8 * _FLAGS), set[tuple[Any, ...]]()
+    for p, layout, scale_type, dtype in params:
+        view = view_of(p, layout)
+        spreads.add(view.spread.axes)
+        if layout is not None:
+            channels = view.layout.m if layout.rows else view.layout.n
+            traffic.add(view, channels, scale_type == "channel", dtype)
+    if clips:
+        traffic.all_reduce += sum(8 * len(own) for own in spreads)
+    return traffic
 
 
 # ---- between the verbs ---------------------------------------------------------------------------

@@ -641,7 +641,7 @@ class APOLLO(torch.optim.Optimizer):
         def state_of(p: Tensor, group: dict[str, Any]) -> Mapping[str, Any]:
             return self.state.get(p) or state.zeros(p, group, "meta")
 
-        return measure(self.param_groups, state_of)
+        return measure(self.param_groups, state_of, clips=self.max_grad_norm is not None)
 
     def stats(self) -> dict[str, int]:
         """What has happened since construction, counted per matrix and step; waits for the GPU.

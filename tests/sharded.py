@@ -4,6 +4,8 @@ import apollo_kernels  # noqa: F401  (first: it guards torch against the folder 
 
 import torch  # isort: skip
 from torch import distributed
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from apollo_kernels import APOLLO
 
@@ -348,3 +350,49 @@ def own_state_dict(mesh, steps):
     other = optimizer_of(net)
     other.load_state_dict(optimizer.state_dict())
     return contents(net, other), contents(plain, optimizer)
+
+
+# ---- what a step sends ---------------------------------------------------------------------------
+
+
+def kind_of(operator):
+    """Of a collective, whatever its variant is called: allreduce_, _allgather_base_, ..."""
+    name = operator.replace("_", "")
+    kinds = {"all_reduce", "reduce_scatter", "all_gather"}
+    return next((kind for kind in kinds if kind.replace("_", "") in name), operator)
+
+
+class Counted(TorchDispatchMode):
+    """Bytes of the whole side of every collective, by kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {"all_reduce": 0, "reduce_scatter": 0, "all_gather": 0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for kind in self.bytes:
+            if function.namespace == "c10d" and kind_of(function.__name__) == kind:
+                tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+                self.bytes[kind] += max(t.numel() * t.element_size() for t in tensors)
+        return function(*args, **(kwargs or {}))
+
+
+def sent(groups, mesh, options):
+    """Of a warm step: bytes and number of collectives, and what the report says of it."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    with torch.no_grad():
+        case = Case(groups, "float32", mesh, **options).train(range(2))
+        with CommDebugMode() as calls:
+            case.optimizer.step()
+        with Counted() as counted:
+            case.optimizer.step()
+    report = case.optimizer.memory_report()
+    numbers = {kind_of(str(op)): n for op, n in calls.get_comm_counts().items() if n}
+    state = sum(
+        v.to_local().nbytes if hasattr(v, "to_local") else v.nbytes
+        for own in case.optimizer.state.values()
+        for v in own.values()
+        if isinstance(v, torch.Tensor)
+    )
+    return counted.bytes, numbers, report, state

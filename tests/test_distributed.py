@@ -333,3 +333,31 @@ def test_a_plain_state_dict_of_whole_tensors_is_cut_where_it_is_loaded(group):
         for key, value in expected.items():
             if key[1] != "weight":
                 assert helpers.same(found[key], value), key
+
+
+# ---- what a step sends ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world, mesh, placements", [
+    (2, (2,), "0"), (3, (3,), "0"), (4, (2, 2), "r0"), (4, (2, 2), "10"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
+def test_the_report_says_what_a_rank_holds_and_what_a_step_sends(
+    group, world, mesh, placements, scale_type, options
+):
+    """Bytes as counted in the collectives of a step, and as few of them as the design has: per
+    dimension of the mesh one all-reduce of flags before it and one of norms, and for all matrices
+    whose contracted side is cut one reduce-scatter and one all-gather."""
+    groups = [(low_rank(scale_type=scale_type), SHAPES, placements)]
+    groups += [({"rank": None}, [(4, 3)], placements)]
+    for counted, calls, report, state in group.run(world, sharded.sent, groups, mesh, options):
+        traffic = report.traffic
+        assert counted == {kind: getattr(traffic, kind) for kind in counted}
+        assert report.state_bytes == state and "a step sends" in str(report)
+        cut, groups_that_cut = len(placements.replace("r", "")), 1 if "1" not in placements else 2
+        expected = {"all_reduce": len(mesh) + cut * (1 + len(options))}
+        expected["reduce_scatter"] = groups_that_cut
+        if scale_type == "channel":
+            expected["all_gather"] = groups_that_cut
+        assert calls == expected
