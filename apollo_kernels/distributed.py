@@ -344,6 +344,25 @@ def agreed(
     return found, bool(seen[1])
 
 
+def misplaced(params: Iterable[Any]) -> list[Any]:
+    """The parameters whose gradients lie otherwise than they do: sums that are still to be added up
+    (of norms under sequence parallelism), or whole gradients of shards (of embeddings)."""
+    return [
+        p
+        for p in params
+        if is_sharded(p)
+        and is_sharded(p.grad)
+        and p.grad.placements != p.placements
+        and p.grad.device_mesh == p.device_mesh
+    ]
+
+
+def place_gradients(params: Iterable[Any]) -> None:
+    """Brings gradients to where their parameters are, ``p.grad`` itself: collectives of torch's."""
+    for p in params:
+        p.grad = p.grad.redistribute(placements=p.placements)
+
+
 # ---- what a step sends ---------------------------------------------------------------------------
 
 

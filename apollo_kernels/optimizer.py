@@ -303,6 +303,11 @@ class APOLLO(torch.optim.Optimizer):
         """Steps what has a gradient; ``known``: the state holds the dicts that it held before."""
         axes = distributed.axes_of(p for unit in units for p in unit.params)
         if axes:
+            odd = distributed.misplaced(p for unit in units for p in unit.params)
+            if odd:
+                alike = partial(repr, [(p.shape, p.grad.placements) for p in odd])
+                distributed.agreed(axes, lambda: None, alike, None)
+                distributed.place_gradients(odd)
             look, found_inf = (
                 partial(self._looked_at, units, known),
                 getattr(self, "found_inf", None),

@@ -151,7 +151,9 @@ def one_rank_refuses(kind):
 
 def inf_on_one_rank():
     """What a GradScaler's look at local gradients does where rank 1 alone has found an Inf."""
-    case = Case([({"rank": 4}, [(6, 4), (4, 6)], "0"), ({"rank": None}, [(5,)], "0")], "float64", (2,))
+    case = Case(
+        [({"rank": 4}, [(6, 4), (4, 6)], "0"), ({"rank": None}, [(5,)], "0")], "float64", (2,)
+    )
     with torch.no_grad():
         case.step(0)
         before = case.result()
@@ -162,6 +164,27 @@ def inf_on_one_rank():
         skipped = case.result()
         case.step(2)
     return before, skipped, case.result()
+
+
+def gradients_elsewhere(steps):
+    """Gradients as DTensor's autograd leaves some: a sum in two parts for a replicated parameter,
+    and a whole one for a shard. The result, and how the gradients lie after the step."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    case = Case([({"rank": 2}, [(6, 4)], "r"), ({"rank": None}, [(5,)], "r"),
+                 ({"rank": 2}, [(4, 6)], "0")], "float64", (2,))  # fmt: skip
+    with torch.no_grad():
+        for step in steps:
+            for i, p in enumerate(case.params):
+                whole = numbers(p.shape, 1000 * step + i)
+                if i == 2:
+                    p.grad = case.laid(whole, "r")
+                else:
+                    share = whole * (0.25 if distributed.get_rank() else 0.75)
+                    p.grad = DTensor.from_local(share, case.mesh, [Partial()], run_check=False)
+            case.optimizer.step()
+        alike = all(p.grad.placements == p.placements for p in case.params)
+        return case.result(), alike
 
 
 def nonfinite(placements, scale_type):
@@ -283,7 +306,7 @@ def stores(net, optimizer, flat=False):
 
 
 def save(folder, mesh, steps, how="save"):
-    """Trains, saves through torch.distributed.checkpoint, trains on: losses, contents when saved."""
+    """Trains, saves by torch.distributed.checkpoint, trains on: losses, and contents when saved."""
     from torch.distributed import checkpoint
 
     rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -321,7 +344,7 @@ def load(folder, mesh, steps, how="save"):
 
 
 def whole_states(mesh, steps, given=None):
-    """The full state dicts of a sharded run on rank 0; or, if ``given``, a run that begins there."""
+    """The full state dicts of a sharded run on rank 0; or a run that begins with ``given`` ones."""
     from torch.distributed.checkpoint import state_dict as of
 
     rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -396,3 +419,41 @@ def sent(groups, mesh, options):
         if isinstance(v, torch.Tensor)
     )
     return counted.bytes, numbers, report, state
+
+
+# ---- the example ---------------------------------------------------------------------------------
+
+
+def pretrain(examples, arguments):
+    """The script's ``main`` on every rank: its exit status and the log that it wrote."""
+    import sys
+
+    if examples not in sys.path:
+        sys.path.insert(0, examples)
+    import pretrain as script
+
+    return script.main(arguments)
+
+
+def interrupted(examples, arguments, step):
+    """The same, with a SIGTERM that reaches rank 1 alone during that step."""
+    import os
+    import signal
+    import sys
+
+    if examples not in sys.path:
+        sys.path.insert(0, examples)
+    import training
+
+    original = training.Run.train_step
+
+    def train_step(self):
+        original(self)
+        if self.step == step and distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    training.Run.train_step = train_step
+    try:
+        return pretrain(examples, arguments)
+    finally:
+        training.Run.train_step = original

@@ -106,7 +106,18 @@ def test_clipping_takes_the_norm_of_all_shards(group, placements):
     groups += [(low_rank(batch_dims=1), [(3, 6, 4)], "0"), ({"rank": None}, [(5,)], "r")]
     found, expected = agree(group, 2, (2,), groups, steps=3, max_grad_norm=0.5)
     assert all(torch.equal(found[0]["norm"], own["norm"]) for own in found)
-    assert 0.5 < float(expected["norm"])
+    assert float(expected["norm"]) > 0.5
+
+
+def test_a_gradient_that_lies_elsewhere_is_brought_to_its_parameter(group):
+    """0.25 g + 0.75 g differs from g by a rounding or two of float64."""
+    groups = [({"rank": 2}, [(6, 4)], "r"), ({"rank": None}, [(5,)], "r")]
+    expected = sharded.run(
+        [*groups, ({"rank": 2}, [(4, 6)], "0")], "float64", None, range(3), 1, {}
+    )
+    for found, alike in group.run(2, sharded.gradients_elsewhere, range(3)):
+        compare(found, expected, 1e-12)
+        assert alike
 
 
 LARGE = [(96, 64), (64, 96), (40, 100), (101, 37)]
@@ -117,10 +128,10 @@ LARGE = [(96, 64), (64, 96), (40, 100), (101, 37)]
 def test_float32_weights_differ_by_the_order_of_sums_alone(group, world, scale_type):
     """50 steps over two redraws, in ulps of the largest weight, 2^-24 of it or more.
 
-    The two runs add the same products in another order, so R differs by about an ulp of its channel's
-    norm and a scale s by a few ulps. An update is at most 1e-2 of a weight here, so of that a weight
-    sees less than 0.1 ulp per step; but where the exact sum lies near the middle of two floats, they
-    round to different ones, which costs one ulp in few of the steps.
+    The two runs add the same products in another order, so R differs by about an ulp of its
+    channel's norm, and a scale s by a few ulps. An update is at most a hundredth of a weight here,
+    so of that a weight sees less than a tenth of an ulp per step; but where the exact sum lies near
+    the middle of two floats, they round to different ones: one ulp, in few of the steps.
     """
     groups = [(low_rank(rank=8, scale_type=scale_type), LARGE, "0")]
     found, expected = agree(
