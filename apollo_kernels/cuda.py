@@ -59,8 +59,6 @@ def takes(item: LowRank | Dense) -> bool:
     """Whether the kernels know these dtypes and sizes."""
     weight, grad = item.weight, item.grad
     known = weight.dtype in DTYPES and grad.dtype in DTYPES
-    if isinstance(item, LowRank) and item.part is not None:
-        return False  # `scale` does in one launch what other ranks' sums come between
     if item.grid is not None and not _takes_int8(item):
         return False
     if isinstance(item, Dense):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -282,6 +283,12 @@ def check_state(t: Any, shape: Sequence[int], place: AtPlace, what: str) -> None
 # ---- agreement -----------------------------------------------------------------------------------
 
 
+def any_sharded(params: Iterable[Tensor]) -> bool:
+    """Whether there is a DTensor among them; asked at each step, so mostly of one dict."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and getattr(module, "DTensor", None) in set(map(type, params))
+
+
 def axes_of(params: Iterable[Tensor]) -> list[tuple[Any, str]]:
     """All process groups that parameters are placed on, in the order of the parameters, and the
     kind of device that each communicates from."""
@@ -299,7 +306,7 @@ def axes_of(params: Iterable[Tensor]) -> list[tuple[Any, str]]:
 def agreed(
     axes: Sequence[tuple[Any, str]],
     look: Callable[[], Found],
-    asked: Callable[[], Hashable],
+    asked: Callable[[], Any],
     found_inf: Tensor | None,
 ) -> tuple[Found, bool]:
     """What ``look`` returns, once it has returned on every rank; or every rank raises.

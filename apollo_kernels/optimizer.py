@@ -301,19 +301,8 @@ class APOLLO(torch.optim.Optimizer):
 
     def _step_units(self, units: list[plan.Unit], known: bool = False) -> None:
         """Steps what has a gradient; ``known``: the state holds the dicts that it held before."""
-        axes = distributed.axes_of(p for unit in units for p in unit.params)
-        if axes:
-            odd = distributed.misplaced(p for unit in units for p in unit.params)
-            if odd:
-                alike = partial(repr, [(p.shape, p.grad.placements) for p in odd])
-                distributed.agreed(axes, lambda: None, alike, None)
-                distributed.place_gradients(odd)
-            look, found_inf = (
-                partial(self._looked_at, units, known),
-                getattr(self, "found_inf", None),
-            )
-            asked = partial(self._asked, units)
-            seen, infinite = distributed.agreed(axes, look, asked, found_inf)
+        if any(distributed.any_sharded(unit.params) for unit in units):
+            seen, infinite = self._agreed(units, known)
         else:
             seen, infinite = self._looked_at(units, known), False
         hypers, gradients = seen.hypers, self._gradients(units, seen)
@@ -344,6 +333,17 @@ class APOLLO(torch.optim.Optimizer):
             options.check_group(group, where)
         known[index] = values, options.hyper_of(group)
         return known[index][1]
+
+    def _agreed(self, units: list[plan.Unit], known: bool) -> tuple[_Seen, bool]:
+        """The checks, together with the other ranks; and whether one of them has found an Inf."""
+        axes = distributed.axes_of(p for unit in units for p in unit.params)
+        odd = distributed.misplaced(p for unit in units for p in unit.params)
+        if odd:
+            alike = [(p.shape, p.grad.placements) for p in odd]
+            distributed.agreed(axes, lambda: None, lambda: alike, None)
+            distributed.place_gradients(odd)
+        look, asked = partial(self._looked_at, units, known), partial(self._asked, units)
+        return distributed.agreed(axes, look, asked, getattr(self, "found_inf", None))
 
     def _looked_at(self, units: list[plan.Unit], known: bool) -> _Seen:
         """All checks of a step, in all units; nothing is made or written yet."""

@@ -131,6 +131,15 @@ def _lies_like(t: Tensor, like: Tensor) -> bool:
     return all(a == b for n, a, b in pairs if n > 1)
 
 
+def _is_part(item: LowRank | Dense) -> bool:
+    """Whether an item needs to know that it is a part of something larger: between a matrix's verbs
+    stand other ranks' sums, where kernels go on in one launch, and narrow moments are rounded by
+    numbers that go by an element's place in the whole."""
+    if isinstance(item, LowRank):
+        return item.part is not None
+    return item.first > 0 and item.exp_avg.dtype in (torch.bfloat16, torch.uint8)
+
+
 @dataclass(frozen=True)
 class _Entry:
     """An item on its way into a Work."""
@@ -163,10 +172,12 @@ class Builder:
         self.families.setdefault(kind, []).append(_Entry(item, place, loaded, stored))
 
     def _taker(self, item: LowRank | Dense) -> ModuleType:
-        """reference.py also steps subclasses that wrap tensors, and so have no address; fake.py
-        those that have no numbers."""
+        """reference.py also steps subclasses that wrap tensors, and so have no address, and the
+        shards that kernels do not know; fake.py steps those that have no numbers."""
         if fake.takes(item):
             return fake
+        if _is_part(item):
+            return reference
         tensors = item.weight, item.grad, item.exp_avg, item.exp_avg_sq
         placed = all(address(t) or not t.numel() for t in tensors)
         return self.backend if placed and self.backend.takes(item) else reference

@@ -88,6 +88,22 @@ def run(groups, dtype, mesh, steps, factor, options):
         return Case(groups, dtype, mesh, **options).train(steps, factor).result()
 
 
+def on_backend(place, *arguments):
+    """``run`` on a back end of conftest.py's; and which of them stepped low-rank shards, whole
+    matrices, and dense shards."""
+    import conftest
+
+    groups, dtype, mesh, steps, options = arguments
+    with conftest.running(place), torch.no_grad():
+        case = Case(groups, dtype, mesh, **options).train(steps)
+        works = [work for unit in case.optimizer._runtime.units for work in unit.plan.works]
+        took = {
+            (work.low_rank, work.crosses, type(work.batch).__module__.split(".")[1])
+            for work in works
+        }
+        return case.result(), took
+
+
 def refused(placements, group, shape=(6, 4), at_construction=True):
     """The message of the error with which a parameter is refused, and the number of groups then."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard

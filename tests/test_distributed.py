@@ -2,6 +2,7 @@
 
 import re
 
+import conftest
 import helpers
 import pytest
 import ranks
@@ -118,6 +119,23 @@ def test_a_gradient_that_lies_elsewhere_is_brought_to_its_parameter(group):
     for found, alike in group.run(2, sharded.gradients_elsewhere, range(3)):
         compare(found, expected, 1e-12)
         assert alike
+
+
+@pytest.mark.parametrize("place", ["torch", "cuda", "triton"])
+def test_every_back_end_steps_what_it_can_and_leaves_the_rest_to_pytorch(group, place):
+    """Kernels take dense shards, replicated matrices and whole experts; PyTorch takes parts of
+    matrices, since no kernel lets sums of other ranks in between. float32, 1e-5 of the largest."""
+    if reason := conftest.why_not(*conftest.PLACES[place]):
+        pytest.skip(reason)
+    groups = [(low_rank(), [TALL, WIDE, SQUARE], "0"), (low_rank(), [(9, 6)], "r")]
+    groups += [(low_rank(batch_dims=1), [(3, 6, 4)], "0"), ({"rank": None}, VECTORS, "0")]
+    run = groups, "float32"
+    more = range(3), {"lr": 0.01, "weight_decay": 0.1}
+    (expected, _), *_ = [sharded.on_backend(place, *run, None, *more)]
+    own = {"torch": "reference", "cuda": "cuda", "triton": "triton_kernels"}[place]
+    for found, took in group.run(2, sharded.on_backend, place, *run, (2,), *more):
+        compare(found, expected, 1e-5)
+        assert took == {(True, True, "reference"), (True, False, own), (False, False, own)}
 
 
 LARGE = [(96, 64), (64, 96), (40, 100), (101, 37)]

@@ -32,8 +32,6 @@ _RECORD = 4  # floats per row at the begin of a workspace, in both kinds of batc
 def takes(item: LowRank | Dense) -> bool:
     """Whether the kernels take it; float64 and sides beyond int32 they do not, nor int8 groups
     that no tile holds whole."""
-    if isinstance(item, LowRank) and item.part is not None:
-        return False  # `limit` does in one launch what other ranks' sums come between
     sides = max(item.weight.shape, default=0) < 2**31
     known = item.weight.dtype in _DTYPES if item.grid is None else _takes_int8(item)
     stored = isinstance(item, LowRank) or _takes_moments(item)
@@ -51,8 +49,6 @@ def _takes_moments(item: Dense) -> bool:
     """Narrow ones where elements are counted as they lie, and blocks do not end within a row."""
     if item.exp_avg.dtype == torch.float32:
         return True
-    if item.first:  # elements are counted from the first of the parameter
-        return False
     tensors = [item.weight, item.exp_avg, item.exp_avg_sq, *(item.units or ())]
     rows, blocks = moments.blocks(item.weight.shape)
     whole = rows <= 1 or rows * blocks * moments.BLOCK == item.weight.numel()
