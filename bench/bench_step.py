@@ -165,6 +165,8 @@ def run(
     ):  # it would draw every P anew, with a host sync
         slow = "plain PyTorch on a GPU: see the small models"
         every.update({name: slow for name in every if name.startswith("ours torch")})
+        slow = "its singular values take minutes: see the small models"
+        every.update({n: slow for n, b in every.items() if n.startswith("GaLore") and callable(b)})
     builds = {name: build for name, build in every.items() if not isinstance(build, str)}
     samples: dict[str, list[float]] = {}
     details: dict[str, dict[str, Any]] = {}

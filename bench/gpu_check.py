@@ -1,6 +1,8 @@
 """Turns this machine into evidence: builds the package here, tests it, sanitizes it, measures it.
 
-    python bench/gpu_check.py [PART ...] [--out bench/results]     (make gpu-check; make gpu-PART)
+    python bench/gpu_check.py [PART ...] [--skip PART ...] [--out bench/results]
+
+(make gpu-check; make gpu-PART).
 
 Needs no network: it uses the PyTorch, CUDA toolkit and tools that are installed. Each part has its
 own time limit and log, and one that fails hides no other. Results go to OUT/<card>/, with
@@ -74,6 +76,7 @@ def parts(out: Path, gpu: bool) -> list[Part]:
         Part("roofline", [python, f"{bench}/roofline.py", "--out", str(out)], 60, gpu=False),
         Part("step", [python, f"{bench}/bench_step.py", *sizes, "--out", str(out)], 180, gpu=False),
         Part("ops", [python, f"{bench}/bench_ops.py", *quick, "--out", str(out)], 75, gpu=False),
+        Part("memory", [python, f"{bench}/memory_run.py", "--out", str(out)], 150),
         Part("kernels", [python, f"{bench}/kernel_report.py", "--out", str(out)], 60, gpu=False),
         *(
             Part(
@@ -179,6 +182,9 @@ def write_summary(folder: Path, environment: dict[str, Any], outcomes: list[Outc
     text += ["## Parts", measure.markdown(results)]
     if rows := headlines(folder):
         text += ["## One optimizer step (all peers: step.csv)", measure.markdown(rows)]
+    if (path := folder / "memory.json").exists():
+        rows = json.loads(path.read_text())["rows"]
+        text += ["## Whole training steps under a cap on the allocator", measure.markdown(rows)]
     path = folder / "summary.md"
     path.write_text("\n\n".join(text) + "\n")
     return path
@@ -198,9 +204,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(names)}")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="PART", help="all but these")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     args = parser.parse_args()
-    if unknown := set(args.parts) - set(names):
+    if unknown := {*args.parts, *args.skip} - set(names):
         parser.error(f"unknown part {sorted(unknown)}; there are {names}")
     folder = args.out.resolve() / measure.card_name(device)
     logs = WORK / "logs"
@@ -208,7 +215,7 @@ def main() -> None:
         path.mkdir(parents=True, exist_ok=True)
     begin, outcomes = time.monotonic(), []
     for part in parts(folder, device.type == "cuda"):
-        if args.parts and part.name not in args.parts:
+        if (args.parts and part.name not in args.parts) or part.name in args.skip:
             continue
         left = DEADLINE - (time.monotonic() - begin)
         if outcome := not_run(part, no_gpu):

@@ -13,7 +13,7 @@
 #define APOLLO_HOST_DEVICE __host__ __device__ __forceinline__
 #define APOLLO_DEVICE __device__ __forceinline__
 #define APOLLO_KERNELS 1
-#define APOLLO_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define APOLLO_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define APOLLO_LAUNCH(kernel, grid, block, shared, stream, ...) \
   (kernel)<<<grid, block, shared, stream>>>(__VA_ARGS__)
 
@@ -72,17 +72,6 @@ APOLLO_DEVICE int thread_again() {
   return thread;
 }
 
-// Barrier `id` of a block's 16, whose first is that of __syncthreads: a thread that waits goes on
-// when THREADS have come, by either function. Who only arrives goes on at once.
-template <int THREADS>
-APOLLO_DEVICE void wait_at(int id) {
-  asm volatile("bar.sync %0, %1;" : : "r"(id), "n"(THREADS) : "memory");
-}
-template <int THREADS>
-APOLLO_DEVICE void arrive_at(int id) {
-  asm volatile("bar.arrive %0, %1;" : : "r"(id), "n"(THREADS) : "memory");
-}
-
 // An address from a table, which the compiler could not know to be global memory's.
 template <class T>
 APOLLO_DEVICE T* global(T* address) {
@@ -108,7 +97,19 @@ APOLLO_DEVICE void store16(void* to, const uint4& x) {
                : "memory");
 }
 
-// The same by the word's own size, and 8 or 4 bytes: of elements beside wider ones.
+// 16 bytes of global memory on their way to shared memory, past the registers. A group holds the
+// copies since the last commit; a thread waits until all of its groups have landed.
+APOLLO_DEVICE void copy16(void* to_smem, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to_smem))),
+                 "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+APOLLO_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+APOLLO_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_group 0;" : : : "memory"); }
+
+// Loads and stores by the word's own size: of 8 or 4 bytes for elements beside wider ones.
 APOLLO_DEVICE void load_word(uint4& word, const uint4* from) { word = load16(from); }
 APOLLO_DEVICE void store_word(uint4* to, const uint4& word) { store16(to, word); }
 APOLLO_DEVICE void load_word(uint2& word, const uint2* from) {

@@ -164,71 +164,110 @@ struct SparsePlace {
 };
 
 // From the sums in shared memory, `slots` per row of R, to moments and norms, or to R. Neighbouring
-// threads take neighbouring rows of a channel; CHANNELS is a multiple of 32. `of_channel` gives a
-// channel's place in shared memory.
-template <int CHANNELS, class OF_CHANNEL>
-APOLLO_DEVICE void finish_sparse(const Matrix& p, const Launch& launch, const SparsePlace& at,
-                                 int rows, const float* sums_smem, OF_CHANNEL of_channel) {
-  constexpr int kTogether = 4;  // rows of a thread whose loads are under way together
+// threads take neighbouring rows of a channel, V each, 4 where they lie as 16 bytes. CHANNELS is a
+// multiple of 32. `of_channel` gives a channel's place in shared memory.
+template <int V, int CHANNELS, class OF_CHANNEL>
+APOLLO_DEVICE void finish_rows(const Matrix& p, const Launch& launch, const SparsePlace& at,
+                               int rows, const float* sums_smem, OF_CHANNEL of_channel) {
+  constexpr int kTogether = 8 / V;  // of a thread, so that 32 threads hold all rows of a tile
   const Hyper& h = launch.hyper;
   const float factor = sign_and_scale(h);
   const bool summed_later = summed(p);
   const int j0 = int(at.tile) * rows, slots = int(at.share.slots);
   const int rank = int(p.rank), left = rank - j0 < rows ? rank - j0 : rows;
-  const int lanes = rows <= 8 * kTogether ? 8 : rows <= 16 * kTogether ? 16 : 32;
+  const int lanes = rows <= 64 ? 8 : rows <= 128 ? 16 : 32;
   const int thread = thread_again(), lane = thread % lanes;
-  float *exp_avg = p.exp_avg, *exp_avg_sq = p.exp_avg_sq, *r_workspace = r_of(p, launch, at.chunk);
+  float *exp_avg = global(p.exp_avg) + j0, *exp_avg_sq = global(p.exp_avg_sq) + j0;
+  float* r_workspace = r_of(p, launch, at.chunk) + j0;
   float* norms = r_of(p, launch, 0) + int64_t(at.tile) * p.channels;
   const int64_t channels = p.channels, other_norms = p.rank_tiles * p.channels;
+  const int after = kSparseThreads / lanes;  // a thread's next channel
+
+  struct Moments {
+    Pack<float, V> m[kTogether], v[kTogether];
+  };
+  const auto end_of = [&](int channel) {
+    return channel < CHANNELS && at.c0 + channel < channels ? left : 0;
+  };
+  const auto load = [&](Moments& to, int channel) {
+    const int64_t entry = (at.c0 + channel) * rank;
+    const int end = summed_later ? 0 : end_of(channel);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int row = (lane + i * lanes) * V;
+      if (row >= end) continue;
+      to.m[i].load(exp_avg + entry + row);
+      to.v[i].load(exp_avg_sq + entry + row);
+    }
+  };
+
+  Moments held, next;
+  int channel = thread / lanes;
+  load(held, channel);
 #pragma unroll 1
-  for (int first = 0; first < CHANNELS && at.c0 + first < channels;
-       first += kSparseThreads / lanes) {
-    const int channel = first + thread / lanes;
-    const int64_t c = at.c0 + channel, entry = c * rank + j0;
+  for (; channel - thread / lanes < CHANNELS; channel += after) {
+    load(next, channel + after);  // under way while this channel is updated
+    const int64_t c = at.c0 + channel, entry = c * rank;
     const float* from_smem = sums_smem + of_channel(channel);
-    const int end = c < channels ? left : 0;
+    const int end = end_of(channel);
     float rr = 0.0f, nn = 0.0f;
-#pragma unroll 1
-    for (int j = lane; j < end; j += kTogether * lanes) {
-      float r[kTogether], m[kTogether] = {}, v[kTogether] = {};
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int row = j + i * lanes;
-        if (row >= end) continue;
-        if (!summed_later) {
-          m[i] = exp_avg[entry + row];
-          v[i] = exp_avg_sq[entry + row];
-        }
-        float sum = from_smem[row];
+    for (int i = 0; i < kTogether; ++i) {
+      const int row = (lane + i * lanes) * V;
+      if (row >= end) continue;
+      float r[V], m[V], v[V];
+#pragma unroll
+      for (int e = 0; e < V; ++e) r[e] = from_smem[row + e];
 #pragma unroll 1
-        for (int slot = 1; slot < slots; ++slot) sum += from_smem[slot * rows + row];
-        r[i] = factor * sum;
+      for (int slot = 1; slot < slots; ++slot) {
+#pragma unroll
+        for (int e = 0; e < V; ++e) r[e] += from_smem[slot * rows + row + e];
       }
+      held.m[i].get(m);
+      held.v[i].get(v);
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int row = j + i * lanes;
-        if (row >= end) continue;
-        if (summed_later) {
-          r_workspace[entry + row] = r[i];
-          continue;
-        }
-        update_moments(r[i], m[i], v[i], h);
-        const float normal = normalized(m[i], v[i], h);
-        exp_avg[entry + row] = m[i];
-        exp_avg_sq[entry + row] = v[i];
-        rr = fmaf(r[i], r[i], rr);
+      for (int e = 0; e < V; ++e) {
+        r[e] *= factor;
+        if (summed_later) continue;
+        update_moments(r[e], m[e], v[e], h);
+        const float normal = normalized(m[e], v[e], h);
+        rr = fmaf(r[e], r[e], rr);
         nn = fmaf(normal, normal, nn);
       }
+      Pack<float, V> pack;
+      if (summed_later) {
+        pack.set(r);
+        pack.store(r_workspace + entry + row);
+        continue;
+      }
+      pack.set(m);
+      pack.store(exp_avg + entry + row);
+      pack.set(v);
+      pack.store(exp_avg_sq + entry + row);
     }
+    held = next;
     if (summed_later) continue;
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
       rr += __shfl_xor_sync(0xFFFFFFFFu, rr, offset);
       nn += __shfl_xor_sync(0xFFFFFFFFu, nn, offset);
     }
-    if (lane == 0 && c < channels) {
+    if (lane == 0 && end > 0) {
       norms[c] = rr;
       norms[other_norms + c] = nn;
     }
+  }
+}
+
+template <int CHANNELS, class OF_CHANNEL>
+APOLLO_DEVICE void finish_sparse(const Matrix& p, const Launch& launch, const SparsePlace& at,
+                                 int rows, const float* sums_smem, OF_CHANNEL of_channel) {
+  const float* r_workspace = r_of(p, launch, at.chunk);
+  const bool wide = aligned16(p.exp_avg, p.rank) && aligned16(p.exp_avg_sq, p.rank) &&
+                    aligned16(r_workspace, p.rank) && rows % 4 == 0;
+  if (wide) {
+    finish_rows<4, CHANNELS>(p, launch, at, rows, sums_smem, of_channel);
+  } else {
+    finish_rows<1, CHANNELS>(p, launch, at, rows, sums_smem, of_channel);
   }
 }
 

@@ -118,7 +118,8 @@ CUDA = [
     ),
     Mutant(
         "signs of the call's first word alone", "csrc/draw.cuh",
-        "kRademacher), k0);", "kRademacher), 0);",
+        "sign_word(words, k0);",
+        "sign_word(words, 0);",
         "test_kernels.py::test_the_kernels_draw_the_contracts_numbers[right-8-rademacher]",
     ),
     Mutant(
@@ -133,7 +134,7 @@ CUDA = [
         "test_kernels.py::test_every_pair_of_dtypes[8-(torch.float32, torch.float32)]",
     ),
     Mutant(
-        "float16 in one piece", "csrc/project_mma.cuh",
+        "float16 in one piece", "csrc/project_source.cuh",
         "constexpr int kPieces = pieces(kDtypeOf<T>);",
         "constexpr int kPieces = kDtypeOf<T> == kFloat16 ? 1 : pieces(kDtypeOf<T>);",
         "test_kernels.py::test_every_pair_of_dtypes[8-(torch.float32, torch.float16)]",
@@ -145,18 +146,21 @@ CUDA = [
     ),
     Mutant(
         "the last stage is not multiplied", "csrc/project_mma.cuh",
-        "k < length; k += kStep) {", "k + kStep < length; k += kStep) {",
+        "step < steps; step += kSteps",
+        "step + kSteps < steps; step += kSteps",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.float32-rows]",
     ),
     Mutant(
-        "whole stages are loaded beyond the end", "csrc/project_mma.cuh",
-        "k + kAhead + 3 * kStep <= whole", "k + kAhead + 2 * kStep <= whole",
+        "whole stages are loaded beyond the end", "csrc/project_source.cuh",
+        "Shape::kChannels ? length / kStep : 0;",
+        "Shape::kChannels ? length / kStep + 1 : 0;",
         "test_cuda_batch.py::test_tiles_read_each_element_once_in_16_bytes_and_nothing_beyond"
         "[512-True]",
     ),
     Mutant(
-        "narrow tiles are loaded whole", "csrc/project_mma.cuh",
-        "return wide && channels == Shape::kChannels;", "return wide;",
+        "narrow tiles are loaded whole", "csrc/project_source.cuh",
+        "whole = wide && channels == Shape::kChannels ?",
+        "whole = wide ?",
         "test_cuda_batch.py::test_tiles_read_each_element_once_in_16_bytes_and_nothing_beyond"
         "[360-False]",
     ),
@@ -174,18 +178,55 @@ CUDA = [
     ),
     Mutant(
         "a column of X not turned", "csrc/project_mma.cuh",
-        "(x_smem ^ 32 * m) + 16 * 2 * Tile<T>::kChannels * kk",
-        "(x_smem + 32 * m) + 16 * 2 * Tile<T>::kChannels * kk",
+        "(x_smem ^ 32 * m) + 16 * 128 * kk",
+        "(x_smem + 32 * m) + 16 * 128 * kk",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.bfloat16-columns]",
     ),
     Mutant(
-        "K is not counted down", "csrc/project_mma.cuh",
-        "length - (k + kAhead + kStep)", "length",
+        "nobody waits for copies", "csrc/project_source.cuh",
+        "    wait_for_copies();\n    if constexpr", "    if constexpr",
+        "test_cuda_batch.py::test_full_tiles_and_their_tails_take_the_steps_of_the_restatement"
+        "[rows-False]",
+    ),
+    Mutant(
+        "panels of channels lie one upon the other", "csrc/project_source.cuh",
+        "first() / 64 * kPanel", "0",
+        "test_cuda_batch.py::test_full_tiles_and_their_tails_take_the_steps_of_the_restatement"
+        "[columns-False]",
+    ),
+    Mutant(
+        "the words of the stage before", "csrc/draw.cuh",
+        "DISTRIBUTION::words(stream, k0, block + uint32_t(i));\n    }",
+        "DISTRIBUTION::words(stream, k0 - kStep, block + uint32_t(i));\n    }",
+        "test_kernels.py::test_the_kernels_draw_the_contracts_numbers[right-8-gaussian]",
+    ),
+    Mutant(
+        "moments of the step before", "csrc/project_epilogue.cuh",
+        "Moments& at = held[step % 2];", "Moments& at = held[(step + 1) % 2];",
+        "test_cuda_batch.py::test_full_tiles_and_their_tails_take_the_steps_of_the_restatement"
+        "[rows-False]",
+    ),
+    Mutant(
+        "nobody squares for the other rank tiles", "csrc/project_mma.cuh",
+        "p).j0 != 0) {", "p).j0 == 0) {",
+        "test_cuda_batch.py::test_full_tiles_and_their_tails_take_the_steps_of_the_restatement"
+        "[rows-False]",
+    ),
+    Mutant(
+        "sparse moments are not handed on", "csrc/project_sparse.cuh",
+        "    held = next;\n", "",
+        "test_cuda_batch.py::test_full_tiles_of_the_sparse_projection_meet_their_tails",
+    ),
+    Mutant(
+        "K is not counted down", "csrc/project_source.cuh",
+        "const int left = length - step * kStep;",
+        "const int left = length;",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.float32-sliced]",
     ),
     Mutant(
-        "channels beyond the last are read", "csrc/project_mma.cuh",
-        "row(i) < outer ? inner : 0", "inner",
+        "channels beyond the last are read", "csrc/project_source.cuh",
+        "row(i) < (BY_ROW ? channels : left) ? inner : 0",
+        "inner",
         "test_kernels.py::test_gradients_lie_in_memory_in_any_order[16-torch.float32-sliced]",
     ),
     Mutant(
@@ -194,8 +235,9 @@ CUDA = [
         "test_kernels.py::test_every_rank_and_orientation[std-8]",
     ),
     Mutant(
-        "tiles' offsets in 32 bits", "csrc/project_mma.cuh",
-        "outer * ld + inner", "int(outer * ld) + inner",
+        "tiles' offsets in 32 bits", "csrc/project_source.cuh",
+        "outer * ld + inner",
+        "int(outer * ld) + inner",
         "test_kernels.py::test_offsets_beyond_two_to_the_31[std-True-8]",
     ),
     Mutant(
@@ -521,6 +563,51 @@ CUDA = [
         "_moments[20000]",
     ),
     Mutant(
+        "M and V of int8 moments change bits", "csrc/moments.cuh",
+        "SIGNED ? drawn.w[e] & 0xFFFFu : drawn.w[e] >> 16",
+        "SIGNED ? drawn.w[e] >> 16 : drawn.w[e] & 0xFFFFu",
+        "test_dense_state.py::test_one_step_from_nothing_is_the_contract_s[cuda-int8]",
+    ),
+    Mutant(
+        "a unit of int8 moments follows at once", "csrc/moments.cuh",
+        "fresh + (1u << 23) >= unit", "fresh >= unit",
+        "test_cuda_batch.py::test_narrow_moments_are_float32_ones_rounded_as_the_specification_has_it"
+        "[int8-torch.float32-torch.float32]",
+    ),
+    Mutant(
+        "a small V in int8 becomes 0", "csrc/moments.cuh",
+        "return x > 0.0f && code == 0 ? 1u : code;", "return code;",
+        "test_dense_state.py::test_a_small_second_moment_never_becomes_zero[cuda]",
+    ),
+    Mutant(
+        "bf16 moments are rounded up to infinity", "csrc/moments.cuh",
+        "fminf(vv[e], kLargestMoment)", "vv[e]",
+        "test_dense_state.py::test_the_largest_gradients_leave_finite_numbers"
+        "[cuda-(0.0, 0.0)-0.0-bfloat16]",
+    ),
+    Mutant(
+        "int8 moments have no code for their largest", "csrc/moments.cuh",
+        "if (highest > __float_as_uint(kLargestMoment))", "if (highest == 0xFFFFFFFFu)",
+        "test_dense_state.py::test_the_largest_gradients_leave_finite_numbers"
+        "[cuda-(0.0, 0.0)-0.0-int8]",
+    ),
+    Mutant(
+        "the largest of a block of moments is a lane's own", "csrc/moments.cuh",
+        "__reduce_max_sync(0xFFFFFFFFu, __float_as_uint(own))", "__float_as_uint(own)",
+        "test_dense_state.py::test_one_step_from_nothing_is_the_contract_s[cuda-int8]",
+    ),
+    Mutant(
+        "lanes leave before their block of moments is done", "csrc/adamw.cuh",
+        "kInGroups<M> ? N * int(threadIdx.x % 32) : 0", "0",
+        "test_cuda_batch.py::test_narrow_moments_are_float32_ones_rounded_as_the_specification_has_it"
+        "[int8-torch.float32-torch.float32]",
+    ),
+    Mutant(
+        "narrow moments share launches with float32 ones", "apollo_kernels/cuda.py",
+        "item.grad.dtype, item.exp_avg.dtype", "item.grad.dtype",
+        "test_cuda_batch.py::test_narrow_moments_are_taken_where_they_lie_as_they_are_counted",
+    ),
+    Mutant(
         "a tile of apply is whole though rows are missing", "csrc/apply.cuh",
         "row + rows <= at.outer", "row < at.outer",
         "test_cuda_batch.py::test_tiles_of_every_width_meet_their_ends[rows-torch.float32]",
@@ -670,7 +757,7 @@ TRITON = [
         "[triton-(0.0, 0.0)-0.0-bfloat16]",
     ),
     Mutant(
-        "blocks of int8 moments reach into the next row", "triton/step.py",
+        "blocks of int8 moments reach into the next row", "apollo_kernels/moments.py",
         "and (item.units is None or whole)", "",
         "test_dense_state.py::test_every_back_end_stores_what_the_specification_does"
         "[triton-torch.float32-int8]",

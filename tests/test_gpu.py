@@ -56,7 +56,10 @@ def kernels(backend):
 
 
 def test_the_fast_logarithm_keeps_its_promise_for_every_u1():
-    """All 2^23 of them: a positive logarithm would have been a NaN in Z (csrc/philox.cuh)."""
+    """All 2^23 of them: a positive logarithm would have been a NaN in Z (csrc/philox.cuh).
+
+    PTX promises 2^-22, of the logarithm where that is beyond 1, to which comes u1's own rounding.
+    """
     sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
     import card_facts
 
@@ -67,7 +70,9 @@ def test_the_fast_logarithm_keeps_its_promise_for_every_u1():
     assert facts["bad_normals"] == 0
     assert facts["worst_logarithm_error"] <= 2**-21
     assert facts["flipped_normals_share"] <= 1e-3
-    assert facts["normals_two_steps_off"] == 0
+    # sin and cos err by 2^-20 of the radius, at most 5.8: two of bf16's steps below 1.5e-3.
+    assert facts["normals_beyond_tolerance"] == 0
+    assert facts["largest_normal_two_steps_off"] <= 1.5e-3
 
 
 # For compute-sanitizer: our own kernels only, each class of them, small. Plain PyTorch's kernels

@@ -31,7 +31,7 @@ void __tsan_release(void*);
 namespace emulated {
 namespace {
 
-enum Wait { kRuns, kAtBarrier, kAtName, kInWarp };
+enum Wait { kRuns, kAtBarrier, kInWarp };
 
 struct Block;
 struct Fiber : Thread {
@@ -42,7 +42,7 @@ struct Fiber : Thread {
   bool done = true;
   Wait wait = kRuns;
   Operation operation = kShuffle;
-  int source = 0, name = 0;
+  int source = 0;
   alignas(16) unsigned char in[48], out[16];
   void* fake_stack = nullptr;
   void* tsan = nullptr;
@@ -63,7 +63,7 @@ struct Block {  // what one worker runs
   Fiber main;
   const std::function<void()>* body = nullptr;
   unsigned size = 0, live = 0;
-  Meeting barrier, names[16];
+  Meeting barrier;
   int barrier_line = 0;
   uint64_t random = 0;
   char start_tag = 0, done_tag = 0;
@@ -214,7 +214,6 @@ UNCHECKED unsigned next_fiber(const Block& b, int order, unsigned turn, unsigned
 UNCHECKED void run_block(Block& b, dim3 at, dim3 shape, int order) {
   b.live = b.size;
   b.barrier.arrived = 0;
-  for (Meeting& name : b.names) name.arrived = 0;
   if (!b.shared.empty()) std::memset(b.shared.data(), 0xFF, b.shared.size());  // NaN
   for (Meeting& warp : b.warps) warp.arrived = 0;
   for (unsigned i = 0; i < b.size; ++i) {
@@ -237,22 +236,20 @@ UNCHECKED void run_block(Block& b, dim3 at, dim3 shape, int order) {
       if (!b.error.empty()) return;
     }
     if (!moved) {
-      unsigned barrier = 0, name = 0, warp = 0;
+      unsigned barrier = 0, warp = 0;
       for (unsigned i = 0; i < b.size; ++i) {
         barrier += !b.fibers[i]->done && b.fibers[i]->wait == kAtBarrier;
-        name += !b.fibers[i]->done && b.fibers[i]->wait == kAtName;
         warp += !b.fibers[i]->done && b.fibers[i]->wait == kInWarp;
       }
       b.error = "deadlock in block " + std::to_string(at.x) + ": " + std::to_string(barrier) +
-                " threads wait at __syncthreads, " + std::to_string(name) + " at named barriers, " +
-                std::to_string(warp) + " in a warp's collective, " +
+                " threads wait at __syncthreads, " + std::to_string(warp) + " in a warp's collective, " +
                 std::to_string(b.size - b.live) + " ended";
       return;
     }
   }
   happens_after(&b.done_tag);
-  for (const Meeting& name : b.names) {
-    if (name.arrived != 0) b.error = "a block ends, and threads have come to a barrier in vain";
+  for (unsigned i = 0; i < b.size; ++i) {
+    if (!b.fibers[i]->copies.empty()) b.error = "a block ends, and nobody has waited for a copy";
   }
 }
 
@@ -301,26 +298,6 @@ UNCHECKED void block_barrier(int line) {
     rest(kAtBarrier);
   }
   happens_after(tag);
-}
-
-UNCHECKED void named_barrier(int id, int threads, bool waits) {
-  Fiber* f = fiber();
-  Block& b = *f->owner;
-  Meeting& meeting = b.names[id];
-  char* tag = &meeting.tags[meeting.turn % 2];
-  happens_before(tag);
-  if (++meeting.arrived == threads) {
-    meeting.arrived = 0;
-    ++meeting.turn;
-    for (unsigned i = 0; i < b.size; ++i) {
-      Fiber* other = b.fibers[i];
-      if (!other->done && other->wait == kAtName && other->name == id) other->wait = kRuns;
-    }
-  } else if (waits) {
-    f->name = id;
-    rest(kAtName);
-  }
-  if (waits) happens_after(tag);
 }
 
 UNCHECKED void collective(Operation operation, int source, const void* in, size_t in_size,

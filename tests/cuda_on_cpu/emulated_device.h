@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 #define __global__ static
 #define __launch_bounds__(...)
@@ -42,17 +43,20 @@ namespace emulated {
 constexpr int kWarp = 32;
 enum Operation { kShuffle = 1, kMultiply };
 
+struct Copy {
+  void* to;
+  const void* from;
+};
 struct Thread {  // what a fiber knows of itself
   dim3 thread, block;
   unsigned linear;
+  std::vector<Copy> copies;  // 16 bytes each, on their way
 };
 extern thread_local Thread* self;
 
 void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body);
 unsigned char* dynamic_shared();
 void block_barrier(int line);
-// One of a block's 16: it opens when so many threads have come, whether they wait or not.
-void named_barrier(int id, int threads, bool waits);
 // All lanes of a warp hand in `in` and get `out`; the last to arrive computes it for all.
 void collective(Operation operation, int source, const void* in, size_t in_size, void* out,
                 size_t out_size);
@@ -80,6 +84,13 @@ inline void __syncthreads(int line = __builtin_LINE()) { emulated::block_barrier
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulated::shuffle(value, int(emulated::self->linear % emulated::kWarp) ^ mask);
+}
+inline uint32_t __reduce_max_sync(unsigned members, uint32_t value) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const uint32_t other = __shfl_xor_sync(members, value, lanes);
+    value = other > value ? other : value;
+  }
+  return value;
 }
 inline float __uint_as_float(uint32_t bits) {
   float value;
@@ -136,15 +147,6 @@ inline void sine_and_cosine_of_turns(double turns, double& sine, double& cosine)
   cosine = std::cos(6.283185307179586476925 * turns);
 }
 
-template <int THREADS>
-void wait_at(int id) {
-  emulated::named_barrier(id, THREADS, true);
-}
-template <int THREADS>
-void arrive_at(int id) {
-  emulated::named_barrier(id, THREADS, false);
-}
-
 inline int made_again(int x) { return x; }
 inline int thread_again() { return int(threadIdx.x); }
 template <class T>
@@ -154,6 +156,16 @@ T* global(T* address) {
 inline uint4 load16(const void* from) {
   emulated::count_load(from);
   return *static_cast<const uint4*>(from);
+}
+// A copy lands when its thread waits for it, no earlier.
+inline void copy16(void* to, const void* from) {
+  emulated::count_load(from);
+  emulated::self->copies.push_back({to, from});
+}
+inline void commit_copies() {}
+inline void wait_for_copies() {
+  for (const auto& copy : emulated::self->copies) std::memcpy(copy.to, copy.from, 16);
+  emulated::self->copies.clear();
 }
 inline void store16(void* to, const uint4& x) { *static_cast<uint4*>(to) = x; }
 
