@@ -72,12 +72,28 @@ class Signals:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where the part of a matrix [m, n] begins that this rank holds.
+
+    row, column: of its first element, for random numbers go by a number's place in the whole.
+    cut: other ranks hold other parts of the contracted side of the same channels. R and q are
+        then sums over ranks, and this rank has the moments of some of the channels.
+    """
+
+    row: int
+    column: int
+    cut: bool
+
+
+@dataclass(frozen=True)
 class LowRank:
     """One low-rank matrix: weight and grad [m, n], moments [C, r], update_norm [], step int64 [].
 
     ``rows``: channels are the rows, so the columns are contracted; else the reverse.
     ``leads``: advances ``step``, which the expert matrices of one parameter share.
     ``grid``: of an int8 weight, whose codes are ``weight``, uint8 with rows in memory (int8.py).
+    ``part``: of a matrix that is spread over ranks, which part this one is; moments [C', r], of
+    this rank's own channels. Its batch is a PartBatch.
     """
 
     weight: Tensor
@@ -90,6 +106,7 @@ class LowRank:
     rows: bool
     leads: bool = True
     grid: Tensor | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +115,8 @@ class Dense:
 
     An int8 weight has its codes as ``weight``, its ``grid``, and the ``key`` of its rounding.
     Narrow moments are bfloat16, or codes in uint8 with ``units``, of both (moments.py); they are
-    rounded with ``key`` too.
+    rounded with ``key`` too. ``first``: the number of the first element in the whole parameter, of
+    which this is a part.
     """
 
     weight: Tensor
@@ -109,6 +127,7 @@ class Dense:
     grid: Tensor | None = None
     key: int = 0
     units: tuple[Tensor, Tensor] | None = None
+    first: int = 0
 
 
 class Batch(Protocol):
@@ -131,6 +150,26 @@ class Batch(Protocol):
 
         False if another batch has to be built: a CUDA graph reads this one's table, say.
         """
+
+
+class PartBatch(Batch, Protocol):
+    """The part of one matrix that is on this rank; distributed.py stands between its verbs.
+
+    per_channel: whether s is one number per channel.
+    sums: [C, r + 1], this part's R and q, where the contracted side is cut; None elsewhere, and
+        where the step is skipped. After ``project``.
+    norms: float64 [1 or 3], sums over this rank's own channels. After ``scale``, which neither
+        limits nor counts; before ``apply``, which does, they become sums over all ranks.
+    s: [C'], of the own channels, after ``scale``; before ``apply`` those of all channels here.
+    """
+
+    per_channel: bool
+    sums: Tensor | None
+    norms: Tensor | None
+    s: Tensor | None
+
+    def receive(self, sums: Tensor) -> None:
+        """The own channels' sums over ranks [at least C', r + 1]: before ``scale``."""
 
 
 class DenseBatch(Protocol):

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apollo_kernels import flat, native, state
+from apollo_kernels import distributed, flat, native, state
+from apollo_kernels.distributed import is_sharded, local
 from apollo_kernels.plan import Unit
 from apollo_kernels.quantized import stored
 
@@ -74,13 +75,14 @@ def _check_one(
     name: Callable[[], str],
     where: dict[int, str],
 ) -> None:
+    check_placement(p, group, name)
     _check_gradient(p, name)
-    tensors = dict(zip(("weight", "grid"), stored(p), strict=False))  # a grid if it is int8
+    tensors = dict(zip(("weight", "grid"), stored(local(p)), strict=False))  # a grid if it is int8
     if own:
         if not isinstance(own, dict):
             raise ValueError(f"the state of {name()} must be a dict, got {type(own).__name__}")
         state.check(p, group, own, name)
-        tensors.update((key, value) for key, value in own.items() if isinstance(value, Tensor))
+        tensors.update((key, local(v)) for key, v in own.items() if isinstance(v, Tensor))
     for key, t in tensors.items():
         if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)):
             raise ValueError(f"the {key} of {name()} overlaps itself: strides {t.stride()}")
@@ -91,13 +93,36 @@ def _check_one(
             where[address] = f"the {key} of this group's parameter of shape {tuple(p.shape)}"
 
 
+def check_placement(p: Tensor, group: Mapping[str, Any], name: Callable[[], str]) -> None:
+    """Raises NotImplementedError for a DTensor that no step knows."""
+    if is_sharded(p):
+        distributed.check(p, state.layout_of(p, group), state.dense_state(p, group), name)
+
+
+def _check_sharded_gradient(p: Any, grad: Any, name: Callable[[], str]) -> None:
+    if not (is_sharded(p) and is_sharded(grad)):
+        raise RuntimeError(
+            f"{name()} is a {type(p).__name__} and its gradient a {type(grad).__name__}: either "
+            "both or none of them must be a DTensor"
+        )
+    if grad.device_mesh != p.device_mesh or tuple(grad.placements) != tuple(p.placements):
+        raise RuntimeError(
+            f"the gradient of {name()} is placed as {grad.placements!r} on {grad.device_mesh}, the "
+            f"parameter as {p.placements!r} on {p.device_mesh}: redistribute it before the step"
+        )
+    if grad.shape == p.shape and local(grad).shape != local(p).shape:
+        raise RuntimeError(
+            f"the local gradient of {name()} has shape {tuple(local(grad).shape)}, the local "
+            f"parameter {tuple(local(p).shape)}"
+        )
+
+
 def _check_gradient(p: Tensor, name: Callable[[], str]) -> None:
     grad = p.grad
     assert grad is not None
-    if type(p).__name__ == "DTensor" or type(grad).__name__ == "DTensor":
-        raise NotImplementedError(
-            f"{name()} is sharded (a DTensor of shape {tuple(p.shape)}): not supported yet"
-        )
+    if is_sharded(p) or is_sharded(grad):
+        _check_sharded_gradient(p, grad, name)
+        p, grad = local(p), local(grad)
     if p.is_complex():
         raise ValueError(f"APOLLO does not support complex parameters; {name()} is {p.dtype}")
     if grad.layout != torch.strided:

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from apollo_kernels import names
+from apollo_kernels import distributed, names
 from apollo_kernels import state as states
+from apollo_kernels.batch import compute_dtype
+from apollo_kernels.distributed import local
 from apollo_kernels.moments import DENSE_STATES, MOMENTS
 from apollo_kernels.quantized import stored
 
@@ -43,10 +45,15 @@ class Saving:
 class MemoryReport:
     """Rows by group; str() is a table. State that the first step has yet to make counts as made.
 
+    Of sharded parameters it counts what this rank holds. ``traffic``: what a step sends to other
+    ranks, None if nothing is sharded. ``shard_traffic``: bytes beside it that gathering these
+    weights for forward and for backward and reducing their gradients takes.
     ``savings``: empty unless dense moments are more than a third of the state.
     """
 
     groups: list[GroupMemory] = field(default_factory=list)
+    traffic: distributed.Traffic | None = None
+    shard_traffic: int = 0
     dense_moment_bytes: int = 0
     savings: list[Saving] = field(default_factory=list)
 
@@ -75,6 +82,11 @@ class MemoryReport:
             sizes = (g.weight_bytes, g.state_bytes, g.adamw_bytes)
             line = f"{g.name:<22}{g.parameters:>8}{g.elements:>17,}"
             lines.append(line + "".join(f"{size / 1e6:>13,.3f}" for size in sizes))
+        if self.traffic is not None:
+            lines.append(
+                f"a step sends {self.traffic.total / 1e6:,.3f} MB per rank, beside "
+                f"{self.shard_traffic / 1e6:,.3f} MB of gathered weights and reduced gradients"
+            )
         return "\n".join([*lines, *self.advice()])
 
     def advice(self) -> list[str]:
@@ -91,16 +103,20 @@ class MemoryReport:
 
 
 def tensor_bytes(values: Iterable[Any]) -> int:
-    return sum(t.numel() * t.element_size() for t in values if isinstance(t, Tensor))
+    """On this rank."""
+    own = [local(t) for t in values if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in own)
 
 
 def measure(
     param_groups: list[dict[str, Any]],
     state_of: Callable[[Tensor, dict[str, Any]], Mapping[str, Any]],
     movable: Collection[Tensor] | None = None,
+    clips: bool = False,
 ) -> MemoryReport:
     """The report over ``param_groups``; ``state_of(p, group)`` may answer with meta tensors.
 
+    ``clips``: whether the step takes the norm of all gradients.
     ``movable``: the dense parameters that ``embeddings=True`` would put into the low-rank group; by
     default all matrices among them, since a group does not say what its parameters belong to.
     """
@@ -112,13 +128,29 @@ def measure(
             kind = _kind(p, group)
             row = rows.setdefault(kind, GroupMemory(f"{index}: {kind}", 0, 0, 0, 0, 0))
             row.parameters += 1
-            row.elements += p.numel()
-            row.weight_bytes += tensor_bytes(stored(p))
+            row.elements += local(p).numel()
+            row.weight_bytes += tensor_bytes(stored(local(p)))
             row.state_bytes += tensor_bytes(state.values())
             row.adamw_bytes += 2 * tensor_bytes([p])
         report.groups.extend(rows.values())
     _advise(report, param_groups, state_of, movable)
+    _count_traffic(report, param_groups, clips)
     return report
+
+
+def _count_traffic(
+    report: MemoryReport, param_groups: Sequence[dict[str, Any]], clips: bool
+) -> None:
+    placed = [
+        (p, states.layout_of(p, group), group["scale_type"], compute_dtype(p.dtype))
+        for group in param_groups
+        for p in group["params"]
+        if p.requires_grad
+    ]
+    if any(distributed.is_sharded(p) for p, *_ in placed):
+        report.traffic = distributed.traffic_of(placed, clips)
+        cut = (p for p, *_ in placed if distributed.view_of(p, None).spread.axes)
+        report.shard_traffic = 3 * sum(p.numel() * p.element_size() for p in cut)
 
 
 def _kind(p: Tensor, group: Mapping[str, Any]) -> str:

@@ -13,11 +13,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from numbers import Integral
 from operator import is_, is_not, itemgetter
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from apollo_kernels import (
     backends,
     checks,
     clipping,
+    distributed,
     flat,
     keys,
     library,
@@ -35,6 +37,7 @@ from apollo_kernels import (
     state,
 )
 from apollo_kernels.batch import Hyper, Signals
+from apollo_kernels.distributed import is_sharded
 from apollo_kernels.memory import MemoryReport, measure
 from apollo_kernels.quantized import Int8Weight
 from apollo_kernels.release import Release, once_per_step, refuse_model
@@ -71,6 +74,16 @@ class _Runtime:
             self.release.forget_plans()
         self.states = [], []
         self.compiled.plans.clear()
+
+
+class _Seen(NamedTuple):
+    """What the checks of a step have found; everything is by unit."""
+
+    hypers: list[Hyper]
+    keys: list[tuple[Any, ...]]  # of plans
+    gradients: list[list[Tensor] | None]  # None where the plan is not true any more
+    places: Mapping[Tensor, checks.Place]
+    stale: list[tuple[int, dict[torch.device, ModuleType]]]  # with the back ends for a new plan
 
 
 class APOLLO(torch.optim.Optimizer):
@@ -222,6 +235,8 @@ class APOLLO(torch.optim.Optimizer):
         group = self.param_groups[index]
         names.check(group, f" (parameter group {index})")
         names.number_all(group)
+        for place, p in enumerate(group["params"]):
+            checks.check_placement(p, group, partial(self._name_of, index, place))
         flat.refuse(group["params"], group, lambda place: self._name_of(index, place))
         for p in group["params"]:
             if p.is_complex():
@@ -270,18 +285,19 @@ class APOLLO(torch.optim.Optimizer):
         with torch.no_grad():
             if release is not None:
                 release.end()
-            elif torch.compiler.is_compiling() and not self._any_narrow():
+            elif torch.compiler.is_compiling() and not self._breaks_graph():
                 self._compiled_step()  # a trace cannot look into the choice of a back end
             else:
                 self._eager_step()
         return loss
 
-    def _any_narrow(self) -> bool:
-        """The operator of a compiled step knows neither int8 weights nor narrow moments: that step
-        breaks the graph."""
+    def _breaks_graph(self) -> bool:
+        """The operator of a compiled step knows neither int8 weights nor narrow moments nor
+        DTensors: that step breaks the graph."""
         groups = self.param_groups
+        params = [p for group in groups for p in group["params"]]
         narrow = any(group["dense_state"] != "float32" for group in groups)
-        return narrow or any(isinstance(p, Int8Weight) for g in groups for p in g["params"])
+        return narrow or any(isinstance(p, Int8Weight) or is_sharded(p) for p in params)
 
     @torch._disable_dynamo  # where a trace breaks, what follows is not to be traced piece by piece
     def _eager_step(self) -> None:
@@ -301,14 +317,17 @@ class APOLLO(torch.optim.Optimizer):
 
     def _step_units(self, units: list[plan.Unit], known: bool = False) -> None:
         """Steps what has a gradient; ``known``: the state holds the dicts that it held before."""
-        hypers = [self._hyper(unit.index, self.param_groups[unit.index]) for unit in units]
-        gradients = self._gradients(units, known)
+        if any(distributed.any_sharded(unit.params) for unit in units):
+            seen, infinite = self._agreed(units, known)
+        else:
+            seen, infinite = self._looked_at(units, known), False
+        hypers, gradients = seen.hypers, self._gradients(units, seen)
         made = [unit.plan for unit in units if unit.plan is not None]
         parts = list(zip(made, gradients, hypers, strict=True))
-        signals = {w.device: self._signals(w.device) for p in made for w in p.works}
+        signals = {w.device: self._signals(w.device, infinite) for p in made for w in p.works}
 
         def signals_of(device: torch.device) -> Signals:
-            return signals[device] if device in signals else self._signals(device)
+            return signals.get(device) or self._signals(device, infinite)
 
         with plan.without_autocast(signals):
             norm = plan.run(parts, signals_of, self.max_grad_norm)
@@ -331,11 +350,20 @@ class APOLLO(torch.optim.Optimizer):
         known[index] = values, options.hyper_of(group)
         return known[index][1]
 
-    def _gradients(self, units: list[plan.Unit], known: bool) -> list[list[Tensor]]:
-        """The gradients of every unit, with a plan for each that is true now.
+    def _agreed(self, units: list[plan.Unit], known: bool) -> tuple[_Seen, bool]:
+        """The checks, together with the other ranks; and whether one of them has found an Inf."""
+        axes = distributed.axes_of(p for unit in units for p in unit.params)
+        odd = distributed.misplaced(p for unit in units for p in unit.params)
+        if odd:
+            alike = [(p.shape, p.grad.placements) for p in odd]
+            distributed.agreed(axes, lambda: None, lambda: alike, None)
+            distributed.place_gradients(odd)
+        look, asked = partial(self._looked_at, units, known), partial(self._asked, units)
+        return distributed.agreed(axes, look, asked, getattr(self, "found_inf", None))
 
-        Everything is checked, in all units, before a plan is built or a state is made.
-        """
+    def _looked_at(self, units: list[plan.Unit], known: bool) -> _Seen:
+        """All checks of a step, in all units; nothing is made or written yet."""
+        hypers = [self._hyper(unit.index, self.param_groups[unit.index]) for unit in units]
         groups, clip = self.param_groups, self.max_grad_norm is not None
         asked = self.defaults["backend"], os.environ.get(backends.ENVIRONMENT), clip
         keys = [(*asked, *_structure(groups[unit.index])) for unit in units]
@@ -345,16 +373,32 @@ class APOLLO(torch.optim.Optimizer):
             for unit, key in zip(units, keys, strict=True)
         ]
         stale = [i for i, found in enumerate(gradients) if found is None]
+        places: Mapping[Tensor, checks.Place] = {}
+        chosen = []
         if stale:
             changed, places = [units[i] for i in stale], self._places()
             self._runtime.flat.refuse_swapped(groups, self._name_of)
             checks.check_units(changed, groups, self.state, self._name_of)
             chosen = [self._choose_backends(unit) for unit in changed]
-            self._make_states(changed, places)
-            for i, modules in zip(stale, chosen, strict=True):
-                units[i].plan = None  # the old one goes before the new one takes its memory
-                units[i].plan = self._build(units[i], keys[i], modules)
-                gradients[i] = units[i].gradients()
+        return _Seen(hypers, keys, gradients, places, list(zip(stale, chosen, strict=True)))
+
+    def _asked(self, units: list[plan.Unit]) -> Any:
+        """What all ranks that share sharded parameters must want alike."""
+        hypers = [self._runtime.hypers[unit.index][1] for unit in units]
+        rates = [hyper.lr if isinstance(hyper.lr, float) else None for hyper in hypers]
+        rest = [dataclasses.replace(hyper, lr=0.0) for hyper in hypers]
+        structures = [_structure(self.param_groups[unit.index]) for unit in units]
+        live = [[p.grad is not None for p in unit.params] for unit in units]
+        return rates, rest, structures, live, self.defaults["seed"], self.max_grad_norm
+
+    def _gradients(self, units: list[plan.Unit], seen: _Seen) -> list[list[Tensor]]:
+        """The gradients of every unit, with a plan for each that is true now."""
+        gradients = seen.gradients
+        self._make_states((units[i] for i, _ in seen.stale), seen.places)
+        for i, modules in seen.stale:
+            units[i].plan = None  # the old one goes before the new one takes its memory
+            units[i].plan = self._build(units[i], seen.keys[i], modules)
+            gradients[i] = units[i].gradients()
         return gradients  # type: ignore[return-value]
 
     def _state_is_known(self) -> bool:
@@ -414,13 +458,18 @@ class APOLLO(torch.optim.Optimizer):
             store, backend = self._runtime.compiled.name, self.defaults["backend"]
             library.call(params, groups[index], self.state, signals[device], backend, store, index)
 
-    def _signals(self, device: torch.device) -> Signals:
-        """The device's counters, and what torch.amp.GradScaler left on the optimizer."""
+    def _signals(self, device: torch.device, infinite: bool = False) -> Signals:
+        """The device's counters, and what torch.amp.GradScaler left on the optimizer.
+
+        ``infinite``: another rank's has found an Inf, so that none may step.
+        """
         counters = self._runtime.counters
         if device not in counters:
             counters[device] = torch.zeros((3,), dtype=torch.int64, device=device)
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scale, found = (None if t is None else t.to(device, torch.float32) for t in (scale, found))
+        if infinite:
+            found = torch.ones((), dtype=torch.float32, device=device)
         return Signals(counters[device], scale, found)
 
     # ---- gradient release ------------------------------------------------------------------------
@@ -636,7 +685,7 @@ class APOLLO(torch.optim.Optimizer):
         def state_of(p: Tensor, group: dict[str, Any]) -> Mapping[str, Any]:
             return self.state.get(p) or state.zeros(p, group, "meta")
 
-        return measure(self.param_groups, state_of)
+        return measure(self.param_groups, state_of, clips=self.max_grad_norm is not None)
 
     def stats(self) -> dict[str, int]:
         """What has happened since construction, counted per matrix and step; waits for the GPU.

@@ -204,20 +204,22 @@ def rounding_bits(
     columns: int,
     device: torch.device | str = "cpu",
     use: int = ROUNDING,
+    column: int = 0,
 ) -> Tensor:
     """16 random bits for each weight (i, l) of ``rows`` rows from ``first`` on, for one step.
 
     Weight l takes half l mod 2 of word (l mod 8) div 2 of the call (l div 8, i, step, use), where
-    ``use`` is ROUNDING or ROUNDING_INT8.
+    ``use`` is ROUNDING or ROUNDING_INT8. ``column``: the first l.
 
     Returns
         int32 [rows, columns] in [0, 65536).
     """
-    c0 = torch.arange(-(-columns // 8), device=device)
+    before = column % 8
+    c0 = torch.arange(column // 8, -(-(column + columns) // 8), device=device)
     c1 = torch.arange(first, first + rows, device=device).view(-1, 1)
     w = torch.stack(words(key, c0, c1, step, use), dim=-1)  # [rows, calls, 4]
-    halves = torch.stack([w & 0xFFFF, w >> 16], dim=-1).view(rows, -1)
-    return halves[:, :columns].int()
+    halves = torch.stack([w & 0xFFFF, w >> 16], dim=-1).flatten(1)
+    return halves[:, before : before + columns].int()
 
 
 def moment_bits(

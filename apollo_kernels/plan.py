@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_kernels import clipping
+from apollo_kernels import clipping, distributed
 from apollo_kernels.batch import Hyper, Signals
+from apollo_kernels.distributed import is_sharded, local
 from apollo_kernels.native import same_entries, tensor_facts
 from apollo_kernels.quantized import Int8Weight, stored
 from apollo_kernels.state import layout_of
@@ -43,7 +44,7 @@ class Unit:
     plan: GroupPlan | None = None
 
     def gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.params if p.grad is not None]
+        return [local(p.grad) for p in self.params if p.grad is not None]
 
 
 @dataclass
@@ -61,13 +62,15 @@ class GroupPlan:
         self.owned = [p for p, live in zip(self.params, self.live, strict=True) if live]
         self.entries = _entries(self.states)
         self.tensors = [v for v in self.entries if isinstance(v, Tensor)]
-        self.wrapping = any(isinstance(p, Int8Weight) for p in self.owned)
+        self.sharded = any(map(is_sharded, self.owned))
+        self.wrapping = self.sharded or any(isinstance(p, Int8Weight) for p in self.owned)
         self.watched = self._watched()
         self.watched_facts = tensor_facts(self.watched)
 
     def _watched(self) -> list[Tensor]:
-        """The tensors in memory: of an int8 weight those that it holds now."""
-        return [*(part for p in self.owned for part in stored(p)), *self.tensors]
+        """The tensors in memory: of an int8 weight and a DTensor those that they hold now."""
+        parts = (part for p in self.owned for part in stored(local(p)))
+        return [*parts, *(map(local, self.tensors) if self.sharded else self.tensors)]
 
     def gradients(
         self, params: Sequence[Tensor], key: tuple[Any, ...], state: Mapping[Tensor, Any] | None
@@ -86,6 +89,10 @@ class GroupPlan:
             return None
         if not all(self.live):
             gradients = [g for g in gradients if g is not None]
+        if self.sharded:
+            if not all(map(is_sharded, self.owned)):
+                return None  # checks look at what else is sharded
+            gradients = list(map(local, gradients))
         if state is not None and not all(map(is_, map(state.get, self.owned), self.states)):
             return None
         if not same_entries(self.states, self.entries):
@@ -170,15 +177,21 @@ def build(
     """
     live = [g is not None for g in gradients]
     owned = [p for p, g in zip(params, gradients, strict=True) if g is not None]
-    present = [g for g in gradients if g is not None]
+    present = [local(g) for g in gradients if g is not None]
     works: list[Work] = []
     for device in dict.fromkeys(p.device for p in owned):
         builder = Builder(backends[device], device, separate)
         for index, (p, grad, state) in enumerate(zip(owned, present, states, strict=True)):
             if p.device == device:
-                builder.add(index, p, grad, state, layout_of(p, group))
+                view = distributed.view_of(p, layout_of(p, group))
+                builder.add(index, local(p), grad, _local(state), view)
         works += builder.works()
     return GroupPlan(list(params), live, key, states, works, tensor_facts(present))
+
+
+def _local(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state as this rank holds it."""
+    return {key: local(v) if isinstance(v, Tensor) else v for key, v in state.items()}
 
 
 Part = tuple[GroupPlan, list[Tensor], Hyper]  # of one unit, with its gradients
@@ -194,8 +207,9 @@ def run(
     Returns
         the norm of all gradients, float32 [], if ``max_grad_norm`` asks for it.
     """
-    if max_grad_norm is not None:
-        return _clipped(parts, signals, max_grad_norm)
+    crosses = any(work.crosses for plan, _, _ in parts for work in plan.works)
+    if crosses or max_grad_norm is not None:
+        return _in_phases(parts, signals, max_grad_norm)
     for plan, gradients, hyper in parts:
         plan.keep_if_captured()
         for work in plan.works:
@@ -237,40 +251,94 @@ def _step(work: Work, gradients: Sequence[Tensor], hyper: Hyper, signals: Signal
 
 
 def _finish(work: Work, hyper: Hyper, signals: Signals) -> None:
-    """What follows once R and q are there; for a dense parameter all of it."""
+    """What follows once R and q are there, and what crosses ranks; for a dense parameter all."""
     if work.low_rank:
-        work.batch.scale(hyper, signals)
+        if not work.crosses:
+            work.batch.scale(hyper, signals)
         work.batch.apply(hyper, signals)
     else:
         work.batch.adamw(hyper, signals)
     work.end()
 
 
-def _clipped(
-    parts: Sequence[Part], signals: Callable[[torch.device], Signals], max_grad_norm: float
-) -> Tensor:
-    """All projections first, since their q give the norm without another read of a gradient."""
+def _in_phases(
+    parts: Sequence[Part],
+    signals: Callable[[torch.device], Signals],
+    max_grad_norm: float | None,
+) -> Tensor | None:
+    """Each verb for all units before the next one, so that something can come between: the norm of
+    all gradients, which the q of all projections give, and the sums of other ranks."""
     for plan, _, _ in parts:
         plan.keep_if_captured()
     works = [(work, gradients, hyper) for plan, gradients, hyper in parts for work in plan.works]
-    squares: dict[torch.device, list[Tensor]] = {}
-    dense: dict[torch.device, list[Tensor]] = {}
+    norm: Tensor | None = None
     try:
-        for work, gradients, hyper in works:
-            work.begin(gradients)
-            if work.low_rank:
-                work.batch.project(hyper, signals(work.device))
-                squares.setdefault(work.device, []).append(work.batch.square_norm())
-            else:
-                read = [place.gradient(gradients) for place in work.places]
-                dense.setdefault(work.device, []).extend(read)
-        for device, read in dense.items():
-            squares.setdefault(device, []).append(clipping.square_norm(read))
-        norm, clip = clipping.norm_and_factor(squares, signals, max_grad_norm)
+        _project(works, signals)
+        if max_grad_norm is not None:
+            norm, clip = _norm_and_factor(works, signals, max_grad_norm)
+            signals = _with_clip(signals, clip)
+        across = [(work.spread, work.batch) for work, _, _ in works if work.crosses]
         for work, _, hyper in works:
-            own = replace(signals(work.device), clip=clip.to(work.device))
-            _finish(work, hyper, _for_kernels(work, own))
+            if work.crosses:
+                work.batch.scale(hyper, signals(work.device))
+        distributed.add_norms(across)
+        distributed.gather_scales(across)
+        for work, _, hyper in works:
+            _finish(work, hyper, _for_kernels(work, signals(work.device)))
     finally:
         for work, _, _ in works:
             work.release()
     return norm
+
+
+def _with_clip(
+    signals: Callable[[torch.device], Signals], clip: Tensor
+) -> Callable[[torch.device], Signals]:
+    return lambda device: replace(signals(device), clip=clip.to(device))
+
+
+def _project(
+    works: Sequence[tuple[Work, list[Tensor], Hyper]], signals: Callable[[torch.device], Signals]
+) -> None:
+    """R and q of every matrix, over all ranks that cut its contracted side."""
+    waiting: list[tuple[distributed.Spread, Any]] = []
+    held = 0
+    for work, gradients, hyper in works:
+        work.begin(gradients)
+        if not work.low_rank:
+            continue
+        work.batch.project(hyper, signals(work.device))
+        if work.crosses and work.batch.sums is not None:
+            waiting.append((work.spread, work.batch))
+            held += work.batch.sums.nbytes
+            if held >= distributed.BUCKET:
+                distributed.reduce_sums(waiting)
+                waiting, held = [], 0
+    distributed.reduce_sums(waiting)
+
+
+def _norm_and_factor(
+    works: Sequence[tuple[Work, list[Tensor], Hyper]],
+    signals: Callable[[torch.device], Signals],
+    max_grad_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """The norm of all gradients and the factor of clipping; only dense gradients are read."""
+    # Places in an order that is the same on all ranks, whatever they hold of a parameter.
+    squares: dict[tuple[torch.device, tuple[Any, ...]], list[Tensor]] = {
+        (work.device, work.spread.axes): [] for work, _, _ in works
+    }
+    dense: dict[tuple[torch.device, tuple[Any, ...]], list[Tensor]] = {}
+    for work, gradients, _ in works:
+        place = work.device, work.spread.axes
+        if work.low_rank:
+            squares[place].append(work.batch.square_norm())
+        else:
+            read = [at.gradient(gradients) for at in work.places]
+            dense.setdefault(place, []).extend(read)
+    for place, read in dense.items():
+        squares[place].append(clipping.square_norm(read))
+    whole: dict[torch.device, list[Tensor]] = {}
+    for (device, axes), several in squares.items():
+        total = distributed.add_over(axes, torch.stack(several).sum())
+        whole.setdefault(device, []).append(total)
+    return clipping.norm_and_factor(whole, signals, max_grad_norm)

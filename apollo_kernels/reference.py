@@ -61,7 +61,7 @@ def project(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def project_sparse(
-    x: Tensor, row: Tensor, sign: Tensor, rank: int, dtype: torch.dtype
+    x: Tensor, row: Tensor, sign: Tensor, rank: int, dtype: torch.dtype, start: int = 0
 ) -> tuple[Tensor, Tensor]:
     """``project`` where P has one nonzero per column: each k is added to its row of R, by its sign.
 
@@ -73,26 +73,33 @@ def project_sparse(
         x: gradient [C, K], any float dtype and strides.
         row, sign: [K], integers, of philox.sparse.
         dtype: of the result and of its sums.
+        start: the number of the first k among all, of which X may be a part.
     Returns
         R [C, r] and q [C].
     """
     channels, k = x.shape
-    whole = k // rank * rank
+    head = min(-start % rank, k)  # the rest of a block that began before
+    blocks_here = (k - head) // rank
+    whole = blocks_here * rank
     column = torch.arange(whole, device=x.device)
-    place = column - column % rank + row[:whole]
+    ends = [slice(0, head), slice(head + whole, k)]
+    inner = slice(head, head + whole)
+    place = column - column % rank + row[inner]
     order = torch.empty_like(column).scatter_(0, place, column)  # k by (block, row of R)
     sign = sign.to(dtype)
     r = torch.empty((channels, rank), dtype=dtype, device=x.device)
     q = torch.empty((channels,), dtype=dtype, device=x.device)
+    order = order + head
     for part, sums, squares in _parts(x, r, q):
         wide = _widen(part, dtype)
         if wide.stride(1) == 1:
             blocks = wide.index_select(1, order).mul_(sign[order])
-            sums.copy_(blocks.view(len(part), -1, rank).sum(1))
+            sums.copy_(blocks.view(len(part), blocks_here, rank).sum(1))
         else:
             blocks = wide.t().index_select(0, order).mul_(sign[order, None])
-            sums.copy_(blocks.view(-1, rank, len(part)).sum(0).t())
-        sums.index_add_(1, row[whole:], wide[:, whole:] * sign[whole:])
+            sums.copy_(blocks.view(blocks_here, rank, len(part)).sum(0).t())
+        for end in ends:
+            sums.index_add_(1, row[end], wide[:, end] * sign[end])
         torch.sum(wide * wide, dim=1, out=squares)
     return r, q
 
@@ -216,14 +223,17 @@ def apply_stochastic(
         step: its low 32 bits, which decide the random ones.
     """
     rows, columns = item.weight.shape
-    coefficient = -coefficient.expand(item.exp_avg.shape[0])
+    coefficient = -coefficient.expand(rows if item.rows else columns)
     size = max(1, _CHUNK // max(columns, 1))
     for first in range(0, rows, size):
         part, gradient = item.weight[first : first + size], x[first : first + size].float()
         c = coefficient[first : first + size, None] if item.rows else coefficient
         wide = _decay(part.float(), decay)
         wide.addcmul_(gradient, c)
-        bits = rounding_bits(item.key, step, first, len(part), columns, part.device)
+        row, column = (item.part.row, item.part.column) if item.part else (0, 0)
+        bits = rounding_bits(
+            item.key, step, row + first, len(part), columns, part.device, column=column
+        )
         part.copy_(round_stochastically(wide, bits))
 
 
@@ -317,7 +327,7 @@ def family(item: LowRank | Dense) -> Hashable:
 
 def build(items: Sequence[LowRank], *, separate: bool) -> LowRankBatch:
     (item,) = items
-    return LowRankBatch(item)
+    return LowRankBatch(item) if item.part is None else PartBatch(item)
 
 
 def build_dense(items: Sequence[Dense]) -> DenseBatch:
@@ -329,6 +339,15 @@ def _gradient_factor(hyper: Hyper, signals: Signals) -> float:
     """What the gradient is multiplied with, but for the clipping."""
     sign = -1.0 if hyper.maximize else 1.0
     return sign if signals.grad_scale is None else sign / float(signals.grad_scale)
+
+
+def _whole_factor(hyper: Hyper, signals: Signals) -> float:
+    return _gradient_factor(hyper, signals) * (1.0 if signals.clip is None else float(signals.clip))
+
+
+def _times(factor: float, r: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """R and q of ``factor`` times the gradient, in place; a float32 factor^2 may be 0."""
+    return (r, q) if factor == 1 else (r.mul_(factor), q.mul_(factor).mul_(factor))
 
 
 def _skipped(signals: Signals) -> bool:
@@ -357,6 +376,8 @@ class LowRankBatch:
         self.native_scale = cpu.supported(item.exp_avg, item.exp_avg_sq)
         same_order = (self.w.stride(1) == 1) == (x.stride(1) == 1)
         self.native_apply = same_order and cpu.supported(self.w, x)
+        part = item.part
+        self.start = 0 if part is None else part.column if item.rows else part.row  # the first k
         self.skipped = False
         self.t = 0  # the step, from 1
         self.x: Tensor | None = None  # the gradient as [C, K]
@@ -385,22 +406,24 @@ class LowRankBatch:
     def _projected(self, x: Tensor, epoch: int, distribution: str) -> tuple[Tensor, Tensor]:
         """R and q, by the pass that suits x, with whatever of the projection is kept."""
         item = self.item
-        rank, dtype = item.exp_avg.shape[1], item.exp_avg.dtype
+        rank, dtype, start = item.exp_avg.shape[1], item.exp_avg.dtype, self.start
         drawn = (item.key, epoch, rank, x.shape[1])
 
         def kept(form: str, make: Callable[[], Tensor]) -> Tensor:
-            wanted = (*drawn, distribution, x.device, form)
+            wanted = (*drawn, start, distribution, x.device, form)
             return cpu.projections.get(item.step, item.key, wanted, make)
 
         if distribution == "sparse" and rank > 1:  # at rank 1 it is a dense row of signs
-            if self.native_project:
-                places = kept("places", lambda: cpu.places(*sparse(*drawn)))
+            if self.native_project and start % rank == 0:  # the passes begin with a block
+                places = kept("places", lambda: cpu.places(*sparse(*drawn, start=start)))
                 return cpu.project_sparse(x, places, rank)
-            row, sign = kept("pair", lambda: torch.stack(sparse(*drawn, device=x.device)))
-            return project_sparse(x, row, sign, rank, dtype)
+            row, sign = kept(
+                "pair", lambda: torch.stack(sparse(*drawn, start=start, device=x.device))
+            )
+            return project_sparse(x, row, sign, rank, dtype, start)
 
         def z() -> Tensor:
-            return draw(*drawn, distribution, device=x.device)
+            return draw(*drawn, distribution, start=start, device=x.device)
 
         if self.native_project:
             form = cpu.layout(x, rank)
@@ -415,17 +438,23 @@ class LowRankBatch:
     def scale(self, hyper: Hyper, signals: Signals) -> None:
         if self.skipped:
             return
+        factor = _whole_factor(hyper, signals)
+        s, u2 = self._scaled(hyper, factor)
+        self._limit(s, u2, factor, hyper, signals)
+
+    def _scaled(self, hyper: Hyper, factor: float) -> tuple[Tensor, float]:
+        """Moments, s and u2 of ``factor`` times the gradient."""
         item, r, q = self.item, self.r, self.q
         assert r is not None and q is not None
-        factor = _gradient_factor(hyper, signals)
-        factor *= 1.0 if signals.clip is None else float(signals.clip)
         if self.native_scale and type(r) is Tensor:
-            s, u2 = cpu.scale(r, q, item.exp_avg, item.exp_avg_sq, hyper, factor)
-        else:
-            if factor != 1:
-                r, q = r.mul_(factor), q.mul_(factor).mul_(factor)  # a float32 factor^2 may be 0
-            s, square = scale(r, q, item.exp_avg, item.exp_avg_sq, hyper)
-            u2 = float(square)
+            return cpu.scale(r, q, item.exp_avg, item.exp_avg_sq, hyper, factor)
+        r, q = _times(factor, r, q)
+        s, square = scale(r, q, item.exp_avg, item.exp_avg_sq, hyper)
+        return s, float(square)
+
+    def _limit(self, s: Tensor, u2: float, factor: float, hyper: Hyper, signals: Signals) -> None:
+        """The norm-growth limiter: what each channel is multiplied with; None for NaN or Inf."""
+        item = self.item
         alpha = math.sqrt(hyper.scale)
         u = math.sqrt(u2) * (alpha if hyper.scale_front else 1.0)
         if not math.isfinite(u):
@@ -454,6 +483,72 @@ class LowRankBatch:
             apply(w, x, coefficient, decay)
 
 
+class PartBatch(LowRankBatch):
+    """The part of a matrix that is on this rank (batch.PartBatch says what happens between verbs).
+
+    Norms are sums over ranks, so that the limiter comes with ``apply``.
+    """
+
+    def __init__(self, item: LowRank):
+        super().__init__(item)
+        self.per_channel = True
+        self.sums: Tensor | None = None
+        self.norms: Tensor | None = None
+        self.s: Tensor | None = None
+
+    def lend(self, gradients: Sequence[Tensor] | None) -> None:
+        super().lend(gradients)
+        self.sums = self.norms = self.s = None
+
+    def project(self, hyper: Hyper, signals: Signals) -> None:
+        super().project(hyper, signals)
+        self.per_channel = hyper.scale_type == "channel"
+        assert self.item.part is not None
+        if self.item.part.cut and not self.skipped:
+            assert self.r is not None and self.q is not None
+            self.sums = torch.cat([self.r, self.q.unsqueeze(1)], dim=1)
+
+    def receive(self, sums: Tensor) -> None:
+        own = sums[: len(self.item.exp_avg)]
+        self.r, self.q = own[:, :-1].contiguous(), own[:, -1].contiguous()
+
+    def scale(self, hyper: Hyper, signals: Signals) -> None:
+        if self.skipped:
+            return
+        factor = _whole_factor(hyper, signals)
+        if self.per_channel:
+            self.s, u2 = self._scaled(hyper, factor)
+            sums = [u2]
+        else:
+            sums = self._squares(hyper, factor)
+        device = self.item.exp_avg.device
+        self.norms = torch.tensor(sums, dtype=torch.float64, device=device)
+
+    def _squares(self, hyper: Hyper, factor: float) -> list[float]:
+        """|R|^2, |N|^2 and |X|^2 of the own channels, after the moments' update."""
+        item, r, q = self.item, self.r, self.q
+        assert r is not None and q is not None
+        r, q = _times(factor, r, q)
+        _moments(r, _norm(r), item.exp_avg, item.exp_avg_sq, hyper.betas)
+        n = _ratio(item.exp_avg, item.exp_avg_sq.sqrt().add_(hyper.eps), hyper.eps)
+        norms = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (r, n))
+        return [*(float(norm.square()) for norm in norms), float(q.sum(dtype=torch.float64))]
+
+    def apply(self, hyper: Hyper, signals: Signals) -> None:
+        if self.skipped:
+            return
+        assert self.norms is not None
+        dtype, sums = self.item.exp_avg.dtype, self.norms.tolist()
+        if not self.per_channel:
+            r2, n2, q = sums
+            ratio = math.sqrt(n2) / (math.sqrt(r2) + TINY)
+            self.s = torch.tensor([ratio], dtype=dtype, device=self.norms.device)
+            sums = [ratio * ratio * q]
+        assert self.s is not None
+        self._limit(self.s, sums[0], _whole_factor(hyper, signals), hyper, signals)
+        super().apply(hyper, signals)
+
+
 class DenseBatch:
     """One dense parameter, lent its gradient as a LowRankBatch is."""
 
@@ -470,8 +565,7 @@ class DenseBatch:
         if _skipped(signals):
             return
         item.step.add_(1)
-        factor = _gradient_factor(hyper, signals)
-        factor *= 1.0 if signals.clip is None else float(signals.clip)
+        factor = _whole_factor(hyper, signals)
         step, finite = int(item.step), True
         moments_of = _Moments(item, step % 2**32)
 
@@ -505,7 +599,7 @@ class _Moments:
 
     def __init__(self, item: Dense, step: int):
         self.stored = _vector(item.exp_avg), _vector(item.exp_avg_sq)
-        self.units, self.key, self.step = item.units, item.key, step
+        self.units, self.key, self.step, self.first = item.units, item.key, step, item.first
         self.dtype = item.exp_avg.dtype
 
     def load(self, some: slice) -> tuple[Tensor, Tensor]:
@@ -525,7 +619,7 @@ class _Moments:
         """Rounds them by chance."""
         if self.dtype not in (torch.bfloat16, torch.uint8):
             return
-        first = some.start * math.prod(m.shape[1:])
+        first = self.first + some.start * math.prod(m.shape[1:])
         drawn = moment_bits(self.key, self.step, first, m.numel(), m.device)
         codes = moments.CODES.values()
         for i, (x, bits, code) in enumerate(zip((m, v), drawn, codes, strict=True)):

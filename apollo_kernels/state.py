@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from apollo_kernels import moments
+from apollo_kernels import distributed, moments
 from apollo_kernels.batch import compute_dtype
+from apollo_kernels.distributed import is_sharded, local
 from apollo_kernels.philox import KEY_BITS
 from apollo_kernels.quantized import Int8Weight
 
@@ -65,11 +66,14 @@ def layout_of(p: Tensor, group: Mapping[str, Any]) -> Layout | None:
 def dense_state(p: Tensor, group: Mapping[str, Any]) -> str | None:
     """How the moments of a dense parameter are stored; None for a low-rank one.
 
-    Of float64 parameters they are float64, whatever the group asks for.
+    Of float64 parameters they are float64, whatever the group asks for, and of sharded vectors not
+    in int8: blocks of neighbours would lie on two ranks.
     """
     if layout_of(p, group) is not None:
         return None
-    return "float32" if p.dtype == torch.float64 else group.get("dense_state", "float32")
+    kind = group.get("dense_state", "float32")
+    torn = kind == "int8" and p.dim() < 2 and is_sharded(p)
+    return "float32" if torn or p.dtype == torch.float64 else kind
 
 
 def expected(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -87,15 +91,22 @@ def expected(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int, 
 
 
 def zeros(p: Tensor, group: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """The state's tensors before the first step; the key (``seed``) is not among them."""
+    """The state's tensors before the first step; the key (``seed``) is not among them.
+
+    Of a sharded parameter they are DTensors; on the meta device this rank's part of them.
+    """
     state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
-    in_order = dense_state(p, group) in ("float32", "bfloat16")
+    in_order, layout = dense_state(p, group) in ("float32", "bfloat16"), layout_of(p, group)
     for key, (shape, dtype) in expected(p, group).items():
+        place = distributed.place_of(p, layout, key)
+        own = shape if place is None else distributed.local_shape(shape, place)[1]
         if in_order:  # in the weight's own memory order, and a plain tensor whatever the weight is
-            like = torch.empty_strided(p.shape, p.stride(), dtype=dtype, device="meta")
-            state[key] = torch.zeros_like(like, device=device)
+            like = torch.empty_strided(own, local(p).stride(), dtype=dtype, device="meta")
+            made = torch.zeros_like(like, device=device)
         else:
-            state[key] = torch.zeros(shape, dtype=dtype, device=device)
+            made = torch.zeros(own, dtype=dtype, device=device)
+        meta = made.device.type == "meta"
+        state[key] = made if meta else distributed.wrap(made, shape, place)
     return state
 
 
@@ -130,8 +141,13 @@ def check(
     numbers = step.device.type == "cpu" and not isinstance(step, FakeTensor)
     if numbers and not torch.compiler.is_compiling() and step < 0:
         raise ValueError(f"step of {name()} must not be negative, got {int(step)}")
+    layout = layout_of(p, group)
     for key, (shape, dtype) in tensors.items():
-        _check_tensor(key, state[key], shape, dtype, p, group, name)
+        found = state[key]
+        place = distributed.place_of(p, layout, key)
+        if place is not None:
+            distributed.check_state(found, shape, place, f"{key} of {name()}")
+        _check_tensor(key, found, shape, dtype, p, group, name, place is not None)
     if low_rank or (needs_key(p, group) and "seed" in state):  # a dense one may have been wider
         seed = state.get("seed")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**KEY_BITS:
@@ -148,10 +164,11 @@ def _check_tensor(
     p: Tensor,
     group: Mapping[str, Any],
     name: Callable[[], str],
+    sharded: bool = False,
 ) -> None:
     if not isinstance(found, Tensor):
         raise ValueError(f"{key} of {name()} must be a tensor, got {found!r}")
-    if type(found).__name__ == "DTensor" or found.layout != torch.strided:
+    if is_sharded(found) != sharded or found.layout != torch.strided:
         raise ValueError(f"{key} of {name()} must be a plain dense tensor, got {type(found)}")
     if tuple(found.shape) != shape:
         raise ValueError(
@@ -167,7 +184,7 @@ def _check_tensor(
             f"{key} of {name()} must be {dtype} on {p.device}, got {found.dtype} on "
             f"{found.device}{why}"
         )
-    if dtype == torch.uint8 and not found.is_contiguous():
+    if dtype == torch.uint8 and not local(found).is_contiguous():
         raise ValueError(f"{key} of {name()} must be contiguous, got strides {found.stride()}")
 
 
@@ -193,17 +210,45 @@ def converted(
 ) -> dict[str, Any]:
     """A copy of saved state on p's device in the contract's dtypes; other values stay as they are.
 
-    Moments of a dense parameter come in the group's ``dense_state``, from whichever they were in.
+    Moments of a dense parameter come in the group's ``dense_state``, from whichever they were in;
+    those of a sharded one as DTensors, from such or from whole tensors.
 
     Raises
         ValueError: for a value that no conversion makes right; the rest is for ``check``.
     """
+    if not is_sharded(p):
+        return _converted(p, group, saved, name)
+    layout, expects = layout_of(p, group), expected(p, group)
+
+    def own(key: str, value: Any) -> Any:
+        place = distributed.place_of(p, layout, key)
+        if place is None or not isinstance(value, Tensor):
+            return value
+        shape = moments.blocks(tuple(p.shape)) if key.endswith("_unit") else expects[key][0]
+        return distributed.unwrap(value, shape, place, f"{key} of {name}")
+
+    parts = {key: own(key, value) for key, value in saved.items()}
+    state = _converted(local(p), group, parts, name, dense_state(p, group))
+    for key, value in state.items():
+        place = distributed.place_of(p, layout, key)
+        if place is not None and key in expects:
+            shape = expects[key][0]
+            if tuple(value.shape) == distributed.local_shape(shape, place)[1]:
+                state[key] = distributed.wrap(value, shape, place)
+    return state
+
+
+def _converted(
+    p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], name: str, asked: str | None = ""
+) -> dict[str, Any]:
+    """The same for tensors that are on this rank as a whole; ``asked``: the dense state."""
+    asked = dense_state(p, group) if asked == "" else asked
     state = {}
     for key, value in saved.items():
         if key == "step":
             value = as_step(check_step(value, name), p.device)
         elif key in moments.MOMENTS and isinstance(value, Tensor):
-            state.update(_converted_moment(key, saved, p, group, name))
+            state.update(_converted_moment(key, saved, p, asked, name))
             continue
         elif key == "update_norm" and isinstance(value, Tensor):
             value = _floats(key, value, p, name).to(compute_dtype(p.dtype), copy=True)
@@ -216,10 +261,10 @@ def converted(
 
 
 def _converted_moment(
-    key: str, saved: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: str
+    key: str, saved: Mapping[str, Any], p: Tensor, asked: str | None, name: str
 ) -> dict[str, Tensor]:
     """A moment under its key and, in int8, its units."""
-    value, unit, asked = saved[key], saved.get(f"{key}_unit"), dense_state(p, group)
+    value, unit = saved[key], saved.get(f"{key}_unit")
     shape = tuple(value.shape)
     if value.dtype == torch.uint8 and asked is not None:
         if not isinstance(unit, Tensor) or tuple(unit.shape) != moments.blocks(shape):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from apollo_kernels import fake, reference
 from apollo_kernels.batch import Dense, LowRank
+from apollo_kernels.distributed import Spread, View
 from apollo_kernels.native import address
 from apollo_kernels.philox import parameter_key
 from apollo_kernels.quantized import stored
@@ -73,6 +74,12 @@ class Work:
     places: list[Place]
     loaded: list[StandIn]  # before the step
     stored: list[StandIn]  # after it
+    spread: Spread  # of all items
+
+    @property
+    def crosses(self) -> bool:
+        """Whether something crosses ranks between the verbs: the batch is a PartBatch then."""
+        return self.spread.crosses and self.low_rank and hasattr(self.batch, "receive")
 
     def begin(self, gradients: Sequence[Tensor]) -> None:
         for stand_in in self.loaded:
@@ -124,6 +131,15 @@ def _lies_like(t: Tensor, like: Tensor) -> bool:
     return all(a == b for n, a, b in pairs if n > 1)
 
 
+def _is_part(item: LowRank | Dense) -> bool:
+    """Whether an item needs to know that it is a part of something larger: between a matrix's verbs
+    stand other ranks' sums, where kernels go on in one launch, and narrow moments are rounded by
+    numbers that go by an element's place in the whole."""
+    if isinstance(item, LowRank):
+        return item.part is not None
+    return item.first > 0 and item.exp_avg.dtype in (torch.bfloat16, torch.uint8)
+
+
 @dataclass(frozen=True)
 class _Entry:
     """An item on its way into a Work."""
@@ -141,34 +157,36 @@ class Builder:
         self.backend, self.device, self.separate = backend, device, separate
         self.families: dict[tuple[Any, ...], list[_Entry]] = {}
 
-    def add(
-        self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any], layout: Layout | None
-    ) -> None:
-        if layout is None:
-            self._add_dense(index, p, grad, state)
+    def add(self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any], view: View) -> None:
+        """All tensors are this rank's own: of a DTensor the local part."""
+        if view.layout is None:
+            self._add_dense(index, p, grad, state, view)
         else:
-            self._add_low_rank(index, p, grad, state, layout)
+            self._add_low_rank(index, p, grad, state, view)
 
     def _join(
         self, taker: ModuleType, item: Any, place: Place, loaded: list[StandIn],
-        stored: list[StandIn],
+        stored: list[StandIn], spread: Spread,
     ) -> None:  # fmt: skip
-        kind = type(item), taker, taker.family(item)
+        kind = type(item), taker, taker.family(item), spread
         self.families.setdefault(kind, []).append(_Entry(item, place, loaded, stored))
 
     def _taker(self, item: LowRank | Dense) -> ModuleType:
-        """reference.py also steps subclasses that wrap tensors, and so have no address; fake.py
-        those that have no numbers."""
+        """reference.py also steps subclasses that wrap tensors, and so have no address, and the
+        shards that kernels do not know; fake.py steps those that have no numbers."""
         if fake.takes(item):
             return fake
+        if _is_part(item):
+            return reference
         tensors = item.weight, item.grad, item.exp_avg, item.exp_avg_sq
         placed = all(address(t) or not t.numel() for t in tensors)
         return self.backend if placed and self.backend.takes(item) else reference
 
     def _add_low_rank(
-        self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any], layout: Layout
+        self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any], view: View
     ) -> None:
-        shape = (layout.matrices, *layout.moments[-2:])
+        layout = view.layout
+        shape = (layout.matrices, *state["exp_avg"].shape[-2:])
         stand_ins: list[StandIn] = []
         own, *grid = (t.detach() for t in stored(p))
         weights, grads = _matrices(own, layout), _matrices(grad, layout)
@@ -178,12 +196,14 @@ class Builder:
         def item(i: int) -> LowRank:
             return LowRank(
                 weights[i], grads[i], moments[0][i], moments[1][i], norms[i], state["step"],
-                parameter_key(key, i) if layout.batch else key, layout.rows, i == 0, *grid,
+                parameter_key(key, view.matrix + i) if layout.batch else key, layout.rows, i == 0,
+                grid[0] if grid else None, view.part,
             )  # fmt: skip
 
         if layout.matrices == 0:  # no matrix could count the step
             nothing = torch.zeros_like(p, dtype=state["exp_avg"].dtype)
-            self._add_dense(index, p, grad, {**state, "exp_avg": nothing, "exp_avg_sq": nothing})
+            empty = {**state, "exp_avg": nothing, "exp_avg_sq": nothing}
+            self._add_dense(index, p, grad, empty, view)
             return
         taker = self._taker(item(0))
         walks = not taker.BY_ADDRESS or any(_walks(weights[0]))
@@ -209,7 +229,8 @@ class Builder:
             place = Place(index, layout, i, i * apart, copied)
             # The matrices may be stepped one after the other: all are stored after the last one.
             first, last = i == 0, i == layout.matrices - 1
-            self._join(taker, item(i), place, stand_ins if first else [], stand_ins if last else [])
+            copies = stand_ins if first else [], stand_ins if last else []
+            self._join(taker, item(i), place, *copies, view.spread)
 
     def _other_gradient(
         self, taker: ModuleType, grad: Tensor, grads: Tensor, weights: Tensor
@@ -226,9 +247,11 @@ class Builder:
             return torch.empty((b, m, n), dtype=grad.dtype, device=grad.device)
         return torch.empty((b, n, m), dtype=grad.dtype, device=grad.device).transpose(1, 2)
 
-    def _add_dense(self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+    def _add_dense(
+        self, index: int, p: Tensor, grad: Tensor, state: dict[str, Any], view: View
+    ) -> None:
         own, *grid = (t.detach() for t in stored(p))
-        rest: dict[str, Any] = {"step": state["step"]}
+        rest: dict[str, Any] = {"step": state["step"], "first": view.element}
         if grid:
             rest.update(grid=grid[0], key=state["seed"])
         if state["exp_avg"].dtype in (torch.bfloat16, torch.uint8):
@@ -251,11 +274,11 @@ class Builder:
                     tensors[name] = copy
         copied = None if tensors["grad"] is grad else address(tensors["grad"])
         item = Dense(**tensors, **rest)
-        self._join(taker, item, Place(index, copied=copied), stand_ins, stand_ins)
+        self._join(taker, item, Place(index, copied=copied), stand_ins, stand_ins, view.spread)
 
     def works(self) -> list[Work]:
         made = []
-        for (cls, taker, _), entries in self.families.items():
+        for (cls, taker, _, spread), entries in self.families.items():
             items, low_rank = [e.item for e in entries], cls is LowRank
             batch = (
                 taker.build(items, separate=self.separate) if low_rank else taker.build_dense(items)
@@ -264,5 +287,7 @@ class Builder:
             stored = [s for e in entries for s in e.stored]
             places = [e.place for e in entries]
             by_address = taker.BY_ADDRESS
-            made.append(Work(batch, low_rank, self.device, by_address, places, loaded, stored))
+            made.append(
+                Work(batch, low_rank, self.device, by_address, places, loaded, stored, spread)
+            )
         return made

@@ -3,6 +3,7 @@
     python examples/pretrain.py --demo                     all three, a table and a picture
     python examples/pretrain.py --optimizer apollo-mini --preset 60m --save runs/mini.pt
     python examples/pretrain.py --resume runs/mini.pt --save runs/mini.pt
+    torchrun --nproc-per-node 2 examples/pretrain.py --parallel fsdp2 --save runs/cut
 
 A run that was killed and is resumed continues to the bit on one machine: batches are a function of
 (seed, step), and the checkpoint holds the rest.
@@ -17,6 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from parallel import MODES, Processes
 from training import (
     DENSE_LEARNING_RATE,
     LEARNING_RATES,
@@ -61,8 +63,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--save", type=Path, metavar="FILE", help="write checkpoints here")
     add("--save-every", type=int, default=100, metavar="STEPS")
     add("--resume", type=Path, metavar="FILE", help="go on from a checkpoint")
-    add("--log", type=Path, metavar="CSV")
+    add("--log", "--csv", type=Path, metavar="CSV", help="torchrun lets only --csv through")
     add("--gradient-release", action="store_true", help="step in backward, and hold few gradients")
+    add("--parallel", choices=MODES, help="under torchrun; checkpoints are folders then, which "
+        "any number of processes resumes from")  # fmt: skip
     add("--out", type=Path, default=Path("runs/demo"), help="of the demo; default runs/demo")
     options = parser.parse_args(arguments)
     for name in ("steps", "batch_size", "seq_len", "rank", "save_every", "eval_every", "lr"):
@@ -71,6 +75,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
     if options.gradient_release and (options.demo or options.sweep):
         parser.error("--gradient-release is for a run of one optimizer")
+    if options.parallel and (options.demo or options.sweep):
+        parser.error("--parallel is for a run of one optimizer")
     return options
 
 
@@ -113,16 +119,24 @@ def main(arguments: list[str] | None = None) -> int:
 
             (demo.sweep if options.sweep else demo.demo)(options)
             return 0
-        content = load_checkpoint(options.resume) if options.resume else None
+        processes = Processes(options.parallel, options.device or settings_of(options).device)
+        content = None
+        if options.resume:
+            read = processes.read_rest if options.parallel else load_checkpoint
+            content = read(options.resume)
         settings = resumed_settings(options, content) if content else settings_of(options)
-        run = Run(settings, *load_data(settings.data, settings.seq_len))
+        run = Run(settings, *load_data(settings.data, settings.seq_len), processes=processes)
         if options.gradient_release:  # no setting, since it changes no number of the run
             run.release_gradients()
-        if content:
+        if content and options.parallel:
+            run.restore_parts(options.resume)
+        elif content:
             run.restore(content)
         pretrain(run, options.save, options.save_every, options.log)
         last = run.log[-1]
-        print(f"step {run.step}: loss {last['loss']:.4f}, validation {last['validation']:.4f}")
+        if processes.first:
+            print(f"step {run.step}: loss {last['loss']:.4f}, validation {last['validation']:.4f}")
+        processes.end()
         return 0
     except Stop as stop:
         print(f"pretrain.py: error: {stop}", file=sys.stderr)

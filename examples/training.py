@@ -14,6 +14,7 @@ from pathlib import Path
 
 import corpus
 import torch
+from parallel import Processes, Stop
 from tqdm import tqdm
 
 import apollo_kernels
@@ -40,10 +41,6 @@ LEARNING_RATES = {"adamw": 5e-4, "apollo": 5e-3, "apollo-mini": 5e-3, "sgd": 0.1
 # between the curves is the matrices' optimizer alone.
 DENSE_LEARNING_RATE = 1e-2
 LOG_FIELDS = ("step", "loss", "validation", "lr", "step_ms", "tokens_per_s")
-
-
-class Stop(Exception):
-    """A wrong argument or file: printed as one line."""
 
 
 @dataclass
@@ -80,12 +77,15 @@ class Run:
         train: torch.Tensor,
         held_out: torch.Tensor,
         build: Callable[[Settings, torch.nn.Module], torch.optim.Optimizer] | None = None,
+        processes: Processes | None = None,
     ):
         self.settings = settings
+        self.processes = processes or Processes(None, settings.device)
         self.train_data, self.held_out = train, held_out
         torch.manual_seed(settings.seed)
-        self.model = build_model(settings)
-        self.optimizer = (build or build_optimizer)(settings, self.model)
+        model = build_model(settings)
+        self.model = self.processes.split(model)
+        self.optimizer = (build or build_optimizer)(settings, model)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.lr_factor)
         self.step = 0
         self.log: list[dict[str, float]] = []
@@ -111,8 +111,9 @@ class Run:
     def train_step(self) -> None:
         s, begin = self.settings, time.perf_counter()
         tokens = self.batch(self.train_data, self.step, s.seed)
+        own = self.processes.share(tokens)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss = self.model(input_ids=own, labels=own, use_cache=False).loss
         loss.backward()
         synchronize(s.device)
         before = time.perf_counter()
@@ -122,7 +123,8 @@ class Run:
         lr = self.schedule.get_last_lr()[0]
         self.schedule.step()
         self.step += 1
-        row = {"step": self.step, "loss": loss.item(), "validation": math.nan, "lr": lr}
+        mean = self.processes.mean(loss)
+        row = {"step": self.step, "loss": mean, "validation": math.nan, "lr": lr}
         row.update(step_ms=1e3 * (end - before), tokens_per_s=tokens.numel() / (end - begin))
         if self.step % s.eval_every == 0 or self.step == s.steps:
             row["validation"] = self.validate()
@@ -154,7 +156,12 @@ class Run:
         return sum(t.numel() * t.element_size() for p in self.model.parameters() for t in parts(p))
 
     def save(self, path: Path) -> None:
-        """Writes to a temporary file first: a kill leaves the old checkpoint whole."""
+        """Writes to a temporary file first: a kill leaves the old checkpoint whole. Of several
+        processes each writes its part, into a folder."""
+        if self.processes.mode:
+            rest = {"settings": json.dumps(asdict(self.settings)), "step": self.step}
+            rest |= {"last_epoch": self.schedule.last_epoch, "log": self.log}
+            return self.processes.save(path, self.model, self.optimizer, rest)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         content = {
@@ -174,10 +181,18 @@ class Run:
     def restore(self, content: dict) -> None:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.schedule.last_epoch = content["schedule"]["last_epoch"]
+        self._go_on(content["schedule"]["last_epoch"], content["step"], content["log"])
+
+    def restore_parts(self, path: Path) -> None:
+        """The same from a folder that several processes have written, however many they were."""
+        rest = self.processes.restore(path, self.model, self.optimizer)
+        self._go_on(rest["last_epoch"], rest["step"], rest["log"])
+
+    def _go_on(self, last_epoch: int, step: int, log: list[dict[str, float]]) -> None:
+        self.schedule.last_epoch = last_epoch
         lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule._last_lr = lrs
-        self.step, self.log = content["step"], content["log"]
+        self.step, self.log = step, log
 
 
 def synchronize(device: str) -> None:
@@ -255,13 +270,19 @@ def load_data(names: tuple[str, ...], seq_len: int) -> tuple[torch.Tensor, torch
 
 def pretrain(run: Run, save: Path | None, save_every: int, log: Path | None) -> None:
     """Trains to the end; a checkpoint every ``save_every`` steps, at the end and on SIGTERM."""
-    stop = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    total, name = run.settings.steps, run.settings.optimizer
-    bar = tqdm(total=total, initial=run.step, desc=f"{name:<12}", unit="step", leave=True)
+    asked: list[bool] = []
+    stop = False
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    total, name, processes = run.settings.steps, run.settings.optimizer, run.processes
+    log = log if processes.first else None
+    bar = tqdm(
+        total=total, initial=run.step, desc=f"{name:<12}", unit="step", leave=True,
+        disable=not processes.first,
+    )  # fmt: skip
     try:
         while run.step < total and not stop:
             run.train_step()
+            stop = processes.any(bool(asked))
             last = run.log[-1]
             bar.update()
             bar.set_postfix(loss=f"{last['loss']:.3f}", refresh=False)

@@ -215,3 +215,91 @@ def test_the_demo_prints_a_table_and_draws_a_picture(run, text, tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
     for name in ("adamw", "apollo", "apollo-mini"):
         assert len(losses(tmp_path / f"{name}.csv")) == 8
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+TOGETHER = [str(x) for x in [*MICRO, "--batch-size", 6, "--steps", 6]]
+
+
+@pytest.fixture(scope="module")
+def group():
+    import ranks
+
+    found = ranks.Ranks()
+    yield found
+    found.stop()
+
+
+def losses_in(path):
+    with path.open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+    """The losses of one process, for each optimizer that is asked for."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import pretrain
+
+    known = {}
+
+    def of(optimizer):
+        if optimizer not in known:
+            log = tmp_path_factory.mktemp("alone") / "log.csv"
+            more = ["--optimizer", optimizer, "--data", str(text), "--log", str(log)]
+            assert pretrain.main([*TOGETHER, *more]) == 0
+            known[optimizer] = losses_in(log)
+        return known[optimizer]
+
+    yield of
+    sys.path.remove(str(ROOT / "examples"))
+
+
+@pytest.mark.parametrize("mode, world, optimizer", [
+    ("ddp", 2, "apollo"), ("fsdp2", 3, "apollo"), ("fsdp2", 2, "apollo-mini"),
+    ("hsdp", 2, "apollo"), ("tp", 2, "apollo"),
+])  # fmt: skip
+def test_several_processes_log_the_losses_of_one(
+    group, alone, text, tmp_path, mode, world, optimizer
+):
+    """With the same global batch; float32 sums in another order, over 6 steps."""
+    import sharded
+
+    log = tmp_path / "log.csv"
+    more = ["--parallel", mode, "--optimizer", optimizer, "--data", str(text), "--log", str(log)]
+    arguments = str(ROOT / "examples"), [*TOGETHER, *more]
+    assert group.run(world, sharded.pretrain, *arguments) == [0] * world
+    assert losses_in(log) == pytest.approx(alone(optimizer), rel=1e-4)
+
+
+def test_a_run_goes_on_on_another_number_of_processes(group, alone, text, tmp_path):
+    """Three steps on two, the rest on three, which cut everything anew."""
+    import sharded
+
+    log, folder = tmp_path / "log.csv", str(tmp_path / "run")
+    more = ["--parallel", "fsdp2", "--data", str(text), "--log", str(log), "--save", folder]
+    first = [*TOGETHER, *more, "--save-every", "3"]
+    examples = str(ROOT / "examples")
+    assert group.run(2, sharded.interrupted, examples, first, 3) == [1, 1]
+    assert losses_in(log) == pytest.approx(alone("apollo")[:3], rel=1e-4)
+    second = ["--parallel", "fsdp2", "--resume", folder, "--log", str(log)]
+    assert group.run(3, sharded.pretrain, examples, second) == [0] * 3
+    assert losses_in(log) == pytest.approx(alone("apollo"), rel=1e-4)
+
+
+def test_torchrun_starts_it(text, tmp_path):
+    """The command of the script's own text, on two processes."""
+    log = tmp_path / "log.csv"
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(ROOT / "examples" / "pretrain.py"), *TOGETHER]
+    command += ["--parallel", "fsdp2", "--steps", "2", "--data", str(text), "--csv", str(log)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 2: loss") == 1
+    assert len(losses_in(log)) == 2
+
+
+def test_parallel_needs_torchrun(run, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert "torchrun" in run(*MICRO, "--parallel", "fsdp2", code=1)

@@ -1,0 +1,392 @@
+"""Sharded parameters: a step over several ranks is the step of one process over whole tensors."""
+
+import re
+
+import conftest
+import helpers
+import pytest
+import ranks
+import sharded
+import torch
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch without distributed"
+)
+
+
+@pytest.fixture(scope="module")
+def group():
+    """Processes that run a function as the ranks of a gloo group."""
+    found = ranks.Ranks()
+    yield found
+    found.stop()
+
+
+def compare(found, expected, tolerance):
+    """The largest difference of weights and moments, beside the largest number of each."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if not isinstance(value, torch.Tensor):
+            assert key == "stats" or found[key] == value, key
+            continue
+        assert found[key].dtype == value.dtype and found[key].shape == value.shape, key
+        difference = (found[key].double() - value.double()).abs().max() if value.numel() else 0
+        assert difference <= tolerance * max(float(value.double().abs().max()), 1e-300), key
+
+
+TALL, WIDE, TINY, SQUARE, CONV = (12, 5), (5, 13), (1, 3), (7, 7), (6, 2, 2, 2)
+SHAPES = [TALL, WIDE, TINY, SQUARE, CONV]  # on two ranks a (1, 3) leaves one of them nothing
+VECTORS = [(5,), (1,), (4, 3)]
+
+
+def agree(group, world, mesh, groups, dtype="float64", steps=25, tolerance=1e-11, **options):
+    """All ranks end where one process over whole tensors ends."""
+    options = {"weight_decay": 0.1, "lr": 0.01, **options}
+    factor = options.pop("factor", 1.0)
+    expected = sharded.run(groups, dtype, None, range(steps), factor, options)
+    found = group.run(world, sharded.run, groups, dtype, mesh, range(steps), factor, options)
+    for own in found:
+        compare(own, expected, tolerance)
+        if not any("batch_dims" in own for own, *_ in groups):  # a rank counts what it holds
+            assert own["stats"] == expected["stats"]
+    return found, expected
+
+
+def low_rank(**options):
+    return {"rank": 4, "update_proj_gap": 20, "scale": 2.0, **options}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+@pytest.mark.parametrize("proj", ["random", "rademacher", "sparse"])
+def test_fsdp_shards_step_as_one_process(group, world, scale_type, proj):
+    """In float64, over a redraw. Sums over ranks differ by a few of its roundings, 1e-16 each;
+    quotients of norms and 25 steps make 1e-13 of it."""
+    low = low_rank(scale_type=scale_type, proj=proj)
+    agree(group, world, (world,), [(low, SHAPES, "0"), ({"rank": None}, VECTORS, "0")])
+
+
+@pytest.mark.parametrize("options", [
+    {"proj_type": "reverse_std"},
+    {"proj_type": "left", "scale_front": True},
+    {"proj_type": "right", "disable_nl": True},
+    {"rank": 1, "scale_type": "tensor", "scale": 128.0},
+    {"rank": 3, "proj": "sparse", "correct_bias": False},
+    {"rank": 100, "maximize": True},
+], ids=str)  # fmt: skip
+def test_every_orientation_and_option_is_that_of_one_process(group, options):
+    """Gradients grow by half at each step for a while, so that the limiter holds some of them."""
+    agree(group, 2, (2,), [(low_rank(**options), SHAPES, "0")], steps=6)
+
+
+@pytest.mark.parametrize("mesh, placements", [
+    ((2, 2), "r0"), ((2, 2), "01"), ((2, 2), "10"), ((2, 2), "r1"), ((3,), "1"), ((2,), "r"),
+    ((1, 2), "01"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_hsdp_and_tensor_parallel_placements_step_as_one_process(
+    group, mesh, placements, scale_type
+):
+    world = mesh[0] * (mesh[1] if len(mesh) > 1 else 1)
+    shapes = SHAPES if mesh != (3,) else SHAPES[:4]  # the last one's channels do not come out even
+    groups = [(low_rank(scale_type=scale_type), shapes, placements)]
+    groups += [({"rank": None}, [(4, 3), (3, 6)], placements)]
+    agree(group, world, mesh, groups)
+
+
+@pytest.mark.parametrize("placement", "012")
+def test_experts_keep_their_numbers_wherever_they_lie(group, placement):
+    """Cut by experts, three over two ranks, or inside of each of them."""
+    experts = low_rank(batch_dims=1), [(3, 6, 4), (3, 4, 6), (1, 5, 5)], placement
+    agree(group, 2, (2,), [experts])
+
+
+@pytest.mark.parametrize("placements", ["0", "1"])
+def test_clipping_takes_the_norm_of_all_shards(group, placements):
+    groups = [(low_rank(), SHAPES, placements), ({"rank": None}, [(4, 3), (2, 5)], placements)]
+    groups += [(low_rank(batch_dims=1), [(3, 6, 4)], "0"), ({"rank": None}, [(5,)], "r")]
+    found, expected = agree(group, 2, (2,), groups, steps=3, max_grad_norm=0.5)
+    assert all(torch.equal(found[0]["norm"], own["norm"]) for own in found)
+    assert float(expected["norm"]) > 0.5
+
+
+def test_a_gradient_that_lies_elsewhere_is_brought_to_its_parameter(group):
+    """0.25 g + 0.75 g differs from g by a rounding or two of float64."""
+    groups = [({"rank": 2}, [(6, 4)], "r"), ({"rank": None}, [(5,)], "r")]
+    expected = sharded.run(
+        [*groups, ({"rank": 2}, [(4, 6)], "0")], "float64", None, range(3), 1, {}
+    )
+    for found, alike in group.run(2, sharded.gradients_elsewhere, range(3)):
+        compare(found, expected, 1e-12)
+        assert alike
+
+
+@pytest.mark.parametrize("place", ["torch", "cuda", "triton"])
+def test_every_back_end_steps_what_it_can_and_leaves_the_rest_to_pytorch(group, place):
+    """Kernels take dense shards, replicated matrices and whole experts; PyTorch takes parts of
+    matrices, since no kernel lets sums of other ranks in between. float32, 1e-5 of the largest."""
+    if reason := conftest.why_not(*conftest.PLACES[place]):
+        pytest.skip(reason)
+    groups = [(low_rank(), [TALL, WIDE, SQUARE], "0"), (low_rank(), [(9, 6)], "r")]
+    groups += [(low_rank(batch_dims=1), [(3, 6, 4)], "0"), ({"rank": None}, VECTORS, "0")]
+    run = groups, "float32"
+    more = range(3), {"lr": 0.01, "weight_decay": 0.1}
+    (expected, _), *_ = [sharded.on_backend(place, *run, None, *more)]
+    own = {"torch": "reference", "cuda": "cuda", "triton": "triton_kernels"}[place]
+    for found, took in group.run(2, sharded.on_backend, place, *run, (2,), *more):
+        compare(found, expected, 1e-5)
+        assert took == {(True, True, "reference"), (True, False, own), (False, False, own)}
+
+
+LARGE = [(96, 64), (64, 96), (40, 100), (101, 37)]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_float32_weights_differ_by_the_order_of_sums_alone(group, world, scale_type):
+    """50 steps over two redraws, in ulps of the largest weight, 2^-24 of it or more.
+
+    The two runs add the same products in another order, so R differs by about an ulp of its
+    channel's norm, and a scale s by a few ulps. An update is at most a hundredth of a weight here,
+    so of that a weight sees less than a tenth of an ulp per step; but where the exact sum lies near
+    the middle of two floats, they round to different ones: one ulp, in few of the steps.
+    """
+    groups = [(low_rank(rank=8, scale_type=scale_type), LARGE, "0")]
+    found, expected = agree(
+        group, world, (world,), groups, dtype="float32", steps=50, tolerance=1e-4
+    )
+    for own in found:
+        for i in range(len(LARGE)):
+            after = expected[i, "weight"]
+            ulp = 2.0**-24 * float(after.abs().max())
+            assert (own[i, "weight"] - after).abs().max() <= 8 * ulp
+
+
+def test_the_same_world_twice_gives_the_same_bits(group):
+    groups = [(low_rank(rank=8), LARGE, "0"), ({"rank": None}, VECTORS, "0")]
+    run = sharded.run, groups, "float32", (3,), range(5), 1.0, {"lr": 0.01}
+    first, second = group.run(3, *run), group.run(3, *run)
+    for own in [*first, *second]:
+        compare(own, first[0], 0)
+
+
+@pytest.mark.parametrize("proj", ["random", "rademacher", "sparse"])
+@pytest.mark.parametrize("world, mesh, placements", [
+    (2, (2,), "0"), (3, (3,), "0"), (3, (3,), "1"), (4, (2, 2), "01"),
+], ids=str)  # fmt: skip
+def test_every_rank_draws_its_part_of_the_projection_bit_for_bit(
+    group, world, mesh, placements, proj
+):
+    """With b1 = 0, M is R, and R of the identity is P: one product per entry, and sums with 0."""
+    shapes = [(24, 24), (1100, 1100)]
+    (expected, *_), found = (
+        group.run(w, sharded.identity, shapes, m, at, proj)
+        for w, m, at in ((1, None, ""), (world, mesh, placements))
+    )
+    for own in found:
+        for p, q in zip(own, expected, strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_channels_of_a_rank_have_the_rows_of_R_bit_for_bit(group, dtype):
+    """Where the contracted side is whole: a row of R is a sum over one channel (no BLAS: its blocks
+    depend on the number of rows)."""
+    groups = [(low_rank(betas=(0.0, 0.9), rank=3), [(96, 64), (33, 7)], "0")]
+    groups += [(low_rank(betas=(0.0, 0.9), rank=8, proj="sparse"), [(96, 64), (33, 17)], "0")]
+    run = groups, dtype
+    expected = sharded.run(*run, None, range(1), 1.0, {})
+    for own in group.run(3, sharded.run, *run, (3,), range(1), 1.0, {}):
+        for i in range(4):
+            assert torch.equal(own[i, "exp_avg"], expected[i, "exp_avg"])
+
+
+@pytest.mark.parametrize("mesh, placements", [((3,), "0"), ((3,), "1"), ((2, 2), "10")], ids=str)
+def test_stochastic_rounding_goes_by_the_place_in_the_whole_weight(group, mesh, placements):
+    """The bits are those of one process. Scales may differ by an ulp, which carries one weight in
+    2^15 or so over a border; bits of another place would move half of all."""
+    groups = [(low_rank(stochastic_rounding=True), [(96, 40), (40, 96)], placements)]
+    run = groups, "bfloat16"
+    world = mesh[0] * (mesh[1] if len(mesh) > 1 else 1)
+    expected = sharded.run(*run, None, range(4), 1.0, {"lr": 1e-4})
+    for own in group.run(world, sharded.run, *run, mesh, range(4), 1.0, {"lr": 1e-4}):
+        for i in range(2):
+            moved = (own[i, "weight"] != expected[i, "weight"]).float().mean()
+            assert moved < 0.002
+
+
+@pytest.mark.parametrize("dense_state", ["float32", "bfloat16", "int8"])
+def test_dense_shards_are_bit_for_bit_those_of_one_process(group, dense_state):
+    """A step looks at one element and draws by its number, or at a block in a row. Sharded vectors
+    keep float32 moments in place of int8 ones."""
+    shapes = [(7, 5), (3, 300), (1, 4)] + ([(9,)] if dense_state != "int8" else [])
+    groups = [({"rank": None, "dense_state": dense_state}, shapes, "0")]
+    expected = sharded.run(groups, "float32", None, range(4), 1.0, {})
+    for own in group.run(2, sharded.run, groups, "float32", (2,), range(4), 1.0, {}):
+        compare(own, expected, 0)
+    groups = [({"rank": None, "dense_state": "int8"}, [(9,)], "0")]
+    for own in group.run(2, sharded.run, groups, "float32", (2,), range(1), 1.0, {}):
+        assert own[0, "exp_avg"].dtype == torch.float32
+
+
+# ---- what is refused, and by all ----------------------------------------------------------------
+
+LOW, CONVOLUTION = {"rank": 2}, (6, 4, 2)
+
+
+@pytest.mark.parametrize("placements, own, shape, words", [
+    ("p", LOW, (6, 4), "Partial"),
+    ("s", LOW, (6, 4), "_StridedShard"),
+    ("s", {}, (6, 4), "_StridedShard"),
+    ("2", LOW, CONVOLUTION, r"Shard\(dim=2\).*only dimensions \[0, 1\]"),
+    ("00", LOW, (6, 4), "two dimensions of its mesh"),
+    ("1", {"dense_state": "bfloat16"}, (6, 4), r"Shard\(dim=1\).*dense_state 'bfloat16'"),
+    ("1", {**LOW, "proj_type": "left"}, (6, 3, 2), "its 3 do not come out even on 2"),
+], ids=str)  # fmt: skip
+def test_a_placement_that_no_step_knows_is_refused_at_construction(
+    group, placements, own, shape, words
+):
+    for message, groups in group.run(2, sharded.refused, placements, own, shape):
+        assert re.search(words, message) and "'odd.weight'" in message
+        assert groups == 1
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("state", "p1.*negative"), ("gradient", "ranks differ"), ("option", "ranks differ"),
+])  # fmt: skip
+def test_no_rank_steps_or_waits_where_one_refuses(group, kind, words):
+    """And the next step is as if nothing had been."""
+    answers = group.run(2, sharded.one_rank_refuses, kind)
+    (first, _, _), (second, _, _) = answers
+    assert re.search(words, second)
+    assert re.search("another rank" if kind == "state" else words, first)
+    assert all(same for _, same, _ in answers)
+    low = {"rank": 4, "betas": (0.5, 0.9)}
+    groups = [(low, [(6, 4), (4, 6)], "0"), ({"rank": None}, [(5,)], "0")]
+    expected = sharded.run(groups, "float64", None, range(2), 1.0, {})
+    for _, _, result in answers:
+        compare(result, expected, 1e-12)
+
+
+def test_an_inf_that_one_rank_has_found_skips_the_step_on_all(group):
+    for before, skipped, after in group.run(2, sharded.inf_on_one_rank):
+        compare(skipped, before, 0)
+        assert int(after[0, "step"]) == 2 and int(before[0, "step"]) == 1
+
+
+@pytest.mark.parametrize("placements", ["0", "1"])
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_a_nan_on_one_rank_keeps_the_weights_of_all(group, placements, scale_type):
+    """The parameter's weights and update_norm stay; the step counts, and so does the NaN."""
+    for before, after in group.run(2, sharded.nonfinite, placements, scale_type):
+        for i in range(2):
+            assert torch.equal(after[i, "weight"], before[i, "weight"])
+            assert torch.equal(after[i, "update_norm"], before[i, "update_norm"])
+            assert torch.isfinite(after[i, "exp_avg"]).all()
+            assert int(after[i, "step"]) == 2
+        assert after["stats"]["nonfinite"] == 2
+
+
+# ---- models under fully_shard --------------------------------------------------------------------
+
+
+def close(found, expected, tolerance=1e-9):
+    """Losses and contents: the gradients themselves are sums over ranks in another order."""
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    compare(found[1], expected[1], tolerance)
+
+
+@pytest.mark.parametrize("world, mesh", [(1, (1,)), (2, (2,)), (3, (3,)), (4, (2, 2))], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=str)
+def test_a_model_under_fully_shard_trains_as_on_one_process(group, world, mesh, options):
+    """Each rank has its share of the batch."""
+    expected = sharded.one_process(range(8), options)
+    for found in group.run(world, sharded.fsdp, mesh, range(8), options):
+        close(found, expected)
+
+
+def test_gradient_release_under_fully_shard_gives_the_bits_of_the_normal_mode(group):
+    """Its hooks run when gradients have been reduced, in the same order on all ranks."""
+    normal = group.run(2, sharded.fsdp, (2,), range(5), {})
+    for found, expected in zip(
+        group.run(2, sharded.fsdp, (2,), range(5), {}, True), normal, strict=True
+    ):
+        close(found, expected, 0)
+
+
+def test_a_mixed_precision_policy_leaves_float_shards_to_step(group):
+    """Compute in bfloat16, shards and reduction as they are: near the losses of full precision."""
+    policy = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    losses, expected = (
+        group.run(2, sharded.fsdp, (2,), range(8), {}, False, own)[0][0] for own in (policy, None)
+    )
+    assert losses == pytest.approx(expected, rel=0.05)
+    assert losses != expected
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["save", "async", "flat"])
+def test_a_checkpoint_goes_from_two_ranks_to_three_and_to_one(group, tmp_path, how):
+    """Through torch.distributed.checkpoint: moments, counters and keys to the bit, and the losses
+    that the run would have had."""
+    folder = str(tmp_path)
+    (losses, saved), _ = group.run(2, sharded.save, folder, (2,), 4, how)
+    for world, mesh in ((3, (3,)), (1, (1,)), (4, (2, 2)), (1, None)):
+        for found_losses, found in group.run(world, sharded.load, folder, mesh, 4, how):
+            compare(found, saved, 0)
+            assert found_losses == pytest.approx(losses, rel=1e-9)
+
+
+def test_full_state_dicts_go_to_one_process_and_back(group):
+    from torch.distributed.checkpoint import state_dict as of
+
+    _, model_state, optimizer_state = group.run(2, sharded.whole_states, (2,), 4)[0]
+    net = sharded.model()
+    optimizer = sharded.optimizer_of(net, seed=5)
+    of.set_model_state_dict(net, model_state)
+    of.set_optimizer_state_dict(net, optimizer, optimizer_state)
+    _, expected = sharded.one_process(range(4), {})
+    found = sharded.contents(net, optimizer)
+    compare(found, expected, 1e-9)
+    losses = sharded.fit(net, optimizer, range(4, 7))
+    back = group.run(3, sharded.whole_states, (3,), 4, (model_state, optimizer_state))
+    for found_losses, own in back:
+        compare(own, found, 0)
+        assert found_losses == pytest.approx(losses, rel=1e-9)
+
+
+def test_a_plain_state_dict_of_whole_tensors_is_cut_where_it_is_loaded(group):
+    for found, expected in group.run(2, sharded.own_state_dict, (2,), 3):
+        for key, value in expected.items():
+            if key[1] != "weight":
+                assert helpers.same(found[key], value), key
+
+
+# ---- what a step sends ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world, mesh, placements", [
+    (2, (2,), "0"), (3, (3,), "0"), (4, (2, 2), "r0"), (4, (2, 2), "10"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
+def test_the_report_says_what_a_rank_holds_and_what_a_step_sends(
+    group, world, mesh, placements, scale_type, options
+):
+    """Bytes as counted in the collectives of a step, and as few of them as the design has: per
+    dimension of the mesh one all-reduce of flags before it and one of norms, and for all matrices
+    whose contracted side is cut one reduce-scatter and one all-gather."""
+    groups = [(low_rank(scale_type=scale_type), SHAPES, placements)]
+    groups += [({"rank": None}, [(4, 3)], placements)]
+    for counted, calls, report, state in group.run(world, sharded.sent, groups, mesh, options):
+        traffic = report.traffic
+        assert counted == {kind: getattr(traffic, kind) for kind in counted}
+        assert report.state_bytes == state and "a step sends" in str(report)
+        cut, groups_that_cut = len(placements.replace("r", "")), 1 if "1" not in placements else 2
+        expected = {"all_reduce": len(mesh) + cut * (1 + len(options))}
+        expected["reduce_scatter"] = groups_that_cut
+        if scale_type == "channel":
+            expected["all_gather"] = groups_that_cut
+        assert calls == expected
