@@ -169,8 +169,9 @@ def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
 
     128 channels share an entry of z: at rank 128 its 14 slots then fit into the time in which an
     H200 reads 128 bf16 weights (15 slots each), and other cards have more slots per byte. 128 x 128
-    float32 sums take 64 registers of 256 threads. wgmma takes 64 rows of its left operand at once. Along K, whole 128-byte lines are best; mma.sync
-    holds both operands in registers beside the sums, and half a line is what fits without spills.
+    float32 sums take 64 registers of 256 threads; wgmma takes 64 rows of its left operand at once.
+    Along K, whole 128-byte lines are best; mma.sync holds both operands in registers beside the
+    sums, and half a line is what fits without spills.
     Rank 1 streams G through registers, 32 bytes per thread, in segments of 256 bytes or more.
     """
     rank, g, size = layout.rank, layout.g, layout.g.dtype.itemsize
