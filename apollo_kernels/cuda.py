@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apollo_kernels import moments
 from apollo_kernels.batch import Dense, Hyper, LowRank, Signals
 from apollo_kernels.native import _C as _native
 
 # What the kernels read and write; csrc/apollo.h says what else a new dtype needs.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # int8's codes
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}  # codes
 GROUP = 128  # int8 weights that share a grid
 # As csrc/philox.cuh numbers them; the last has the gaussian's numbers by exact functions.
 DISTRIBUTIONS = {"gaussian": 0, "rademacher": 1, "sparse": 4, "exact gaussian": 16}
@@ -62,7 +63,8 @@ def takes(item: LowRank | Dense) -> bool:
     if item.grid is not None and not _takes_int8(item):
         return False
     if isinstance(item, Dense):
-        return known and item.exp_avg.dtype == torch.float32
+        wide = item.exp_avg.dtype == torch.float32
+        return known and (wide or (item.exp_avg.dtype in DTYPES and moments.lie_as_counted(item)))
     return known and max(weight.shape) < 2**31
 
 
@@ -81,8 +83,8 @@ def _takes_int8(item: LowRank | Dense) -> bool:
 
 def family(item: LowRank | Dense) -> Hashable:
     """Items of one family share launches: equal dtypes and, by their own ranks, equal kernels."""
-    rank = kernels.rank_class(item.exp_avg.shape[1]) if isinstance(item, LowRank) else None
-    return item.weight.dtype, item.grad.dtype, rank
+    dtypes = item.weight.dtype, item.grad.dtype, item.exp_avg.dtype
+    return dtypes, kernels.rank_class(item.exp_avg.shape[1]) if isinstance(item, LowRank) else None
 
 
 def build(items: Sequence[LowRank], *, separate: bool = False) -> LowRankBatch:
@@ -253,9 +255,12 @@ class DenseBatch(_Placed):
     def __init__(self, items: Sequence[Dense]) -> None:
         first = items[0]
         plan = kernels.DensePlan(
-            weight_dtype=DTYPES[first.weight.dtype], grad_dtype=DTYPES[first.grad.dtype]
+            weight_dtype=DTYPES[first.weight.dtype],
+            grad_dtype=DTYPES[first.grad.dtype],
+            moments_dtype=DTYPES[first.exp_avg.dtype],
         )
         for item in items:
+            units = item.units or (None, None)
             plan.add(
                 weight=item.weight.data_ptr(),
                 grad=item.grad.data_ptr(),
@@ -266,6 +271,8 @@ class DenseBatch(_Placed):
                 grid=_address(item.grid),
                 key=item.key,
                 columns=item.weight.shape[-1] if item.weight.dim() else 1,
+                exp_avg_unit=_address(units[0]),
+                exp_avg_sq_unit=_address(units[1]),
             )
         super().__init__(plan, first.weight.device)
 

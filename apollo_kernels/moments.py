@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from apollo_kernels.batch import Dense
+
 DENSE_STATES = ("float32", "bfloat16", "int8")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -47,6 +49,15 @@ def blocks(shape: Sequence[int]) -> tuple[int, int]:
     """How many blocks a parameter has: [rows, blocks in each row]."""
     rows = shape[0] if len(shape) > 1 else 1
     return rows, -(-math.prod(shape[1:] if len(shape) > 1 else shape) // BLOCK)
+
+
+def lie_as_counted(item: Dense) -> bool:
+    """Whether a kernel that walks memory meets elements in the order in which the contract counts
+    them, and whole blocks: rows, of whole blocks or only one."""
+    tensors = [item.weight, item.exp_avg, item.exp_avg_sq, *(item.units or ())]
+    rows, in_row = blocks(item.weight.shape)
+    whole = rows <= 1 or rows * in_row * BLOCK == item.weight.numel()
+    return all(t.is_contiguous() for t in tensors) and (item.units is None or whole)
 
 
 def _power(k: Tensor) -> Tensor:

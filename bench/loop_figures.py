@@ -52,11 +52,16 @@ def gradient_bytes(kernel: str) -> int:
     return _BYTES[own[1] if kernel.startswith(("apply", "adamw")) else own[0]]
 
 
+def moment_bytes(kernel: str) -> int:
+    """Of one of the two moments that `adamw` walks."""
+    return _BYTES[arguments(kernel)[2]]
+
+
 def moved_bytes(kernel: str) -> int:
     """Per element of a stream, without what other parts of a step move."""
     if not kernel.startswith(("apply", "adamw")):
         return gradient_bytes(kernel)
-    moments = 16 if kernel.startswith("adamw") else 0
+    moments = 4 * moment_bytes(kernel) if kernel.startswith("adamw") else 0
     return 2 * weight_bytes(kernel) + gradient_bytes(kernel) + moments
 
 
@@ -64,11 +69,14 @@ def elements(kernel: str, loop: MainLoop) -> int:
     """From what a turn stores, where it stores, since scales may be loaded as vectors too."""
     if kernel.startswith("project_tiles"):
         return TILES[arguments(kernel)[0]] // TILE_THREADS
-    if kernel.startswith(("apply", "adamw")):
-        moments = 8 if kernel.startswith("adamw") else 0
+    if kernel.startswith("adamw"):  # four codes are no vector, and grids and units none
+        weight, moments = (x if x > 1 else 0 for x in (weight_bytes(kernel), moment_bytes(kernel)))
+        vectors = gradient_bytes(kernel) + 2 * weight + 4 * moments
+        return (loop.loaded + loop.stored) // vectors
+    if kernel.startswith("apply"):
         if weight_bytes(kernel) == 1:  # codes are no vector beside wide gradients, and grids none
-            return loop.stored // 8 if moments else loop.accesses(16) * 16 // gradient_bytes(kernel)
-        return loop.stored // (weight_bytes(kernel) + moments)
+            return loop.accesses(16) * 16 // gradient_bytes(kernel)
+        return loop.stored // weight_bytes(kernel)
     return loop.loaded // gradient_bytes(kernel)
 
 

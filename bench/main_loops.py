@@ -69,7 +69,7 @@ def main_loops(function: Function) -> list[MainLoop]:
     moving = [loop for loop in moving if _number(function, loop, _multiplies)] or moving
     moving = [loop for loop in moving if not _number(function, loop, _stores)] or moving
     inner = [a for a in moving if not any(b.blocks < a.blocks for b in moving)]
-    lean = [loop for loop in inner if not _guarded(function, loop)] or inner
+    lean = [loop for loop in inner if not _guarded(function, loop)] or _leanest(function, inner)
     if not lean:
         ends = {b for b in function.order if not function.successors[b]}
         return [MainLoop("any", (path(function, 0, ends, set(function.order), True),), None)]
@@ -125,7 +125,18 @@ def _number(function: Function, loop: Loop, of_kind: Callable[[Instruction], boo
 
 def _guarded(function: Function, loop: Loop) -> bool:
     """It reads or writes element by element somewhere: several scalars for each vector."""
-    return _number(function, loop, is_scalar) >= 2 * _number(function, loop, is_vector)
+    return _scalars(function, loop) >= 2
+
+
+def _scalars(function: Function, loop: Loop) -> float:
+    """For each vector."""
+    return _number(function, loop, is_scalar) / _number(function, loop, is_vector)
+
+
+def _leanest(function: Function, loops: list[Loop]) -> list[Loop]:
+    """Those near the one with the fewest scalars: four codes of a byte are one, too."""
+    least = min((_scalars(function, loop) for loop in loops), default=0.0)
+    return [loop for loop in loops if _scalars(function, loop) <= 1.5 * least]
 
 
 def _turns(function: Function, loop: Loop) -> tuple[tuple[Instruction, ...], ...]:

@@ -25,8 +25,10 @@ SHARES = {
     "project_sparse<float": (128, 256),
     "apply_update<bfloat16, bfloat16": (0,),
     "apply_update<float, float": (0,),
-    "adamw_update<bfloat16, bfloat16": (0,),
-    "adamw_update<float, float": (0,),
+    "adamw_update<bfloat16, bfloat16, float": (0,),
+    "adamw_update<bfloat16, bfloat16, bfloat16": (0,),
+    "adamw_update<bfloat16, bfloat16, int8_code": (0,),
+    "adamw_update<float, float, float": (0,),
 }
 CONTRACTED = 4096
 RESULTS = Path(__file__).parent / "results"

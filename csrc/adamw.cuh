@@ -1,10 +1,12 @@
 // adamw: the low-rank rule without a projection, for dense parameters: M and V of the gradient,
 // then W <- (1 - lr wd) W - lr sqrt(1 - b2^t) / (1 - b1^t) M / (sqrt(V) + eps). It streams weight,
-// gradient and float32 moments in memory order, 22 bytes per bf16 weight and 20 per int8 one.
+// gradient and moments in memory order: 22 bytes per bf16 weight and 20 per int8 one, of which
+// float32 moments are 16, bf16 ones 8 and int8 ones 4.
 // advance: counts the step of every dense parameter.
 #pragma once
 
 #include "common.cuh"
+#include "moments.cuh"
 #include "weights.cuh"
 
 namespace apollo {
@@ -34,31 +36,32 @@ struct DensePlaces<int8_code> {
 
 // The elements of one block. WHOLE: all are there, each vector at a multiple of its size; else both
 // are asked at each access. False if an element was left as it is: its square is not finite.
-template <bool WHOLE, class W, class G>
+template <bool WHOLE, class W, class G, class M>
 APOLLO_DEVICE bool update_elements(const DenseRow& p, const Hyper& h, int64_t begin, float rate,
                                    Keep keep, bool wide) {
   constexpr int N = kDenseVector, kApart = N * kStreamThreads;  // of a thread's vectors
   constexpr int kAhead = WHOLE ? 2 : 1;  // loads under way before the first is used
   W* weight = static_cast<W*>(p.weight) + begin;
   const G* grad = static_cast<const G*>(p.grad) + begin;
-  float *exp_avg = p.exp_avg + begin, *exp_avg_sq = p.exp_avg_sq + begin;
+  const MomentPlaces<M> moments(p, begin);
   const int count = p.count - begin < kDenseElements ? int(p.count - begin) : kDenseElements;
   const float factor = sign_and_scale(h) * clip_factor(h);
   const DensePlaces<W> places(p, begin);
   const typename DensePlaces<W>::Rounding rounding(p);
   bool good = true;
+  // The lanes of a warp that share a block of codes stay until the last of them is done.
+  const int lane = kInGroups<M> ? N * int(threadIdx.x % 32) : 0;
 #pragma unroll 1
-  for (int first = N * int(threadIdx.x); first < count; first += kAhead * kApart) {
+  for (int first = N * int(threadIdx.x); first - lane < count; first += kAhead * kApart) {
     WeightPack<W, N> w[kAhead];
     Pack<G, N> g[kAhead];
-    Pack<float, N> m[kAhead], v[kAhead];
+    MomentPacks<M> mv[kAhead];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
       const int i = first + a * kApart, n = WHOLE ? N : count - i;
       w[a].load(weight + i, n, WHOLE || wide, rounding, places.outer(i), places.inner(i));
       g[a].load(grad + i, n, WHOLE || wide);
-      m[a].load(exp_avg + i, n, WHOLE || wide);
-      v[a].load(exp_avg_sq + i, n, WHOLE || wide);
+      mv[a].load(moments, i, n, WHOLE || wide);
     }
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
@@ -66,8 +69,7 @@ APOLLO_DEVICE bool update_elements(const DenseRow& p, const Hyper& h, int64_t be
       float x[N], y[N], mm[N], vv[N];
       w[a].get(y);
       g[a].get(x);
-      m[a].get(mm);
-      v[a].get(vv);
+      mv[a].get(mm, vv);
       const auto step = [&](int e) {
         mix_moments(x[e], mm[e], vv[e], h);
         y[e] = fmaf(-rate, normalized(mm[e], vv[e], h), keep.times(y[e]));
@@ -88,17 +90,15 @@ APOLLO_DEVICE bool update_elements(const DenseRow& p, const Hyper& h, int64_t be
           if (finite(x[e] * x[e])) step(e);
         }
       }
-      m[a].set(mm);
-      v[a].set(vv);
+      mv[a].set(moments, i, n, mm, vv);
       w[a].store(weight + i, y, n, WHOLE || wide, rounding, places.outer(i), places.inner(i));
-      m[a].store(exp_avg + i, n, WHOLE || wide);
-      v[a].store(exp_avg_sq + i, n, WHOLE || wide);
+      mv[a].store(moments, i, n, WHOLE || wide);
     }
   }
   return good;
 }
 
-template <class W, class G>
+template <class W, class G, class M>
 __global__ void __launch_bounds__(kStreamThreads, 3) adamw_update(Launch launch) {
   __shared__ float shared_rate;
   __shared__ Keep shared_keep;
@@ -116,10 +116,11 @@ __global__ void __launch_bounds__(kStreamThreads, 3) adamw_update(Launch launch)
   const int64_t begin = (int64_t(blockIdx.x) - p.first_block) * kDenseElements;
   const bool wide = aligned<kDenseVector>(static_cast<const W*>(p.weight), 0) &&
                     aligned<kDenseVector>(static_cast<const G*>(p.grad), 0) &&
-                    aligned16(p.exp_avg, 0) && aligned16(p.exp_avg_sq, 0);
+                    aligned<kDenseVector>(static_cast<const M*>(p.exp_avg), 0) &&
+                    aligned<kDenseVector>(static_cast<const M*>(p.exp_avg_sq), 0);
   const bool whole = wide && p.count - begin >= kDenseElements;
-  const bool good = whole ? update_elements<true, W, G>(p, h, begin, rate, keep, wide)
-                          : update_elements<false, W, G>(p, h, begin, rate, keep, wide);
+  const bool good = whole ? update_elements<true, W, G, M>(p, h, begin, rate, keep, wide)
+                          : update_elements<false, W, G, M>(p, h, begin, rate, keep, wide);
   if (!good) atomicExch(launch.bad + parameter, 1);  // any order gives the same
 }
 

@@ -15,12 +15,14 @@
 namespace apollo {
 
 // A dtype joins here, in `pieces` below, in common.cuh (conversions and kDtypeOf), in `with_dtype`
-// of launch.cu and in DTYPES of cuda.py. kInt8 is a weight's only: codes beside a grid for each
-// group of neighbours in a row (int8.cuh), which has a WeightPack of its own in weights.cuh.
+// of launch.cu and in DTYPES of cuda.py. kInt8 stands for codes: of a weight, beside a grid for
+// each group of neighbours in a row (int8.cuh), with a WeightPack of its own in weights.cuh; or of
+// dense moments, beside a unit for each block of neighbours (moments.cuh).
 enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3 };
 
 constexpr int size_of(int dtype) { return dtype == kFloat32 ? 4 : dtype == kInt8 ? 1 : 2; }
 constexpr int kGroup = 128;  // int8 weights that share a grid
+constexpr int kBlock = 128;  // int8 moments that share a unit
 
 // How many bf16 numbers hold a gradient's element exactly: the tensor cores multiply bf16.
 constexpr int pieces(int dtype) { return dtype == kBfloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
@@ -69,7 +71,7 @@ constexpr int kStreamThreads = 256, kStreamVectors = 8;  // of a block, of a thr
 constexpr int apply_vector(int weight_dtype, int grad_dtype) {
   return size_of(weight_dtype) == 4 || size_of(grad_dtype) == 4 ? 4 : 8;
 }
-constexpr int kDenseVector = 4;  // moments are float32
+constexpr int kDenseVector = 4;  // moments are float32, or a warp's vectors are a block of codes
 constexpr int kDenseElements = kDenseVector * kStreamVectors * kStreamThreads;  // of a block
 
 // X [channels, k] lies in memory as rows of length k, `ld` elements apart (kByRow), or as rows of
@@ -122,11 +124,13 @@ static_assert(sizeof(Record) == 32, "records and parts need 8-byte aligned place
 struct DenseRow {
   void* weight;
   int32_t* grid;    // of an int8 weight, whose rows are whole groups
-  uint64_t key;     // of its rounding
+  uint64_t key;     // of all rounding
   int64_t columns;  // the length of its rows
   const void* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
+  void* exp_avg;
+  void* exp_avg_sq;
+  float* exp_avg_unit;  // of int8 moments, whose blocks do not end within a row: [blocks]
+  float* exp_avg_sq_unit;
   int64_t* step;
   int64_t count, first_block;
 };
@@ -154,6 +158,7 @@ struct Launch {
   int32_t* bad;  // per dense parameter: an element was not finite
   int64_t blocks;
   int weight_dtype, grad_dtype;
+  int moments_dtype;  // of dense parameters
   RankClass rank;
   void* stream;
   Hyper hyper;

@@ -15,7 +15,7 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
-struct int8_code {  // of a weight: nothing without its grid
+struct int8_code {  // nothing without the grid of a weight, or the unit of moments
   uint8_t bits;
 };
 

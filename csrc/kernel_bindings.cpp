@@ -113,15 +113,17 @@ void add_matrix(PlacedLowRank& plan, uintptr_t weight, uintptr_t grad, uintptr_t
 
 void add_dense(PlacedDense& plan, uintptr_t weight, uintptr_t grad, uintptr_t exp_avg,
                uintptr_t exp_avg_sq, uintptr_t step, int64_t count, uintptr_t grid, uint64_t key,
-               int64_t columns) {
+               int64_t columns, uintptr_t exp_avg_unit, uintptr_t exp_avg_sq_unit) {
   DenseRow row{};
   row.weight = pointer<void>(weight);
   row.grid = pointer<int32_t>(grid);
   row.key = key;
   row.columns = columns;
   row.grad = pointer<const void>(grad);
-  row.exp_avg = pointer<float>(exp_avg);
-  row.exp_avg_sq = pointer<float>(exp_avg_sq);
+  row.exp_avg = pointer<void>(exp_avg);
+  row.exp_avg_sq = pointer<void>(exp_avg_sq);
+  row.exp_avg_unit = pointer<float>(exp_avg_unit);
+  row.exp_avg_sq_unit = pointer<float>(exp_avg_sq_unit);
   row.step = pointer<int64_t>(step);
   row.count = count;
   plan.add(row);
@@ -207,10 +209,13 @@ void bind_kernels(py::module_& module) {
 
   py::class_<PlacedDense> dense(module, "DensePlan", py::module_local(),
                                 "Dense parameters of one family (csrc/plan.h).");
-  dense.def(py::init<int, int>(), py::kw_only(), py::arg("weight_dtype"), py::arg("grad_dtype"))
+  dense
+      .def(py::init<int, int, int>(), py::kw_only(), py::arg("weight_dtype"), py::arg("grad_dtype"),
+           py::arg("moments_dtype"))
       .def("add", &add_dense, py::kw_only(), py::arg("weight"), py::arg("grad"), py::arg("exp_avg"),
            py::arg("exp_avg_sq"), py::arg("step"), py::arg("count"), py::arg("grid") = 0,
-           py::arg("key") = 0, py::arg("columns") = 0)
+           py::arg("key") = 0, py::arg("columns") = 0, py::arg("exp_avg_unit") = 0,
+           py::arg("exp_avg_sq_unit") = 0)
       .def("adamw", verb<PlacedDense>(&DensePlan::adamw, "adamw"), unlocked);
   define_common<PlacedDense>(dense);
 

@@ -118,6 +118,18 @@ int with_apply(const Launch& launch, bool by_chance, Use use) {
   });
 }
 
+// Calls use(kernel) with the kernel of `adamw` for these dtypes.
+template <class Use>
+int with_adamw(const Launch& launch, Use use) {
+  return with_dtypes(launch, [&](auto w, auto g) {
+    using W = decltype(w);
+    using G = decltype(g);
+    if (launch.moments_dtype == kInt8) return use(adamw_update<W, G, int8_code>);
+    if (launch.moments_dtype == kBfloat16) return use(adamw_update<W, G, bfloat16>);
+    return use(adamw_update<W, G, float>);
+  });
+}
+
 }  // namespace
 
 int launch_project(const Launch& launch) {
@@ -138,9 +150,8 @@ int launch_apply(const Launch& launch) {
 }
 
 int launch_adamw(const Launch& launch) {
-  return with_dtypes(launch, [&](auto w, auto g) {
-    return run(adamw_update<decltype(w), decltype(g)>, launch.blocks, kStreamThreads, 0, launch);
-  });
+  return with_adamw(
+      launch, [&](Kernel kernel) { return run(kernel, launch.blocks, kStreamThreads, 0, launch); });
 }
 
 int launch_advance(const Launch& launch) {
@@ -163,8 +174,7 @@ int load_low_rank(const Launch& launch) {
 
 int load_dense(const Launch& launch) {
   if (const int error = load(advance_steps)) return error;
-  return with_dtypes(launch,
-                     [](auto w, auto g) { return load(adamw_update<decltype(w), decltype(g)>); });
+  return with_adamw(launch, [](Kernel kernel) { return load(kernel); });
 }
 
 #if defined(__CUDACC__)

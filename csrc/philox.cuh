@@ -25,6 +25,7 @@ enum Distribution : uint32_t {
   kRounding = 2,
   kRoundingInt8 = 3,
   kSparse = 4,
+  kMoments = 5,
   kExactGaussian = 16
 };
 

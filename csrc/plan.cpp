@@ -230,8 +230,8 @@ int LowRankPlan::apply(const Hyper& hyper, void* stream) const {
   return launch_apply(launch(hyper, stream, 0, apply_blocks_));
 }
 
-DensePlan::DensePlan(int weight_dtype, int grad_dtype)
-    : weight_dtype_(weight_dtype), grad_dtype_(grad_dtype) {}
+DensePlan::DensePlan(int weight_dtype, int grad_dtype, int moments_dtype)
+    : weight_dtype_(weight_dtype), grad_dtype_(grad_dtype), moments_dtype_(moments_dtype) {}
 
 void DensePlan::add(DenseRow row) {
   if (row.count < 0) throw std::invalid_argument("add: count " + std::to_string(row.count));
@@ -252,21 +252,22 @@ void DensePlan::write_maps(int32_t* maps) const {
   write_map(rows_, &DenseRow::first_block, blocks_, maps);
 }
 
-int DensePlan::load() const {
+Launch DensePlan::launch() const {
   Launch launch{};
   launch.weight_dtype = weight_dtype_;
   launch.grad_dtype = grad_dtype_;
-  return load_dense(launch);
+  launch.moments_dtype = moments_dtype_;
+  return launch;
 }
 
+int DensePlan::load() const { return load_dense(launch()); }
+
 int DensePlan::adamw(const Hyper& hyper, void* stream) const {
-  Launch launch{};
+  Launch launch = this->launch();
   launch.table = memory_.table;
   launch.map = memory_.maps;
   launch.bad = static_cast<int32_t*>(memory_.workspace);
   launch.blocks = blocks_;
-  launch.weight_dtype = weight_dtype_;
-  launch.grad_dtype = grad_dtype_;
   launch.stream = stream;
   launch.hyper = hyper;
   if (const int error = launch_adamw(launch)) return error;

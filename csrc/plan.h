@@ -91,7 +91,7 @@ class LowRankPlan {
 // The dense parameters of one family: dtypes are equal. The workspace holds an int32 for each.
 class DensePlan {
  public:
-  DensePlan(int weight_dtype, int grad_dtype);
+  DensePlan(int weight_dtype, int grad_dtype, int moments_dtype);
 
   void add(DenseRow row);  // addresses and count
   void set_gradients(const std::vector<uintptr_t>& addresses);
@@ -108,7 +108,9 @@ class DensePlan {
   int adamw(const Hyper& hyper, void* stream) const;
 
  private:
-  int weight_dtype_, grad_dtype_;
+  Launch launch() const;  // over nothing: what kernels are asked for
+
+  int weight_dtype_, grad_dtype_, moments_dtype_;
   Memory memory_;
   std::vector<DenseRow> rows_;
   int64_t blocks_ = 0;

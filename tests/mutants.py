@@ -563,6 +563,51 @@ CUDA = [
         "_moments[20000]",
     ),
     Mutant(
+        "M and V of int8 moments change bits", "csrc/moments.cuh",
+        "SIGNED ? drawn.w[e] & 0xFFFFu : drawn.w[e] >> 16",
+        "SIGNED ? drawn.w[e] >> 16 : drawn.w[e] & 0xFFFFu",
+        "test_dense_state.py::test_one_step_from_nothing_is_the_contract_s[cuda-int8]",
+    ),
+    Mutant(
+        "a unit of int8 moments follows at once", "csrc/moments.cuh",
+        "fresh + (1u << 23) >= unit", "fresh >= unit",
+        "test_cuda_batch.py::test_narrow_moments_are_float32_ones_rounded_as_the_specification_has_it"
+        "[int8-torch.float32-torch.float32]",
+    ),
+    Mutant(
+        "a small V in int8 becomes 0", "csrc/moments.cuh",
+        "return x > 0.0f && code == 0 ? 1u : code;", "return code;",
+        "test_dense_state.py::test_a_small_second_moment_never_becomes_zero[cuda]",
+    ),
+    Mutant(
+        "bf16 moments are rounded up to infinity", "csrc/moments.cuh",
+        "fminf(vv[e], kLargestMoment)", "vv[e]",
+        "test_dense_state.py::test_the_largest_gradients_leave_finite_numbers"
+        "[cuda-(0.0, 0.0)-0.0-bfloat16]",
+    ),
+    Mutant(
+        "int8 moments have no code for their largest", "csrc/moments.cuh",
+        "if (highest > __float_as_uint(kLargestMoment))", "if (highest == 0xFFFFFFFFu)",
+        "test_dense_state.py::test_the_largest_gradients_leave_finite_numbers"
+        "[cuda-(0.0, 0.0)-0.0-int8]",
+    ),
+    Mutant(
+        "the largest of a block of moments is a lane's own", "csrc/moments.cuh",
+        "__reduce_max_sync(0xFFFFFFFFu, __float_as_uint(own))", "__float_as_uint(own)",
+        "test_dense_state.py::test_one_step_from_nothing_is_the_contract_s[cuda-int8]",
+    ),
+    Mutant(
+        "lanes leave before their block of moments is done", "csrc/adamw.cuh",
+        "kInGroups<M> ? N * int(threadIdx.x % 32) : 0", "0",
+        "test_cuda_batch.py::test_narrow_moments_are_float32_ones_rounded_as_the_specification_has_it"
+        "[int8-torch.float32-torch.float32]",
+    ),
+    Mutant(
+        "narrow moments share launches with float32 ones", "apollo_kernels/cuda.py",
+        "item.grad.dtype, item.exp_avg.dtype", "item.grad.dtype",
+        "test_cuda_batch.py::test_narrow_moments_are_taken_where_they_lie_as_they_are_counted",
+    ),
+    Mutant(
         "a tile of apply is whole though rows are missing", "csrc/apply.cuh",
         "row + rows <= at.outer", "row < at.outer",
         "test_cuda_batch.py::test_tiles_of_every_width_meet_their_ends[rows-torch.float32]",
@@ -712,7 +757,7 @@ TRITON = [
         "[triton-(0.0, 0.0)-0.0-bfloat16]",
     ),
     Mutant(
-        "blocks of int8 moments reach into the next row", "triton/step.py",
+        "blocks of int8 moments reach into the next row", "apollo_kernels/moments.py",
         "and (item.units is None or whole)", "",
         "test_dense_state.py::test_every_back_end_stores_what_the_specification_does"
         "[triton-torch.float32-int8]",

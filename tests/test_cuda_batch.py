@@ -13,13 +13,14 @@ import emulated
 import pytest
 import torch
 
-from apollo_kernels import cuda, philox
+from apollo_kernels import cuda, int8, moments, philox, reference
 from apollo_kernels.batch import Dense, Hyper, LowRank, Signals
 
 REASON = emulated.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+INT8 = torch.uint8  # codes
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,8 @@ def clone(item):
         for f in dataclasses.fields(item)
         if isinstance(getattr(item, f.name), torch.Tensor) and f.name != "grad"
     }
+    if getattr(item, "units", None) is not None:
+        tensors["units"] = tuple(unit.clone() for unit in item.units)
     return dataclasses.replace(item, **tensors)
 
 
@@ -860,6 +863,75 @@ def test_a_dense_element_whose_square_is_not_finite_keeps_weight_and_moments(cou
     assert kept == [3, 4, 5]
     assert item.exp_avg[3:6].eq(0).all() and item.exp_avg_sq[3:6].eq(0).all()
     assert s.counters.tolist() == [2, 0, 2]
+
+
+def narrow_item(shape, stored, weight=F32, grad=F32, key=0x123456789ABCDEF):
+    """A dense parameter whose moments are bf16 or codes; step 2^32 is the one after the next."""
+    w, rest = torch.randn(shape), {"key": key}
+    if weight == INT8:
+        w, rest["grid"] = int8.quantize(w, 128)
+    if stored == INT8:
+        rest["units"] = tuple(torch.zeros(moments.blocks(shape)) for _ in range(2))
+    made = [torch.zeros(shape, dtype=stored) for _ in range(2)]
+    step = torch.tensor(2**32 - 2)
+    return Dense(w.to(weight), torch.zeros(shape, dtype=grad), *made, step, **rest)
+
+
+def widened(item):
+    """The same with float32 moments."""
+    found = [item.exp_avg.float(), item.exp_avg_sq.float()]
+    if item.units is not None:
+        pairs = zip((item.exp_avg, item.exp_avg_sq), item.units, moments.MOMENTS, strict=True)
+        found = [moments.from_codes(codes, unit, key) for codes, unit, key in pairs]
+    return dataclasses.replace(clone(item), exp_avg=found[0], exp_avg_sq=found[1], units=None)
+
+
+def stored_as(item, wide):
+    """What the specification makes of ``wide``'s moments, where those of ``item`` were: four
+    tensors, or two."""
+    item = clone(item)
+    keeper = reference._Moments(item, int(wide.step) % 2**32)
+    some = slice(0, item.weight.shape[0] if item.weight.dim() else 1)
+    keeper.store(some, *(reference._vector(t) for t in (wide.exp_avg, wide.exp_avg_sq)))
+    return [item.exp_avg, item.exp_avg_sq, *(item.units or ())]
+
+
+@pytest.mark.parametrize("weight", [F32, BF16, F16, INT8], ids=str)
+@pytest.mark.parametrize("grad", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("stored", [BF16, INT8], ids=["bfloat16", "int8"])
+def test_narrow_moments_are_float32_ones_rounded_as_the_specification_has_it(stored, weight, grad):
+    """To the last bit, in blocks that grow, shrink, keep their bits and end early. Weights are as
+    beside float32 moments: the step is made before they are rounded."""
+    whole = [(40, 256), (3, 128)]
+    shapes = whole if weight == INT8 else [*whole, (), (1,), (1003,), (8500,), (1, 2, 70)]
+    items = [narrow_item(shape, stored, weight, grad) for shape in shapes]
+    h = hyper(betas=(0.5, 0.75))
+    batch = cuda.build_dense(items)
+    for size in (0.01, 100.0, 2.0**-14, 0.0):
+        for item in items:
+            assert cuda.takes(item)
+            spread = torch.exp2(-20 * torch.rand(item.weight.shape))
+            item.grad.copy_(size * spread * torch.randn(item.weight.shape))
+            item.grad.view(-1)[5:7] = math.nan
+        twins = [widened(item) for item in items]
+        before = [clone(item) for item in items]
+        batch.adamw(h, signals())
+        cuda.build_dense(twins).adamw(h, signals())
+        for item, twin, old in zip(items, twins, before, strict=True):
+            found = [item.exp_avg, item.exp_avg_sq, *(item.units or ())]
+            assert all(map(torch.equal, found, stored_as(old, twin))), (size, item.weight.shape)
+            assert torch.equal(item.weight, twin.weight)
+            assert int(item.step) == int(twin.step)
+
+
+def test_narrow_moments_are_taken_where_they_lie_as_they_are_counted():
+    for stored in (BF16, INT8):
+        assert cuda.takes(narrow_item((3, 256), stored))
+        assert cuda.takes(narrow_item((700,), stored))
+        assert cuda.takes(narrow_item((3, 130), stored)) == (stored == BF16)  # blocks end in rows
+        turned = torch.randn(256, 3).t()
+        assert not cuda.takes(dataclasses.replace(narrow_item((3, 256), stored), weight=turned))
+        assert cuda.family(narrow_item((9,), stored)) != cuda.family(dense_item(9))
 
 
 def test_dense_gradients_that_move_are_followed():

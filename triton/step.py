@@ -34,7 +34,8 @@ def takes(item: LowRank | Dense) -> bool:
     that no tile holds whole."""
     sides = max(item.weight.shape, default=0) < 2**31
     known = item.weight.dtype in _DTYPES if item.grid is None else _takes_int8(item)
-    stored = isinstance(item, LowRank) or _takes_moments(item)
+    stored = isinstance(item, LowRank) or item.exp_avg.dtype == torch.float32
+    stored = stored or moments.lie_as_counted(item)
     return known and stored and item.grad.dtype in _DTYPES and sides
 
 
@@ -43,16 +44,6 @@ def _takes_int8(item: LowRank | Dense) -> bool:
     assert item.grid is not None
     whole = isinstance(item, LowRank) or item.weight.shape[1] % group == 0
     return whole and group <= 4096 and item.weight.is_contiguous() and item.grid.is_contiguous()
-
-
-def _takes_moments(item: Dense) -> bool:
-    """Narrow ones where elements are counted as they lie, and blocks do not end within a row."""
-    if item.exp_avg.dtype == torch.float32:
-        return True
-    tensors = [item.weight, item.exp_avg, item.exp_avg_sq, *(item.units or ())]
-    rows, blocks = moments.blocks(item.weight.shape)
-    whole = rows <= 1 or rows * blocks * moments.BLOCK == item.weight.numel()
-    return all(t.is_contiguous() for t in tensors) and (item.units is None or whole)
 
 
 def family(item: LowRank | Dense) -> Hashable:

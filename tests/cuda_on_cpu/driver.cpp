@@ -137,22 +137,26 @@ void low_rank(int64_t channels, int64_t k, int64_t rank, int weight_dtype, int g
   for (const Buffer* b : {&step, &counters}) b->fold();
 }
 
-void dense(int64_t count, int weight_dtype, int grad_dtype) {
+void dense(int64_t count, int weight_dtype, int grad_dtype, int moments_dtype = kFloat32) {
   Buffer weight = random_buffer(count, weight_dtype), grad = random_buffer(count, grad_dtype);
-  Buffer m(size_t(count) * 4), v(size_t(count) * 4), step(8), counters(24);
-  DensePlan plan(weight_dtype, grad_dtype);
+  const size_t bytes = size_t(count * size_of(moments_dtype));
+  const size_t blocks = size_t((count + kBlock - 1) / kBlock);  // with a unit each
+  Buffer m(bytes), v(bytes), m_units(4 * blocks), v_units(4 * blocks), step(8), counters(24);
+  DensePlan plan(weight_dtype, grad_dtype, moments_dtype);
   DenseRow row{};
   row.weight = weight.as<void>();
   row.grad = grad.as<void>();
-  row.exp_avg = m.as<float>();
-  row.exp_avg_sq = v.as<float>();
+  row.exp_avg = m.as<void>();
+  row.exp_avg_sq = v.as<void>();
+  row.exp_avg_unit = m_units.as<float>();
+  row.exp_avg_sq_unit = v_units.as<float>();
   row.step = step.as<int64_t>();
   row.count = count;
   plan.add(row);
   const Placed placed(plan);
   const Hyper hyper = make_hyper(counters.as<long long>(), nullptr);
   for (int i = 0; i < 2; ++i) plan.adamw(hyper, nullptr);
-  for (const Buffer* b : {&weight, &m, &v, &step, &counters}) b->fold();
+  for (const Buffer* b : {&weight, &m, &v, &m_units, &v_units, &step, &counters}) b->fold();
 }
 
 }  // namespace
@@ -172,7 +176,7 @@ int main(int argc, char**) {
       low_rank(300, 70, 8, kBfloat16, kBfloat16, {by_row, kSparse, by_row, false});
       low_rank(300, 70, 20, kBfloat16, kBfloat16, {by_row, kSparse, by_row, true});
     }
-    dense(103, kBfloat16, kBfloat16);
+    for (const int moments : {kFloat32, kInt8}) dense(103, kBfloat16, kBfloat16, moments);
   } else {
     const int pairs[][2] = {{kFloat32, kFloat32}, {kBfloat16, kBfloat16}, {kFloat32, kFloat16}};
     const int64_t shapes[][2] = {{130, 70}, {33, 1100}, {1, 9}, {34, 1024}};
@@ -193,7 +197,9 @@ int main(int argc, char**) {
           }
         }
       }
-      for (const int64_t count : {1003, 8 * 1024 + 4}) dense(count, pair[0], pair[1]);
+      for (const int moments : {kFloat32, kBfloat16, kInt8}) {
+        for (const int64_t count : {1003, 8 * 1024 + 4}) dense(count, pair[0], pair[1], moments);
+      }
     }
   }
   std::printf("%016llx\n", static_cast<unsigned long long>(sum));

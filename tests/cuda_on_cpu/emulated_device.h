@@ -85,6 +85,13 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulated::shuffle(value, int(emulated::self->linear % emulated::kWarp) ^ mask);
 }
+inline uint32_t __reduce_max_sync(unsigned members, uint32_t value) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const uint32_t other = __shfl_xor_sync(members, value, lanes);
+    value = other > value ? other : value;
+  }
+  return value;
+}
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

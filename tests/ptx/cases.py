@@ -18,7 +18,7 @@ import numpy as np
 import restatement
 import torch
 
-from apollo_kernels import int8
+from apollo_kernels import int8, moments, reference
 from apollo_kernels.batch import Dense, Hyper, LowRank, Signals
 from apollo_kernels.philox import ROUNDING_INT8, rounding_bits
 
@@ -27,7 +27,7 @@ from .machine import Device
 from .memory import Region
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-INT8 = torch.uint8  # codes of a weight, with rows in memory whatever the order
+INT8 = torch.uint8  # codes: of a weight, with rows in memory whatever the order, or of moments
 SHORT = {F32: "f32", BF16: "bf16", F16: "f16", INT8: "int8"}
 
 restatement.projection = functools.lru_cache(maxsize=256)(restatement.projection)
@@ -57,6 +57,7 @@ class Case:
     separate: bool = False
     signals: dict[str, float] = field(default_factory=dict)
     hyper: dict[str, Any] = field(default_factory=dict)
+    moments: torch.dtype = F32  # of dense parameters
 
     @property
     def ranks(self) -> set[int]:
@@ -68,6 +69,7 @@ class Case:
         shapes = " ".join("x".join(map(str, s)) for s in self.shapes)
         words = [kind, shapes, f"{SHORT[self.weight]}-{SHORT[self.grad]}", self.order]
         words += ["contracts " + ("columns" if self.rows else "rows")] * bool(self.rank)
+        words += [f"{SHORT[self.moments]} moments"] * (self.moments != F32)
         words += ["separate"] * self.separate + [*self.signals] + [*self.hyper]
         return ", ".join(words)
 
@@ -103,15 +105,18 @@ class _Matrix:
         self.spec: Any
         self.item: LowRank | Dense
         if not case.rank:
-            moments = torch.zeros(shape), torch.zeros(shape)
-            self.item = Dense(weight, grad, *moments, step, grid, key)
+            pair = [torch.zeros(shape, dtype=case.moments) for _ in moments.MOMENTS]
+            units = None
+            if case.moments == INT8:
+                units = torch.zeros(moments.blocks(shape)), torch.zeros(moments.blocks(shape))
+            self.item = Dense(weight, grad, *pair, step, grid, key, units)
             self.spec = restatement.Dense(**shared)
             return
         channels, k = shape if case.rows else shape[::-1]
         rank = min(case.rank, k)
-        moments = torch.zeros(channels, rank), torch.zeros(channels, rank)
+        pair = [torch.zeros(channels, rank) for _ in moments.MOMENTS]
         norm = torch.zeros(())
-        self.item = LowRank(weight, grad, *moments, norm, step, key, case.rows, grid=grid)
+        self.item = LowRank(weight, grad, *pair, norm, step, key, case.rows, grid=grid)
         self.spec = restatement.Apollo(
             shape, key=key, rank=rank, proj_type="right" if case.rows else "left",
             scale_type=h.scale_type, scale=h.scale, update_proj_gap=h.update_proj_gap,
@@ -123,6 +128,7 @@ class _Matrix:
         names = ["weight", "exp_avg", "exp_avg_sq", "step"] + ["update_norm"] * bool(self.case.rank)
         names += ["grid"] * (self.item.grid is not None)
         tensors = [region(getattr(self.item, name), name) for name in names]
+        tensors += [region(unit, "unit") for unit in getattr(self.item, "units", None) or ()]
         return [*tensors, region(self.item.grad, "gradient", False)]
 
     def new_gradient(self) -> None:
@@ -133,6 +139,9 @@ class _Matrix:
         if self.item.grid is not None:  # each step from the codes that the one before has left
             self.before = self.item.weight.clone(), self.item.grid.clone()
             self.w = int8.dequantize(*self.before).double().numpy()
+        if self.case.moments != F32:  # as they are stored
+            self.former = [t.clone() for t in self._stored()]
+            self.spec.m, self.spec.v = (t.double().numpy() for t in self._widened(self.former))
         self.w = self.spec.step(self.w, factor * self.item.grad.double().numpy())
 
     def disagrees(self) -> list[str]:
@@ -148,8 +157,11 @@ class _Matrix:
             if not (wrong <= slack * size).all():  # NaN is wrong too
                 found.append(f"{name} is off by {np.max(wrong) / size:.1e} of its largest")
 
-        within("exp_avg", self.item.exp_avg, self.spec.m, 2**-19 + flips)
-        within("exp_avg_sq", self.item.exp_avg_sq, self.spec.v, 2**-18 + 2 * flips)
+        if self.case.moments == F32:
+            within("exp_avg", self.item.exp_avg, self.spec.m, 2**-19 + flips)
+            within("exp_avg_sq", self.item.exp_avg_sq, self.spec.v, 2**-18 + 2 * flips)
+        else:
+            found += self._moments_disagree()
         if self.case.rank and self.spec.norm is not None:
             norm = np.asarray(self.spec.norm)
             within("update_norm", self.item.update_norm, norm, 2**-14 + flips)
@@ -163,6 +175,28 @@ class _Matrix:
         slack = (2**-13 + 4 * flips) * change * self.case.steps
         within("weight", self.item.weight, self.w, 0.0, rounding + slack)
         return found
+
+    def _stored(self) -> list[torch.Tensor]:
+        return [self.item.exp_avg, self.item.exp_avg_sq, *(getattr(self.item, "units", None) or ())]
+
+    @staticmethod
+    def _widened(stored: list[torch.Tensor]) -> list[torch.Tensor]:
+        if len(stored) == 2:
+            return [t.float() for t in stored]
+        pairs = zip(stored[:2], stored[2:], moments.MOMENTS, strict=True)
+        return [moments.from_codes(codes, unit, key) for codes, unit, key in pairs]
+
+    def _moments_disagree(self) -> list[str]:
+        """With what the specification makes of the restated ones under the same random bits. Some
+        2^-20 of an error moves one of 1000 over an edge."""
+        m, v, *units = self.former
+        twin = replace(self.item, exp_avg=m, exp_avg_sq=v, units=tuple(units) or None)
+        keeper = reference._Moments(twin, self.case.steps)
+        both = (torch.tensor(x, dtype=F32) for x in (self.spec.m, self.spec.v))
+        keeper.store(slice(0, self.shape[0]), *both)
+        pairs = zip(self._stored(), self.former, ("M", "V", "units", "units"), strict=False)
+        wrong = [(name, int((a != b).sum()), a.numel()) for a, b, name in pairs]
+        return [f"{n} {name} of {size}" for name, n, size in wrong if n > max(1, 0.01 * size)]
 
     def _codes_disagree(self) -> list[str]:
         """With int8.py's codes of the restated weight under the same random bits. An update of
@@ -250,4 +284,5 @@ def bits(host: Host, device: Device, case: Case) -> list[bytes]:
     matrices, _ = _run(host, device, case, restated=False)
     names = ("weight", "grid", "exp_avg", "exp_avg_sq", "update_norm", "step")
     values = [v for m in matrices for n in names if (v := getattr(m.item, n, None)) is not None]
+    values += [unit for m in matrices for unit in getattr(m.item, "units", None) or ()]
     return [v.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for v in values]

@@ -27,8 +27,8 @@ def selection() -> list[Case]:
         hyper = TENSOR if rank < 8 else {}
         shape = (70, 72) if rank < 65 else (72, 70)
         found.append(Case((shape,), rank, proj, weight, grad, order, rows, hyper=hyper))
-    for weight, grad in itertools.product(DTYPES, DTYPES):
-        found.append(Case(((501,), (8,)), weight=weight, grad=grad))
+    for weight, grad, stored in itertools.product(DTYPES, DTYPES, (F32, BF16, INT8)):
+        found.append(Case(((501,), (8,)), weight=weight, grad=grad, moments=stored))
     exact = {"exact_projection": True}
     for rank, grad in itertools.product((1, 3, 5, 20, 65), DTYPES):
         hyper = {**exact, **(TENSOR if rank < 8 else {})}
@@ -57,7 +57,9 @@ def selection() -> list[Case]:
         Case(((70, 384), (9, 133)), 16, weight=INT8, grad=BF16),
         Case(((70, 256), (5, 20)), 16, weight=INT8, grad=F32, rows=False),
         Case(((20, 200),), 16, weight=INT8, grad=F16, order="odd"),
-        *(Case(((33, 256), (3, 128)), weight=INT8, grad=grad) for grad in DTYPES),
+        *(Case(((33, 256), (3, 128)), weight=INT8, grad=grad, moments=stored)
+          for grad in DTYPES for stored in (F32, BF16, INT8)),
+        Case(((8500,),), weight=BF16, grad=BF16, moments=INT8),
         Case(((40, 70),), 8, hyper={"scale_front": True, "maximize": True, "correct_bias": False}),
         Case(((40, 70),), 8, hyper={"disable_nl": True, "weight_decay": 0.0}, steps=3),
     ]  # fmt: skip
@@ -94,7 +96,11 @@ def sectors() -> list[Case]:
         Case(((256, 256),), rank, proj, dtype, dtype, rows=rows, steps=1, hyper=TENSOR)
         for (dtype, count), rows in axes for rank, proj in kinds[:count]
     ]  # fmt: skip
-    found += [Case(((32768,),), weight=dtype, grad=dtype, steps=1) for dtype in (BF16, F32)]
+    dense = ((BF16, F32), (F32, F32), (BF16, BF16), (BF16, INT8))
+    found += [
+        Case(((32768,),), weight=dtype, grad=dtype, steps=1, moments=stored)
+        for dtype, stored in dense
+    ]
     codes = [(grad, rank) for grad in (BF16, F32) for rank in (1, 0)]
     return found + [Case(((128, 256),), rank, weight=INT8, grad=grad, steps=1, hyper=TENSOR)
                     for grad, rank in codes]  # fmt: skip
