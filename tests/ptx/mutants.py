@@ -120,9 +120,8 @@ GUARDED = (
     Guarded("project_dots", CASES[3:5], 2),
     # By row, what a warp has stored is read by that warp alone.
     Guarded("project_sparse", SPARSE, 1),
-    # The same for norms; and the last one of the last sum over a block, as in `limit`.
+    # The same for norms; and the last one of the last sum over a block.
     Guarded("scale_channels", CASES[4:5], 2),
-    Guarded("limit_update", CASES[3:4], 1),
 )
 
 
