@@ -275,6 +275,8 @@ def fit(net, optimizer, steps, rank=0, world=1):
         optimizer.zero_grad()
         loss = loss_of(net, step, rank, world)
         loss.backward()
+        held = [p.grad is not None for p in net.parameters()]
+        assert not any(held) if optimizer.gradient_release else all(held)
         optimizer.step()
         if world > 1:
             loss = loss.detach() / world
