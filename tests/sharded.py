@@ -104,6 +104,17 @@ def on_backend(place, *arguments):
         return case.result(), took
 
 
+def compiled(groups, mesh):
+    """A step inside of torch.compile, which it breaks out of: what two of them come to."""
+    with torch.no_grad():
+        case = Case(groups, "float64", mesh)
+        eager, step = case.optimizer.step, torch.compile(case.optimizer.step, backend="eager")
+        case.optimizer.step = step
+        case.train(range(2))
+        case.optimizer.step = eager
+        return case.result()
+
+
 def refused(placements, group, shape=(6, 4), at_construction=True):
     """The message of the error with which a parameter is refused, and the number of groups then."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -391,6 +402,30 @@ def own_state_dict(mesh, steps):
     other = optimizer_of(net)
     other.load_state_dict(optimizer.state_dict())
     return contents(net, other), contents(plain, optimizer)
+
+
+def layouts(folder, groups, mesh, saves):
+    """Saves a run of a case after three steps, or loads it into another one; the contents then and
+    after a fourth step."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict as of
+
+    case = Case(groups, "float64", mesh)
+    holder = torch.nn.ParameterDict({f"p{i}": p for i, p in enumerate(case.params)})
+    with torch.no_grad():
+        if saves:
+            case.train(range(3))
+        content = {"model": of.get_model_state_dict(holder)}
+        content["optimizer"] = of.get_optimizer_state_dict(holder, case.optimizer)
+        if saves:
+            checkpoint.save(content, checkpoint_id=folder)
+        else:
+            checkpoint.load(content, checkpoint_id=folder)
+            of.set_model_state_dict(holder, content["model"])
+            of.set_optimizer_state_dict(holder, case.optimizer, content["optimizer"])
+        before = case.result()
+        case.step(3)
+        return before, case.result()
 
 
 # ---- what a step sends ---------------------------------------------------------------------------
