@@ -193,6 +193,26 @@ def inf_on_one_rank():
     return before, skipped, case.result()
 
 
+def scaled(mesh, steps, infinite):
+    """fully_shard under a GradScaler, whose loss on rank 1 is infinite at step ``infinite``: losses,
+    contents and the scale."""
+    net = sharded_model(mesh).float()
+    optimizer = optimizer_of(net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    seen = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(net, step, rank, world)
+        if step == infinite and rank == 1:
+            loss = loss * torch.inf
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        seen.append(contents(net, optimizer))
+    return seen, scaler.get_scale()
+
+
 def gradients_elsewhere(steps):
     """Gradients as DTensor's autograd leaves some: a sum in two parts for a replicated parameter,
     and a whole one for a shard. The result, and how the gradients lie after the step."""
@@ -257,7 +277,8 @@ def loss_of(net, step, rank=0, world=1):
     tokens = torch.randint(11, (12, 4), generator=generator)
     goal = tokens.double().mean(1, keepdim=True).expand(-1, 4)
     mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
-    return (net(tokens[mine]) - goal[mine]).square().mean()
+    found = net(tokens[mine])
+    return (found - goal[mine].to(found.dtype)).square().mean()
 
 
 def optimizer_of(net, **options):

@@ -322,6 +322,15 @@ def test_gradient_release_under_fully_shard_gives_the_bits_of_the_normal_mode(gr
         close(found, expected, 0)
 
 
+def test_a_grad_scaler_skips_the_step_of_all_ranks_together(group):
+    answers = group.run(2, sharded.scaled, (2,), 3, 1)
+    for seen, scale in answers:
+        assert scale == 512.0
+        compare(seen[1], seen[0], 0)
+        assert not torch.equal(seen[2]["1.weight", "weight"], seen[1]["1.weight", "weight"])
+        compare(seen[2], answers[0][0][2], 0)
+
+
 def test_a_mixed_precision_policy_leaves_float_shards_to_step(group):
     """Compute in bfloat16, shards and reduction as they are: near the losses of full precision."""
     policy = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
