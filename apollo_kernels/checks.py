@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apollo_kernels import distributed, native, state
+from apollo_kernels import distributed, flat, native, state
 from apollo_kernels.distributed import is_sharded, local
 from apollo_kernels.plan import Unit
 from apollo_kernels.quantized import stored
@@ -60,10 +60,12 @@ def check_units(
     """
     for unit in units:
         where: dict[int, str] = {}
+        group = groups[unit.index]
+        flat.refuse(unit.params, group, lambda i, u=unit: name_of(u.index, u.first + i))  # type: ignore
         for place, p in enumerate(unit.params, unit.first):
             if p.grad is not None:
                 name = partial(name_of, unit.index, place)
-                _check_one(p, groups[unit.index], states.get(p), name, where)
+                _check_one(p, group, states.get(p), name, where)
 
 
 def _check_one(

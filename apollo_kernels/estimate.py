@@ -185,6 +185,7 @@ class Mode:
     int8: bool = False
     embeddings: bool = False  # in the low-rank group
     release: bool = False
+    dense_state: str = "float32"  # of what is not in the low-rank group
 
     @property
     def ours(self) -> bool:
@@ -200,6 +201,7 @@ MODES = (
     Mode("GaLore", "galore", 2),
     Mode("APOLLO", "apollo"),
     Mode("APOLLO-Mini", "mini"),
+    Mode("APOLLO-Mini, int8 dense moments", "mini", dense_state="int8"),
     Mode("APOLLO-Mini, gradient release, embeddings", "mini", release=True, embeddings=True),
     Mode("Q-APOLLO-Mini, gradient release", "mini", int8=True, release=True, embeddings=True),
 )
@@ -220,12 +222,13 @@ class _Weight:
 
 
 def _weights(module: nn.Module, mode: Mode, rank: int | None, hidden: int) -> list[_Weight]:
+    options = {"embeddings": mode.embeddings, "dense_state": mode.dense_state}
     if mode.rule == "mini":
-        made = groups.apollo_mini(module, embeddings=mode.embeddings)
+        made = groups.apollo_mini(module, **options)
     else:  # GaLore's rank is the paper's: a quarter of the hidden size
         quarter = max(1, hidden // 4)
         rank = rank or (quarter if mode.rule == "galore" else min(256, quarter))
-        made = groups.apollo(module, rank=rank, embeddings=mode.embeddings)
+        made = groups.apollo(module, rank=rank, **options)
     names = {p: name for name, p in module.named_parameters()}
     return [
         _weight(names[p], p, {"batch_dims": 0, "rank": None, "proj_type": "std", **group}, mode)
@@ -246,7 +249,8 @@ def _weight(name: str, p: Tensor, group: dict[str, Any], mode: Mode) -> _Weight:
         channels, k = (layout.m, layout.n) if layout.rows else (layout.n, layout.m)
         workspace = fake.low_rank_bytes(channels, k, layout.rank, p.dtype, rounded=rounded).most
     elif mode.ours:
-        workspace = fake.dense_bytes(p.shape, p.dtype, rounded=rounded)
+        _, moments = state.expected(p, group)["exp_avg"]
+        workspace = fake.dense_bytes(p.shape, p.dtype, rounded=rounded, moments=moments)
     widened = 4 * min(p.numel(), WIDENED)
     dequantized = (gradient + widened) * int8
     return _Weight(name, weight, gradient, _state(p, group, mode), workspace, dequantized)
@@ -321,7 +325,8 @@ def advice(e: Estimate) -> str:
         return "APOLLO with gradient_release=True: a few gradients live at a time"
     if e.dominant == "state":
         if e.mode.startswith("APOLLO") and not low_rank:
-            return "embeddings=True: embedding and head join the low-rank group"
+            smaller = "" if "dense moments" in e.mode else ', or dense_state="int8"'
+            return f"embeddings=True: embedding and head join the low-rank group{smaller}"
         return "apollo_mini(model): almost no state; apollo(model): a fraction"
     if e.dominant == "workspace":
         return "the model is small: PyTorch's temporaries outweigh it, the kernels have none"

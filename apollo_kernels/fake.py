@@ -5,8 +5,7 @@ of a 7B model runs on any machine, and a tracker sees what it allocates. Everyth
 is the optimizer's own code. The verbs here hold as many bytes as those of reference.py do, for as
 long; tests/test_memory_claims.py compares the two. That is an upper bound for the kernels, whose
 workspace is a few floats per channel. Not counted: the temporaries of drawing a projection (kernels
-and the compiled generator have none), the projections that a CPU keeps (cpu.ProjectionCache), and
-what narrow dense moments (dense_state) are widened into.
+and the compiled generator have none), and the projections that a CPU keeps (cpu.ProjectionCache).
 """
 
 from __future__ import annotations
@@ -30,6 +29,10 @@ SAME_ORDER = False
 # the random words, which PyTorch computes as int64. From the second chunk on the bits of the one
 # before are still there. Ragged: the last group of a row is short, so that rows are padded.
 ROUNDED = {"chance": (28, 32), "int8": (29, 32), "ragged int8": (38, 38)}
+# The same of an element whose narrow moments are rounded: both in float32, and the random words.
+# Then an int8 weight adds its float32 weights, old and new, and the bits of the chunk before.
+NARROW = {torch.bfloat16: 42, torch.uint8: 45}
+NARROW_INT8 = (8, 12)
 
 
 def takes(item: LowRank | Dense) -> bool:
@@ -102,13 +105,21 @@ def low_rank_bytes(
 
 
 def dense_bytes(
-    shape: Sequence[int], dtype: torch.dtype, *, decays: bool = False, rounded: str = ""
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    decays: bool = False,
+    rounded: str = "",
+    moments: torch.dtype = torch.float32,
 ) -> int:
-    """The same for a dense step, which has one verb."""
+    """The same for a dense step, which has one verb; ``moments``: the dtype that they have."""
     wide = compute_dtype(dtype).itemsize
     chunk, copies = _chunk(shape), 2 if dtype.itemsize < wide else 0
+    several = chunk < math.prod(shape)
+    if moments in NARROW:
+        return chunk * (NARROW[moments] + (NARROW_INT8[several] if rounded else 0))
     if rounded:
-        return chunk * ROUNDED[rounded][chunk < math.prod(shape)]
+        return chunk * ROUNDED[rounded][several]
     return chunk * wide * (copies + 2 + decays)  # gradient and weight; N, W and its decay
 
 
@@ -177,7 +188,8 @@ class DenseBatch:
     def adamw(self, hyper: Hyper, signals: Signals) -> None:
         item, decays = self.item, bool(hyper.weight_decay)
         rounded, shape = _rounded(item, hyper), item.weight.shape or (1,)
-        size = dense_bytes(shape, self.dtype, decays=decays, rounded=rounded)
+        moments = item.exp_avg.dtype
+        size = dense_bytes(shape, self.dtype, decays=decays, rounded=rounded, moments=moments)
         _memory(size, item.weight.device)
 
 

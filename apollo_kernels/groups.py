@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from apollo_kernels import flat, names
+
 _EMBEDDINGS = "embedding", "output head"  # reasons of what ``embeddings`` is about
 
 
@@ -55,11 +57,14 @@ def param_groups(
         verbose: print a table of what went where and why, and what would save much of the state.
         options: further keys (lr, betas, dense_state, ...), put into every group.
     Returns
-        up to three groups: low-rank, dense with decay, dense without.
+        up to three groups: low-rank, dense with decay, dense without. ``param_names`` of each says
+        what its parameters are called, as in PyTorch; a name decides the parameter's projections.
     Raises
-        ValueError: if ``targets`` matches no parameter.
+        ValueError: if ``targets`` matches no parameter, and for a model under FSDP1 or DeepSpeed
+            ZeRO-3, which cut parameters into pieces.
     """
     choices = choose_parameters(model, targets, embeddings)
+    _refuse_pieces(choices)
     if not any(c.low_rank for c in choices):
         raise ValueError(f"targets={targets!r} matches no parameter of {type(model).__name__}")
     low_rank: dict[str, Any] = {
@@ -77,7 +82,13 @@ def param_groups(
         ),
         ([c.parameter for c in choices if not c.low_rank and not c.decay], {"weight_decay": 0.0}),
     ]
-    made = [{"params": params, **keys, **options} for params, keys in groups if params]
+    names.remember(model)
+    called = {c.parameter: c.name for c in choices}
+    made = [
+        {"params": params, "param_names": [called[p] for p in params], **keys, **options}
+        for params, keys in groups
+        if params
+    ]
     if verbose:
         print(describe(choices), *_advice(choices, made, targets), sep="\n")
     return made
@@ -144,13 +155,10 @@ def _advice(
     """What memory_report() would say of the groups, by the names of the parameters."""
     from apollo_kernels import memory, state  # not above: they know int8 weights, which know us
 
-    names = {c.parameter: c.name for c in choices}
     movable = {c.parameter for c in choices if c.reason in _EMBEDDINGS and targets == "linear"}
     rest = {"rank": None, "batch_dims": 0, "proj_type": "std", "dense_state": "float32"}
     rest["scale_type"] = "channel"
-    whole = [
-        {**rest, **group, "param_names": [names[p] for p in group["params"]]} for group in groups
-    ]
+    whole = [{**rest, **group} for group in groups]
     report = memory.measure(whole, lambda p, group: state.zeros(p, group, "meta"), movable)
     return report.advice()
 
@@ -199,12 +207,18 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return next(named, None)
 
 
+def _refuse_pieces(choices: list[Choice]) -> None:
+    params = [c.parameter for c in choices]
+    flat.refuse(params, {"rank": 1}, lambda place: f"parameter {choices[place].name!r}")
+
+
 def _hidden_size(model: nn.Module, options: dict[str, Any]) -> int:
     size = getattr(getattr(model, "config", None), "hidden_size", None)
     if isinstance(size, int):
         return size
     keys = ("targets", "embeddings")
     choices = choose_parameters(model, **{k: options[k] for k in keys if k in options})
+    _refuse_pieces(choices)
     sides = sorted(min(c.parameter.shape) for c in choices if c.low_rank)
     if not sides:
         raise ValueError(f"no low-rank parameter in {type(model).__name__} to take the rank from")

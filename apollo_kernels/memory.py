@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from apollo_kernels import distributed
+from apollo_kernels import distributed, names
 from apollo_kernels import state as states
 from apollo_kernels.batch import compute_dtype
 from apollo_kernels.distributed import local
@@ -173,10 +173,9 @@ def _advise(
     """What a report says of dense moments."""
     dense: list[tuple[str, Tensor, dict[str, Any], int]] = []
     for group in param_groups:
-        names = group.get("param_names") or []
         for place, p in enumerate(group["params"]):
             if states.dense_state(p, group) is not None:
-                name = names[place] if place < len(names) else "x".join(map(str, p.shape))
+                name = names.of(group, place) or "x".join(map(str, p.shape))
                 dense.append((name, p, group, _moment_bytes(state_of(p, group))))
     report.dense_moment_bytes = sum(size for *_, size in dense)
     if report.dense_moment_bytes <= _MUCH * report.state_bytes:

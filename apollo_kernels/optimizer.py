@@ -23,7 +23,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apollo_kernels import backends, checks, clipping, distributed, library, options, plan, state
+from apollo_kernels import (
+    backends,
+    checks,
+    clipping,
+    distributed,
+    flat,
+    keys,
+    library,
+    names,
+    options,
+    plan,
+    state,
+)
 from apollo_kernels.batch import Hyper, Signals
 from apollo_kernels.distributed import is_sharded
 from apollo_kernels.memory import MemoryReport, measure
@@ -53,6 +65,7 @@ class _Runtime:
         self.compiled = library.Store()
         self.grad_norm: Tensor | None = None
         self.warned: set[str] = set()
+        self.flat = flat.Memory()
 
     def forget(self) -> None:
         """Plans, and with them the state that they own."""
@@ -80,7 +93,8 @@ class APOLLO(torch.optim.Optimizer):
     take decoupled AdamW. ``apollo_kernels.param_groups`` makes the groups of a model.
 
     Args
-        params: parameters or groups; a group may override every argument up to ``capturable``.
+        params: parameters, with names or without, or groups; a group may override every argument
+            up to ``capturable``. A name decides a parameter's projections, or else its position.
         lr: learning rate, a float or a 1-element tensor.
         betas, eps: of Adam, on the projected gradient.
         weight_decay: decoupled, as in AdamW.
@@ -202,31 +216,34 @@ class APOLLO(torch.optim.Optimizer):
         for key in options.INTEGERS:  # torch.load(weights_only=True) refuses NumPy's
             if group.get(key) is not None:
                 group[key] = int(group[key])
+        names.complete(group, self.param_groups)
         super().add_param_group(group)
         added = self.param_groups[-1]
         for key in _OWN_DEFAULTS:
             added.pop(key, None)
-        index = len(self.param_groups) - 1
-        for place, p in enumerate(added["params"]):
-            try:
-                checks.check_placement(p, added, partial(self._name_of, index, place))
-            except NotImplementedError:
-                self.param_groups.pop()
-                raise
-        for p in added["params"]:
+        try:
+            self._check_added(len(self.param_groups) - 1)
+            if self._runtime.release is not None:
+                self._runtime.release.follow()
+        except (ValueError, NotImplementedError):
+            self.param_groups.pop()
+            raise
+        self._runtime.flat.add(added)
+        self._warn_about_rank(added)
+
+    def _check_added(self, index: int) -> None:
+        group = self.param_groups[index]
+        names.check(group, f" (parameter group {index})")
+        names.number_all(group)
+        for place, p in enumerate(group["params"]):
+            checks.check_placement(p, group, partial(self._name_of, index, place))
+        flat.refuse(group["params"], group, lambda place: self._name_of(index, place))
+        for p in group["params"]:
             if p.is_complex():
-                self.param_groups.pop()
                 raise ValueError(
                     f"APOLLO does not support complex parameters; one of shape {tuple(p.shape)} in "
-                    f"group {len(self.param_groups)} is {p.dtype}"
+                    f"group {index} is {p.dtype}"
                 )
-        if self._runtime.release is not None:
-            try:
-                self._runtime.release.follow()
-            except ValueError:
-                self.param_groups.pop()
-                raise
-        self._warn_about_rank(added)
 
     def _warn_about_rank(self, group: Mapping[str, Any]) -> None:
         rank = group["rank"]
@@ -247,9 +264,8 @@ class APOLLO(torch.optim.Optimizer):
     def _name_of(self, index: int, place: int) -> str:
         """How an error calls the parameter at ``place`` of group ``index``: by name, or else by its
         position over all groups."""
-        names = self.param_groups[index].get("param_names") or []
-        if place < len(names):  # a parameter that was appended by hand has none
-            return f"parameter {names[place]!r} ({place} of group {index})"
+        if name := names.of(self.param_groups[index], place):
+            return f"parameter {name!r} ({place} of group {index})"
         position = place + sum(len(group["params"]) for group in self.param_groups[:index])
         return f"parameter {position} ({place} of group {index})"
 
@@ -361,6 +377,7 @@ class APOLLO(torch.optim.Optimizer):
         chosen = []
         if stale:
             changed, places = [units[i] for i in stale], self._places()
+            self._runtime.flat.refuse_swapped(groups, self._name_of)
             checks.check_units(changed, groups, self.state, self._name_of)
             chosen = [self._choose_backends(unit) for unit in changed]
         return _Seen(hypers, keys, gradients, places, list(zip(stale, chosen, strict=True)))
@@ -416,6 +433,7 @@ class APOLLO(torch.optim.Optimizer):
             options.check_group(group, f" (parameter group {index})")
         units = [plan.Unit(index, 0, group["params"]) for index, group in enumerate(groups)]
         places = self._places()
+        self._runtime.flat.refuse_swapped(groups, self._name_of)
         checks.check_units(units, groups, self.state, self._name_of)
         self._make_states(units, places)
         calls: list[tuple[int, torch.device, list[Tensor]]] = []
@@ -520,7 +538,8 @@ class APOLLO(torch.optim.Optimizer):
         ]
         if not new:
             return
-        taken = self._taken_keys()
+        seed, taken = self.defaults["seed"], self._taken_keys()
+        called: dict[int, list[str]] = {}  # of groups
         for p, group in new:
             if self.state[p] is None:
                 self.state[p] = {}
@@ -528,10 +547,27 @@ class APOLLO(torch.optim.Optimizer):
             if not own:
                 own.update(state.zeros(p, group, p.device))
             if state.needs_key(p, group):
-                position = places[p].position
-                key = state.new_key(self.defaults["seed"], position, len(places), taken)
+                where = places[p]
+                if where.group not in called:
+                    called[where.group] = names.all_of(group)
+                name = called[where.group][where.place]
+                key = keys.new_key(seed, name, where.position, len(places), taken)
                 own["seed"] = key
                 taken.add(key)
+                self._warn_of_sharing(p, key)
+
+    def _warn_of_sharing(self, p: Tensor, key: int) -> None:
+        """Once per process, and not from within a trace."""
+        if keys.told or torch.compiler.is_compiling() or not keys.claim(self._runtime, key, p):
+            return
+        keys.told = True
+        warnings.warn(
+            f"two optimizers of this process have parameters of shape {tuple(p.shape)} with one "
+            "key, and so with the same projections. If both are of one model, make the groups "
+            "with apollo_kernels.param_groups(model), or give parameters with their names in the "
+            "whole model, as model.named_parameters() does; or else set another seed",
+            stacklevel=_levels_to_the_caller(),
+        )
 
     def _state_is_whole(self, p: Tensor, group: dict[str, Any]) -> bool:
         """A dense parameter whose weight or moments were narrowed in mid-run lacks a key alone."""
@@ -554,8 +590,9 @@ class APOLLO(torch.optim.Optimizer):
         if "seed" in own:
             return own["seed"]
         places = checks.places_of(self.param_groups, self._name_of)
-        seed, taken = self.defaults["seed"], self._taken_keys()
-        return state.new_key(seed, places[p].position, len(places), taken)
+        index, place, position = places[p]
+        name, seed = names.of(self.param_groups[index], place), self.defaults["seed"]
+        return keys.new_key(seed, name, position, len(places), self._taken_keys())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict(); what does not fit raises ValueError before any change.
@@ -599,6 +636,7 @@ class APOLLO(torch.optim.Optimizer):
     def _checked(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         """The states of ``state_dict`` as ours, with the parameters that they belong to."""
         groups, states = parts_of(state_dict)
+        self._runtime.flat.refuse_swapped(self.param_groups, self._name_of)
         made: list[tuple[Tensor, dict[str, Any]]] = []
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             return made  # torch's own check says so
@@ -632,6 +670,7 @@ class APOLLO(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 if key not in _OWN_DEFAULTS:
                     group.setdefault(key, value)
+            names.number_all(group)
         for p, own in self.state.items():
             if isinstance(p, Tensor) and own and "step" in own:
                 own["step"] = as_step(own["step"], p.device)
@@ -663,8 +702,8 @@ class APOLLO(torch.optim.Optimizer):
         total = [0, 0, 0]
         for counters in self._runtime.counters.values():
             total = [a + b for a, b in zip(total, counters.tolist(), strict=True)]
-        names = ("updates", "limited", "nonfinite")
-        return {"parameters": len(self.state), **dict(zip(names, total, strict=True))}
+        kinds = ("updates", "limited", "nonfinite")
+        return {"parameters": len(self.state), **dict(zip(kinds, total, strict=True))}
 
 
 class APOLLOAdamW(APOLLO):

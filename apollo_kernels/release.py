@@ -37,7 +37,8 @@ _SCALER = (
 )
 _DISTRIBUTED = (
     "gradient release does not work under DistributedDataParallel: {name} would be stepped before "
-    "its gradient is averaged over the ranks. Train without gradient release, or on one process"
+    "its gradient is averaged over the ranks. It would save no memory there either: buckets hold "
+    "all gradients at once. Train without gradient release, or on one process"
 )
 
 

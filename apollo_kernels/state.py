@@ -1,4 +1,4 @@
-"""The state of a parameter: its tensors before the first step, what fits, and the Philox key.
+"""The state of a parameter: its tensors before the first step, and what fits.
 
 Low-rank: exp_avg, exp_avg_sq [*batch, C, r], update_norm [*batch], step [], seed (int).
 Dense:    exp_avg, exp_avg_sq [p.shape], step []; and seed for an int8 weight or narrow moments.
@@ -10,7 +10,7 @@ for: bfloat16, or uint8 codes with exp_avg_unit, exp_avg_sq_unit. DESIGN.md, "St
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from apollo_kernels import distributed, moments
 from apollo_kernels.batch import compute_dtype
 from apollo_kernels.distributed import is_sharded, local
-from apollo_kernels.philox import KEY_BITS, parameter_key
+from apollo_kernels.philox import KEY_BITS
 from apollo_kernels.quantized import Int8Weight
 
 
@@ -113,17 +113,6 @@ def zeros(p: Tensor, group: Mapping[str, Any], device: torch.device | str) -> di
 def needs_key(p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether random numbers are drawn for a parameter: for a projection, or to round by chance."""
     return dense_state(p, group) != "float32" or isinstance(p, Int8Weight)
-
-
-def new_key(seed: int, position: int, parameters: int, taken: Collection[int]) -> int:
-    """The Philox key of the parameter at ``position`` of ``parameters``.
-
-    Groups that were removed and added shift positions: a key that another parameter's state has is
-    passed over for the next position beyond the last one.
-    """
-    while (key := parameter_key(seed, position)) in taken:
-        position += parameters
-    return key
 
 
 def check(

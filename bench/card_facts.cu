@@ -78,8 +78,11 @@ __global__ void all_logarithms(Normals* found) {
     if (!(fabs(f) < 8.0)) atomicAdd(&found->bad_normals, 1ull);
     const int apart = abs(int(bits) - int(wanted));
     if (apart != 0) atomicAdd(&found->flips, 1ull);
-    // Half of bf16's step, and the absolute error of sin and cos with that of the angle.
-    const double tolerance = 0x1p-8 * fmax(fabs(f), fabs(z)) + 0x1p-20 * rho;
+    // Half of bf16's step; the absolute error of sin and cos with that of the angle; and what 2^-22
+    // of the logarithm, from 1/2 on absolute, makes of a small radius.
+    const double log_error = 1.39 * 0x1p-22;
+    const double radius = fmin(sqrt(log_error), log_error / (2.0 * rho));
+    const double tolerance = 0x1p-8 * fmax(fabs(f), fabs(z)) + 0x1p-20 * rho + radius;
     if (!(fabs(f - z) <= tolerance)) atomicAdd(&found->wrong_normals, 1ull);
     if (apart > 1) {
       atomicMax(&found->largest_far,

@@ -6,9 +6,12 @@ import re
 from dataclasses import dataclass
 
 from main_loops import MainLoop, main_loops
-from sass import Function
+from sass import Function, products
 
 _BYTES = {"float": 4, "bfloat16": 2, "float16": 2, "int8_code": 1}
+# Of X in a turn of `project_tiles`, of 512 threads: channels times kStep times kSteps.
+TILE_THREADS = 512
+TILES = {"bfloat16": 256 * 32 * 2, "float16": 128 * 32, "float": 128 * 32}
 STREAMS = ("project_tiles", "project_dots", "project_sparse", "apply_update", "adamw_update")
 
 
@@ -21,7 +24,7 @@ class LoopFigures:
     instructions: int
     elements: int
     accesses: dict[int, int]  # to global memory, by bytes per lane
-    tensor: int
+    tensor: int  # products of 16 x 8 x 16 by a warp
     mufu: int
 
     @property
@@ -64,6 +67,8 @@ def moved_bytes(kernel: str) -> int:
 
 def elements(kernel: str, loop: MainLoop) -> int:
     """From what a turn stores, where it stores, since scales may be loaded as vectors too."""
+    if kernel.startswith("project_tiles"):
+        return TILES[arguments(kernel)[0]] // TILE_THREADS
     if kernel.startswith("adamw"):  # four codes are no vector, and grids and units none
         weight, moments = (x if x > 1 else 0 for x in (weight_bytes(kernel), moment_bytes(kernel)))
         vectors = gradient_bytes(kernel) + 2 * weight + 4 * moments
@@ -87,7 +92,7 @@ def figures(kernel: str, function: Function) -> list[LoopFigures]:
             len(loop.trace),
             elements(kernel, loop),
             {size: n for size in (16, 8, 4, 2, 1) if (n := loop.accesses(size))},
-            loop.count("HMMA"),
+            sum(products(x.op) for x in loop.trace),
             loop.count("MUFU"),
         )
         for loop in main_loops_of(kernel, function)

@@ -55,6 +55,7 @@ class Run:
     embeddings: bool = False  # in the low-rank group, and int8
     ddp: str = ""  # "", "buckets", "views" (gradient_as_bucket_view)
     dtype: str = "bfloat16"
+    dense_state: str = "float32"
     layers: int | None = None  # of the model, to try things out
 
 
@@ -147,10 +148,11 @@ def _optimizers(run: Run, model: nn.Module) -> list[torch.optim.Optimizer]:
         params = list(model.parameters())
         several = [[p] for p in params] if run.release else [params]
         return [torch.optim.AdamW(some, fused=True) for some in several]
+    options = {"embeddings": run.embeddings, "dense_state": run.dense_state}
     if run.optimizer == "apollo":
-        groups = apollo_kernels.apollo(model, rank=run.rank, embeddings=run.embeddings)
+        groups = apollo_kernels.apollo(model, rank=run.rank, **options)
     else:
-        groups = apollo_kernels.apollo_mini(model, embeddings=run.embeddings)
+        groups = apollo_kernels.apollo_mini(model, **options)
     return [apollo_kernels.APOLLO(groups, lr=1e-2)]
 
 
@@ -324,8 +326,9 @@ def estimated(run: Run) -> estimate.Estimate:
     rule = "adam" if run.optimizer == "adamw" else run.optimizer
     moments = getattr(torch, run.dtype).itemsize  # of AdamW: as the weights
     mode = estimate.Mode(
-        run.optimizer, rule, moments, int8=run.int8, embeddings=run.embeddings, release=run.release
-    )
+        run.optimizer, rule, moments, int8=run.int8, embeddings=run.embeddings,
+        release=run.release, dense_state=run.dense_state,
+    )  # fmt: skip
     (found,) = estimate.estimate(
         shape,
         batch=run.batch,
@@ -396,6 +399,8 @@ def told(run: Run) -> str:
         words.append(f"rank={run.rank}")
     if values.pop("dtype") != Run.dtype:
         words.append(run.dtype)
+    if values.pop("dense_state") != Run.dense_state:
+        words.append(f"dense_state={run.dense_state}")
     if values.pop("layers") is not None:
         words.append(f"layers={run.layers}")
     if ddp := values.pop("ddp"):

@@ -1,17 +1,17 @@
-"""Trains models of 7B to 13B on this GPU under a cap on its allocator: what claims.md counted, done.
+"""Trains models of 7B to 13B on this GPU under a cap on its allocator: claims.md counted it.
 
     python bench/memory_run.py [RUN ...] [--out DIR]
 
 A cap stands for a smaller card: PyTorch's allocator may reserve no more, so a run that ends has
 fitted. It is set once the model stands on the GPU and is quantized, before the optimizer is made.
-The CUDA context is not under the cap (about 0.5 GB). Weights and tokens are random. Runs of memory share the GPU; those of throughput have it alone.
+The CUDA context is not under the cap (about 0.5 GB). Weights and tokens are random. Runs of memory
+share the GPU; those of throughput have it alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -52,7 +52,7 @@ TRIALS = {
     "7B bf16, Mini": Trial(80, {"batch": 39}, alone=True),
     "7B bf16, Mini, release": Trial(80, {"batch": 39, "release": True}, alone=True),
 }
-for name, trial in TRIALS.items():
+for trial in TRIALS.values():
     if trial.alone:  # as in the claim about micro-batches
         trial.options["checkpointing"] = False
 

@@ -70,7 +70,9 @@ def roofline(folder: Path) -> None:
         y = min(rate, x * bandwidth) / 1e9
         axes.plot(x, y, "o", mfc="none", mec=colors[rank], ms=10, mew=1.6)
         label = verb["verb"] if verb["verb"] == "apply" else f"project, rank {rank}"
-        place = {"xytext": (-6, 10), "textcoords": "offset points", "ha": "right"}
+        beyond = x * bandwidth > rate  # the ridge: below the roof there is room to the right
+        place = {"xytext": (6, -14) if beyond else (-6, 10), "ha": "left" if beyond else "right"}
+        place["textcoords"] = "offset points"
         axes.annotate(label, (x, y), **place)
     for row in _measured(folder / "ops.json", colors):
         y = row["GB/s"] * row["flops/byte"]

@@ -1,12 +1,15 @@
-"""The model's tables: per kernel and card the share of the floor, and the steps of LLaMA-7B."""
+"""The model's tables: per kernel and card the share of the floor, and the steps of LLaMA-7B, beside
+those that a card has run."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sm_model.cards import CARDS, Card
-from sm_model.predict import STEPS, Kernel, StepModel, named, predict
+from sm_model.predict import LAYERS, STEPS, Kernel, StepModel, named, predict
 
 if TYPE_CHECKING:
     from kernel_report import Binary
@@ -28,6 +31,7 @@ SHARES = {
     "adamw_update<float, float, float": (0,),
 }
 CONTRACTED = 4096
+RESULTS = Path(__file__).parent / "results"
 
 
 def compiled(binaries: Iterable[Binary], card: Card) -> dict[str, Kernel]:
@@ -48,10 +52,13 @@ def tables(binaries: list[Binary]) -> dict[str, list[dict[str, Any]]]:
     cards = {card: kernels for card, kernels in cards.items() if kernels}
     if not cards:
         return {}
-    return {
+    found = {
         "Predicted share of the floor, by the model of an SM (bench/sm_model)": shares(cards),
         "Predicted milliseconds of a LLaMA-7B step, bf16 weights and gradients": steps(cards),
     }
+    if rows := beside_measured(cards):
+        found["Steps that a card has run, in milliseconds"] = rows
+    return found
 
 
 def shares(cards: dict[Card, dict[str, Kernel]]) -> list[dict[str, Any]]:
@@ -88,3 +95,30 @@ def steps(cards: dict[Card, dict[str, Kernel]]) -> list[dict[str, Any]]:
             row.update({m.card.name: round(m.step_ms(name, rank), 1) for m in models})
             rows.append(row)
     return rows
+
+
+def beside_measured(
+    cards: dict[Card, dict[str, Kernel]], results: Path = RESULTS
+) -> list[dict[str, Any]]:
+    """The steps in step.json of cards that the model knows. Where few of the layers fit a card, the
+    model steps as few, and both are scaled to all."""
+    steps, rows = {_optimizer(step): step for step in STEPS}, []
+    for card, kernels in cards.items():
+        for path in sorted(results.glob(f"*{card.name.lower().replace(' ', '-')}*/step.json")):
+            for row in json.loads(path.read_text())["rows"]:
+                step, measured = steps.get(row["optimizer"]), row.get("ms")
+                if (row["model"], row["dtype"]) != ("7b", "bfloat16") or not (step and measured):
+                    continue
+                layers = int(row["layers"].split("/")[0])
+                ms = StepModel(card, kernels, layers).step_ms(*STEPS[step]) * LAYERS / layers
+                found = {"card": path.parent.name, "step": step, "predicted": round(ms, 1)}
+                ratio = {"measured / predicted": round(measured / ms, 2)}
+                rows.append({**found, "measured": round(measured, 1), **ratio})
+    return rows
+
+
+def _optimizer(step: str) -> str:
+    """What bench_step.py calls a step of STEPS."""
+    kind, _, rank = step.partition(", ")
+    named = {"gaussian": rank, "sparse": f"{rank}, sparse"}
+    return f"ours cuda, {named.get(kind, kind)}"

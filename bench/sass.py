@@ -98,6 +98,15 @@ def is_scalar(x: Instruction) -> bool:
     return 0 < global_bytes(x.op) < 8
 
 
+@cache
+def products(op: str) -> int:
+    """How many of 16 x 8 x 16 numbers a warp multiplies on the tensor cores. HGMMA.64x128x16 is
+    shared by the four warps of a warpgroup, with 16 rows for each."""
+    if op.startswith("HGMMA."):
+        return int(op.removeprefix("HGMMA.64x").split("x", 1)[0]) // 8
+    return int(op.startswith("HMMA."))
+
+
 @dataclass(frozen=True)
 class Loop:
     """``head`` and the blocks that lead back to it; ``ends`` are those that jump there."""

@@ -153,6 +153,7 @@ def row(name: str, arch: str, image: Any, folder: Path) -> dict[str, Any]:
     sass = dump(tool, "-sass", path)
     mix = {column: len(re.findall(rf"\s(?:{words})", sass)) for column, words in MIX.items()}
     mix["fused"] = fused_after_shuffles(sass)
+    mix["early"] = len(re.findall(r"wgmma\.wait_group\S* [1-9]", image.asm["ptx"]))
     return {
         "kernel": name, "arch": f"sm_{arch}", "registers": int(usage["REG"]), **mix,
         "stack": int(usage["STACK"]), "shared": image.metadata.shared,

@@ -125,11 +125,11 @@ struct Drawing {
     } else if (AHEAD && threadIdx.x / 128 % 2 != 0) {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) words[i] = held[i];
-      if (next % DISTRIBUTION::kCallLength == 0) call(held, next);
+      if (!kServesMany || next % DISTRIBUTION::kCallLength == 0) call(held, next);
       store(z_smem, k0, words);
     } else {
       store(z_smem, k0, held);
-      if (next % DISTRIBUTION::kCallLength == 0) call(held, next);
+      if (!kServesMany || next % DISTRIBUTION::kCallLength == 0) call(held, next);
     }
   }
 

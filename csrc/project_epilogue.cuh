@@ -6,8 +6,8 @@
 
 namespace apollo {
 
-// A warp's share of the tile, in rows of 8 channels, of which 4 lanes hold one, and in kN columns of
-// 8 rank rows.
+// A warp's share of the tile, in rows of 8 channels, of which 4 lanes hold one, and in kN columns
+// of 8 rank rows.
 template <class PRODUCT>
 struct Epilogue {
   static constexpr int kRows = 2 * PRODUCT::kM;

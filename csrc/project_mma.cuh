@@ -174,8 +174,8 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   finish_tile(product, matrix, launch, end.c0, end.j0, end.chunk, scratch, thread);
 }
 
-// Where a tile's rank does not fit one block, the first block sums squares for all. Only in the fast
-// kernels is the time that the others save worth a loop of their own.
+// Where a tile's rank does not fit one block, the first block sums squares for all. Only in the
+// fast kernels is the time that the others save worth a loop of their own.
 template <class T, int RANKS, class DISTRIBUTION, bool BY_ROW>
 APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned char* shared) {
   if constexpr (RANKS == 128 && kIsFast<T, DISTRIBUTION>) {

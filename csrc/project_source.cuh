@@ -1,5 +1,5 @@
-// X on its way to the tensor cores: from rows or columns in global memory to stages of bf16 in shared
-// memory, with the squared norms of its channels on the way.
+// X on its way to the tensor cores: from rows or columns in global memory to stages of bf16 in
+// shared memory, with the squared norms of its channels on the way.
 #pragma once
 
 #include <type_traits>
@@ -13,7 +13,8 @@ template <class T>
 constexpr int kPieces = pieces(kDtypeOf<T>);
 
 // A stage holds kStep of K for all channels of a tile, in planes, one for each bf16 piece of an
-// element. A turn of the main loop multiplies kSteps stages while as many are made for the next one.
+// element. A turn of the main loop multiplies kSteps stages while as many are made for the next
+// one.
 template <class T>
 struct Tile {
   static constexpr int kChannels = mma_channels(kDtypeOf<T>);
@@ -80,8 +81,8 @@ struct Vectors {
     src_gmem = static_cast<const unsigned char*>(p.grad) + outer * ld + inner * int(sizeof(T));
     stage_stride = BY_ROW ? kStep * int(sizeof(T)) : kStep * ld;
     row_stride = kRowsApart * ld;
-    dst_smem = (BY_ROW ? 0 : first() / 64 * kPanel) +
-               swizzled<kRowBytes>(row(0), first() / 8 % 8) + 2 * (first() % 8);
+    dst_smem = (BY_ROW ? 0 : first() / 64 * kPanel) + swizzled<kRowBytes>(row(0), first() / 8 % 8) +
+               2 * (first() % 8);
     wide = aligned16(static_cast<const T*>(p.grad), p.grad_ld);
     whole = wide && channels == Shape::kChannels ? length / kStep : 0;
   }
@@ -229,8 +230,8 @@ struct Split : Vectors<T, BY_ROW, SQUARES> {
 };
 
 template <class T, bool BY_ROW, bool SQUARES>
-using Source = std::conditional_t<kPieces<T> == 1, Copied<T, BY_ROW, SQUARES>,
-                                  Split<T, BY_ROW, SQUARES>>;
+using Source =
+    std::conditional_t<kPieces<T> == 1, Copied<T, BY_ROW, SQUARES>, Split<T, BY_ROW, SQUARES>>;
 
 constexpr int kSharedLimit = 99 * 1024;  // of a block on sm_86, sm_89 and sm_120
 

@@ -14,8 +14,8 @@
 namespace apollo {
 
 // A matrix in shared memory as wgmma is told of it: where it begins, and that its rows of 64 or 128
-// bytes are swizzled, as draw.cuh's `swizzled` does it, in groups of 8 that lie one after the other.
-// The address is all that changes from one to the next, in units of 16 bytes.
+// bytes are swizzled, as draw.cuh's `swizzled` does it, in groups of 8 that lie one after the
+// other. The address is all that changes from one to the next, in units of 16 bytes.
 APOLLO_DEVICE uint32_t unit_of(const void* at) {
   return (static_cast<uint32_t>(__cvta_generic_to_shared(at)) & 0x3FFFF) >> 4;
 }
@@ -39,8 +39,8 @@ APOLLO_DEVICE uint64_t matrix_at(uint32_t unit) {
   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 // clang-format on
 
-// D += A B^T for A [64, 32] and B [N, 32], N / 2 floats of D per thread, as two products of depth 16
-// whose operands are a[0], b[0] and a[1], b[1]. It goes on after this returns, till
+// D += A B^T for A [64, 32] and B [N, 32], N / 2 floats of D per thread, as two products of depth
+// 16 whose operands are a[0], b[0] and a[1], b[1]. It goes on after this returns, till
 // wait_for_products, and both are one piece for the compiler, which would part them by a wait.
 // TRANSPOSED: A lies as rows of k.
 template <bool TRANSPOSED>
@@ -48,9 +48,11 @@ APOLLO_DEVICE void begin_products(float (&d)[64], const uint64_t (&a)[2], const 
   asm volatile(
       "wgmma.fence.sync.aligned;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{" APOLLO_OPERANDS_64 "}, %64, %65, 1, 1, 1, %68, 0;\n"
+      "{" APOLLO_OPERANDS_64
+      "}, %64, %65, 1, 1, 1, %68, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{" APOLLO_OPERANDS_64 "}, %66, %67, 1, 1, 1, %68, 0;\n"
+      "{" APOLLO_OPERANDS_64
+      "}, %66, %67, 1, 1, 1, %68, 0;\n"
       "wgmma.commit_group.sync.aligned;\n"
       : APOLLO_EACH_32(d, 0), APOLLO_EACH_32(d, 32)
       : "l"(a[0]), "l"(b[0]), "l"(a[1]), "l"(b[1]), "n"(int(TRANSPOSED))
@@ -61,9 +63,11 @@ APOLLO_DEVICE void begin_products(float (&d)[32], const uint64_t (&a)[2], const 
   asm volatile(
       "wgmma.fence.sync.aligned;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{" APOLLO_OPERANDS_32 "}, %32, %33, 1, 1, 1, %36, 0;\n"
+      "{" APOLLO_OPERANDS_32
+      "}, %32, %33, 1, 1, 1, %36, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{" APOLLO_OPERANDS_32 "}, %34, %35, 1, 1, 1, %36, 0;\n"
+      "{" APOLLO_OPERANDS_32
+      "}, %34, %35, 1, 1, 1, %36, 0;\n"
       "wgmma.commit_group.sync.aligned;\n"
       : APOLLO_EACH_32(d, 0)
       : "l"(a[0]), "l"(b[0]), "l"(a[1]), "l"(b[1]), "n"(int(TRANSPOSED))
@@ -100,7 +104,8 @@ struct WarpgroupProduct {
     for (int i = 0; i < Tile<T>::kSteps; ++i) {
       const uint32_t a = x + uint32_t(Layout::x(step + i)) / 16;
       const uint32_t b = z + uint32_t(Layout::z(step + i) - Layout::kZ) / 16;
-      begin_products<!BY_ROW>(sums, {matrix_at<kRowBytes>(a), matrix_at<kRowBytes>(a + kSecondHalf)},
+      begin_products<!BY_ROW>(sums,
+                              {matrix_at<kRowBytes>(a), matrix_at<kRowBytes>(a + kSecondHalf)},
                               {matrix_at<64>(b), matrix_at<64>(b + 2)});
     }
     make();

@@ -24,6 +24,13 @@ KEYS = {
     (-1, 0): 0x5DC20AA7B2A27137,
 }
 
+# (seed, name) -> the key of a parameter that has a name
+NAMED_KEYS = {
+    (0, "model.layers.0.self_attn.q_proj.weight"): 0x45F3810755374839,
+    (7, "weight"): 0x5499B2EA6463602C,
+    (-1, "h.0.mlp"): 0x380A8558CB89CCD7,
+}
+
 # z(j, k) of key KEY, epoch 5: bf16 bits at (j, k)
 KEY = 0x0123456789ABCDEF
 NORMALS = {

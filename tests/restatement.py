@@ -4,6 +4,7 @@ It shares no code with the package: a second reading of the same text.
 """
 
 import bisect
+import hashlib
 import math
 
 import numpy as np
@@ -31,6 +32,12 @@ def splitmix64(x):
 
 def key_of(seed, position):
     return splitmix64((splitmix64(seed % 2**64) + position) % 2**64) % 2**63
+
+
+def key_of_name(seed, name):
+    """``name`` as it is without wrappers; the parameter's place has no say."""
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    return key_of(seed, sum(int(digest[2 * i : 2 * i + 2], 16) << 8 * i for i in range(8)))
 
 
 def key_of_matrix(key, index):

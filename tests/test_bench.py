@@ -167,11 +167,11 @@ def test_kernel_report_reads_registers_spills_and_instructions(tmp_path):
     cubin = tmp_path / "k.fatbin"
     subprocess.run(
         [nvcc, "-fatbin", "-gencode", "arch=compute_80,code=sm_80", "-gencode",
-         "arch=compute_90,code=sm_90", "-o", cubin, source], check=True,
+         "arch=compute_90a,code=sm_90a", "-o", cubin, source], check=True,
     )  # fmt: skip
     rows = {(row["kernel"], row["arch"]): row for row in kernel_report.kernels(cubin)}
-    assert set(rows) == {(k, a) for k in ("copy", "spills") for a in ("sm_80", "sm_90")}
-    clean, spilled = rows["copy", "sm_90"], rows["spills", "sm_90"]
+    assert set(rows) == {(k, a) for k in ("copy", "spills") for a in ("sm_80", "sm_90a")}
+    clean, spilled = rows["copy", "sm_90a"], rows["spills", "sm_90a"]
     assert clean["load 16"] == clean["store 16"] == 1
     assert clean["spills"] == 0
     assert clean["threads"] == 256
@@ -182,9 +182,9 @@ def test_kernel_report_reads_registers_spills_and_instructions(tmp_path):
 def test_occupancy_follows_registers_and_shared_memory():
     from kernel_report import occupancy
 
-    assert occupancy("sm_90", 32, 0, 256) == 1
-    assert occupancy("sm_90", 255, 0, 256) == pytest.approx(8 / 64)
-    assert occupancy("sm_90", 32, 100 * 1024, 256) == pytest.approx(16 / 64)
+    assert occupancy("sm_90a", 32, 0, 256) == 1
+    assert occupancy("sm_90a", 255, 0, 256) == pytest.approx(8 / 64)
+    assert occupancy("sm_90a", 32, 100 * 1024, 256) == pytest.approx(16 / 64)
     assert occupancy("sm_42", 32, 0, 256) is None
 
 
@@ -203,27 +203,27 @@ def test_a_regression_is_told_with_kernel_figure_and_budget(row, tmp_path):
 
     path = tmp_path / "budgets.csv"
     with path.open("w") as file:
-        budgets.write({"sm_90": [row]}, "13.0", file)
+        budgets.write({"sm_90a": [row]}, "13.0", file)
     assert budgets.toolkit(path) == "13.0"
-    assert budgets.complaints("sm_90", [row], path) == []
+    assert budgets.complaints("sm_90a", [row], path) == []
 
     def said(**changes):
         loops = [dataclasses.replace(row["loops"][0], **changes.pop("loop", {}))]
-        return budgets.complaints("sm_90", [row | {"loops": loops} | changes], path)
+        return budgets.complaints("sm_90a", [row | {"loops": loops} | changes], path)
 
     assert said(loop={"instructions": 236}) == []  # 2 % of slack
     assert said(loop={"instructions": 240}) == [
-        "sm_90: k<float>, row loop: instructions per element 7.5, budget 7.4"
+        "sm_90a: k<float>, row loop: instructions per element 7.5, budget 7.4"
     ]
     (more,) = said(loop={"accesses": {16: 12, 4: 5}})
-    assert more == "sm_90: k<float>, row loop: scalar accesses 5, budget 4"
+    assert more == "sm_90a: k<float>, row loop: scalar accesses 5, budget 4"
     (halves,) = said(loop={"accesses": {16: 10, 8: 4, 4: 4}})
-    assert halves == "sm_90: k<float>, row loop: 8-byte accesses 4, budget 0"
-    assert said(registers=41) == ["sm_90: k<float>: registers 41, budget 40"]
-    assert said(occupancy=0.25) == ["sm_90: k<float>: occupancy 0.25, budget 0.5"]
+    assert halves == "sm_90a: k<float>, row loop: 8-byte accesses 4, budget 0"
+    assert said(registers=41) == ["sm_90a: k<float>: registers 41, budget 40"]
+    assert said(occupancy=0.25) == ["sm_90a: k<float>: occupancy 0.25, budget 0.5"]
     assert said(spills=2, stack=8) == [
-        "sm_90: k<float>: spills 2, budget 0",
-        "sm_90: k<float>: stack 8, budget 0",
+        "sm_90a: k<float>: spills 2, budget 0",
+        "sm_90a: k<float>: stack 8, budget 0",
     ]
     assert any("no budget" in line for line in said(kernel="other"))
     assert any("k<float>, row, scalar accesses: is gone" in line for line in said(kernel="other"))
@@ -233,10 +233,10 @@ def test_targets_hold_whatever_the_budgets_say(row):
     import budgets
 
     name = "apply_update<bfloat16, bfloat16, ToNearest>"
-    assert budgets.beyond_targets("sm_90", [row | {"kernel": name}]) == []
+    assert budgets.beyond_targets("sm_90a", [row | {"kernel": name}]) == []
     slow = [dataclasses.replace(row["loops"][0], instructions=400)]
-    assert budgets.beyond_targets("sm_90", [row | {"kernel": name, "loops": slow}]) == [
-        f"sm_90: {name}, row loop: 12.5 instructions per element, target 12"
+    assert budgets.beyond_targets("sm_90a", [row | {"kernel": name, "loops": slow}]) == [
+        f"sm_90a: {name}, row loop: 12.5 instructions per element, target 12"
     ]
 
 

@@ -26,6 +26,7 @@ def test_state_is_what_the_optimizer_will_make():
     for mode, made in (
         ("APOLLO", apollo(module, rank=128)),
         ("APOLLO-Mini", apollo_mini(module)),
+        ("APOLLO-Mini, int8 dense moments", apollo_mini(module, dense_state="int8")),
         ("APOLLO-Mini, gradient release, embeddings", apollo_mini(module, embeddings=True)),
     ):
         report = APOLLO(made, lr=1e-3).memory_report()

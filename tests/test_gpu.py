@@ -33,6 +33,19 @@ def test_a_run_errs_no_more_than_twice_what_plain_pytorch_does(backend, dtype, n
     assert optimizer.stats()["nonfinite"] == 0
 
 
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "sparse"])
+@pytest.mark.parametrize("shape", [(512, 2048), (2048, 512), (1000, 700)], ids=str)
+@pytest.mark.parametrize("rank", [64, 128, 256])
+def test_full_tiles_over_many_turns_are_right(backend, rank, shape, distribution):
+    """Products go on while the next operands are made: what comes too early shows in R alone."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+    import bench_ops
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        case = bench_ops.Case(shape, rank, dtype, torch.device("cuda"), distribution)
+        bench_ops.check(backend, case)
+
+
 def test_projections_drawn_on_the_gpu_are_the_cpus():
     for distribution, most in (("gaussian", 1e-3), ("rademacher", 0.0)):
         here = draw(3, 2, 65, 1000, distribution)
@@ -70,9 +83,10 @@ def test_the_fast_logarithm_keeps_its_promise_for_every_u1():
     assert facts["bad_normals"] == 0
     assert facts["worst_logarithm_error"] <= 2**-21
     assert facts["flipped_normals_share"] <= 1e-3
-    # sin and cos err by 2^-20 of the radius, at most 5.8: two of bf16's steps below 1.5e-3.
+    # Two of bf16's steps: by sin and cos, which err by 2^-20 of the radius, below 1.5e-3; by the
+    # logarithm of a u1 near 1 below 7e-3.
     assert facts["normals_beyond_tolerance"] == 0
-    assert facts["largest_normal_two_steps_off"] <= 1.5e-3
+    assert facts["largest_normal_two_steps_off"] <= 7e-3
 
 
 # For compute-sanitizer: our own kernels only, each class of them, small. Plain PyTorch's kernels

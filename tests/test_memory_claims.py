@@ -65,7 +65,13 @@ STEPS = {  # shapes above and below a chunk of reference.py
     "int8, one chunk": ((512, 512), torch.bfloat16, 1, {"int8": True}),
     "ragged int8": ((500, 1000), torch.bfloat16, 1, {"int8": True}),
     "dense int8": ((4096, 512), torch.bfloat16, None, {"int8": True}),
-}
+    "bf16 moments": ((4096, 512), torch.bfloat16, None, {"dense_state": "bfloat16"}),
+    "int8 moments": ((512, 512), torch.float32, None, {"dense_state": "int8"}),
+    "int8 moments, int8": ((512, 512), torch.bfloat16, None, {"dense_state": "int8", "int8": True}),
+    "bf16 moments, several chunks of int8": (
+        (4000, 1000), torch.bfloat16, None, {"dense_state": "bfloat16", "int8": True}
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -85,6 +91,9 @@ RUNS = {
     "AdamW": Run(optimizer="adamw"),
     "Q-APOLLO-Mini": Run(int8=True, release=True, embeddings=True, batch=1),
     "float32": Run(dtype="float32", release=True, checkpointing=False),
+    "Mini, bf16 dense moments": Run(dense_state="bfloat16"),
+    "APOLLO, int8 dense moments": Run(optimizer="apollo", rank=64, dense_state="int8"),
+    "int8 weights and dense moments": Run(int8=True, release=True, batch=1, dense_state="int8"),
 }
 
 

@@ -1,5 +1,6 @@
 """The model of an SM against loops whose bounds are known; and how main loops are found in SASS."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ from sm_model.simulate import simulate  # noqa: E402
 
 A100, RTX_4090, H100, H200 = CARDS.values()
 ALL = pytest.mark.parametrize("card", CARDS.values(), ids=list(CARDS))
+
+
+HMMA, MUFU = "HMMA.16816.F32.BF16 R4, R8, R12, R4", "MUFU.LG2 R1, R2"
 
 
 def function(*lines, **options):
@@ -47,9 +51,9 @@ def test_sass_is_read_with_its_control_codes():
         ("FFMA R1, R2, R3, R4", lambda card: {1: 2, 2: 1}[card.fma_pipes]),
         ("LOP3.LUT R1, R2, R3, R4", lambda card: 2),
         ("IMAD R1, R2, R3, R4", lambda card: 2),
-        ("IMAD.WIDE.U32 R2, R4, R5, R6", lambda card: 4),
-        ("MUFU.LG2 R1, R2", lambda card: 8),
-        ("HMMA.16816.F32.BF16 R4, R8, R12, R4", lambda card: card.mma),
+        ("IMAD.WIDE.U32 R2, R4, R5, R6", lambda card: 6),
+        (MUFU, lambda card: 8),
+        (HMMA, lambda card: card.mma),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )
@@ -108,7 +112,7 @@ def test_a_stall_is_waited_for_by_its_warp_alone():
 
 def test_a_barrier_keeps_phases_apart():
     """Without one, warps draw (MUFU) while others multiply; with one per phase they cannot."""
-    draw, multiply = ["MUFU.LG2 R1, R2"] * 16, ["HMMA.16816.F32.BF16 R4, R8, R12, R4"] * 16
+    draw, multiply = [MUFU] * 16, [HMMA] * 16
     alone = 16 * 8 * 4
     assert clocks(A100, draw + multiply) < 1.25 * alone
     barrier = ["BAR.SYNC.DEFER_BLOCKING 0x0"]
@@ -117,7 +121,7 @@ def test_a_barrier_keeps_phases_apart():
 
 def test_asynchronous_copies_hide_the_latency_that_a_wait_for_all_shows():
     copy = ["LDGSTS.E.BYPASS.128 [R1], [R2]", "LDGDEPBAR"]
-    work = ["HMMA.16816.F32.BF16 R4, R8, R12, R4"] * 32
+    work = [HMMA] * 32
 
     def with_waits_for_all_but(groups):
         return clocks(H100, [*copy, f"DEPBAR.LE SB0, 0x{groups}", *work], warps=4)
@@ -125,6 +129,39 @@ def test_asynchronous_copies_hide_the_latency_that_a_wait_for_all_shows():
     exposed, hidden = with_waits_for_all_but(0), with_waits_for_all_but(6)
     assert exposed == pytest.approx(32 * H100.mma + H100.latency_clocks, rel=0.05)
     assert hidden == pytest.approx(32 * H100.mma, rel=0.05)
+
+
+def test_a_warpgroup_multiplies_while_its_warps_go_on():
+    ops = ("HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32.BF16", "HMMA.16816.F32.BF16", "HFMA2")
+    assert [sass.products(op) for op in ops] == [16, 8, 1, 0]
+    multiply = ["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"] * 4
+    wait, draw = ["WARPGROUP.DEPBAR.LE gsb0, 0x0"], [MUFU] * 24
+    products, drawn = 4 * 16 * cards.WGMMA, 24 * cards.MUFU
+    beside = clocks(H200, multiply + draw + wait, warps=4)
+    after = clocks(H200, multiply + wait + draw, warps=4)
+    assert beside == pytest.approx(products + cards.WGMMA_LATENCY, rel=0.05)
+    assert after == pytest.approx(products + cards.WGMMA_LATENCY + drawn, rel=0.1)
+    narrow = [line.replace("128", "64") for line in multiply]
+    assert clocks(H200, narrow + wait) == pytest.approx(4 * products / 2, rel=0.1)
+
+
+def test_every_second_four_warps_may_go_another_way():
+    """Two warps of a scheduler both draw, or one of them multiplies meanwhile."""
+    barrier = "BAR.SYNC.DEFER_BLOCKING 0x0"
+    draw, multiply = (function(*[line] * 32, barrier).instructions for line in (MUFU, HMMA))
+    assert simulate(A100, draw, 8).clocks == pytest.approx(2 * 32 * cards.MUFU, rel=0.1)
+    apart = simulate(A100, draw, 8, other=multiply).clocks
+    assert apart == pytest.approx(32 * cards.MUFU, rel=0.1)
+
+
+def test_a_burst_comes_as_fast_as_l2_sends_it():
+    """16 KB of an SM that computes in between, so that it keeps to its share on the whole."""
+    load, work = ["LDG.E.128 R4, [R2] sets=0"] * 8, [MUFU] * 200
+    barrier = "BAR.SYNC.DEFER_BLOCKING 0x0"
+    turn = clocks(H200, [*load, "FADD R1, R4, R5 waits=0", *work, barrier], warps=4)
+    came = H200.latency_clocks + 8 * 512 * 4 / cards.L2_BYTES
+    assert turn == pytest.approx(200 * cards.MUFU + came, rel=0.05)
+    assert turn < 0.9 * (200 * cards.MUFU + H200.latency_clocks + 8 * 512 * 4 / H200.share)
 
 
 def test_an_unknown_instruction_is_named():
@@ -167,7 +204,7 @@ def test_the_main_way_through_a_loop_takes_16_bytes_at_a_time_and_calls_nothing(
 
 def test_the_way_to_a_main_loop_leads_through_no_other():
     lines = ["S2R R0, SR_TID.X", "@P0 BRA {lean}", "edge: LDG.E.128 R4, [R2]"]
-    lines += ["LDG.E R4, [R2]"] * 8 + ["HMMA.16816.F32.BF16 R4, R8, R12, R4", "@P1 BRA {edge}"]
+    lines += ["LDG.E R4, [R2]"] * 8 + [HMMA, "@P1 BRA {edge}"]
     code = function(*lines, "lean: LDG.E.128 R4, [R2]", "@P2 BRA {lean}", "EXIT")
     (loop,) = main_loops.main_loops(code)
     assert [x.name for x in main_loops.way_to(code, loop)] == ["S2R", "BRA"]
@@ -187,12 +224,59 @@ def test_numbers_that_serve_many_turns_are_not_counted_in_one():
 
 
 def test_of_a_lean_and_a_guarded_loop_the_lean_one_is_the_main_one():
-    lean = ["lean: LDG.E.128 R4, [R2]", "LDG.E R5, [R2]", "@P0 BRA {lean}"]
+    lean = ["lean: LDG.E.128 R4, [R2]", "LDG.E R5, [R2]", HMMA, "@P0 BRA {lean}"]
     edge = [line.replace("top", "rest").replace("far", "away") for line in GUARDED[1:]]
     edge = [re.sub(r"\b(edge|compute|next)\b", r"\1_rest", line) for line in edge]
     (loop,) = main_loops.main_loops(function(*lean, *edge))
-    assert names(loop) == ["LDG", "LDG", "BRA"]
+    assert names(loop) == ["LDG", "LDG", "HMMA", "BRA"]
     assert loop.accesses(4) == 1  # without guards every access counts
+
+
+def test_a_loop_that_multiplies_is_the_main_one_and_not_its_guards():
+    lines = ["top: @P0 BRA {guard}", *["LDGSTS.E.BYPASS.128 [R1], [R2]"] * 2, "BRA {multiply}"]
+    lines += ["guard: LDG.E.128 R4, [R2]", "STS.128 [R1], R4", "@P1 BRA {guard}"]
+    code = function(*lines, f"multiply: {HMMA}", "@P2 BRA {top}", "EXIT")
+    (loop,) = main_loops.main_loops(code)
+    assert names(loop) == ["BRA", "LDGSTS", "LDGSTS", "BRA", "HMMA", "BRA"]
+    assert (loop.loaded, loop.accesses(16)) == (32, 2)
+
+
+def test_a_loop_that_only_reads_is_the_main_one_and_not_an_epilogue():
+    lines = ["top: LDG.E.128 R4, [R2]", "@P0 BRA {top}", "end: LDG.E.128 R4, [R2]"]
+    (loop,) = main_loops.main_loops(function(*lines, "STG.E.128 [R2], R4", "@P1 BRA {end}", "EXIT"))
+    assert names(loop) == ["LDG", "BRA"]
+
+
+def test_warps_move_before_they_multiply_or_after_and_never_twice():
+    lines = ["top: @P0 BRA {multiply}", "LDGSTS.E.BYPASS.128 [R1], [R2]", "LDGDEPBAR"]
+    lines += [f"multiply: {HMMA}", "@P1 BRA {next}", "LDGSTS.E.BYPASS.128 [R1], [R2]", "LDGDEPBAR"]
+    (loop,) = main_loops.main_loops(function(*lines, "next: @P2 BRA {top}", "EXIT"))
+    before = ["BRA", "LDGSTS", "LDGDEPBAR", "HMMA", "BRA", "BRA"]
+    after = ["BRA", "HMMA", "BRA", "LDGSTS", "LDGDEPBAR", "BRA"]
+    assert sorted([x.name for x in way] for way in loop.ways) == sorted([before, after])
+
+
+def test_a_guard_that_a_branch_decides_is_decided():
+    """A load of whole tiles under the guard whose branch skips the edge's: one of them happens."""
+    lines = ["top: @!P1 LDG.E.128 R4, [R2]", "@!P1 BRA {next}", "LDG.E.128 R4, [R2]"]
+    (loop,) = main_loops.main_loops(function(*lines, "next: @P0 BRA {top}", "EXIT"))
+    assert loop.accesses(16) == 1
+    set_between = [lines[0], "ISETP.GE.AND P1, PT, R1, R2, PT", *lines[1:]]
+    (loop,) = main_loops.main_loops(function(*set_between, "next: @P0 BRA {top}", "EXIT"))
+    assert loop.accesses(16) == 2
+
+
+def test_of_loops_with_and_without_squares_those_with_them_count():
+    def loop(i, transposed, *more):
+        multiply = f"HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8]{transposed}, R24, gsb0"
+        return [f"a{i}: LDGSTS.E.BYPASS.128 [R1], [R2]", multiply, *more, f"@P0 BRA {{a{i}}}"]
+
+    squares = ["FFMA R1, R2, R2, R1"] * 8
+    lines = loop(0, "") + loop(1, "", *squares) + loop(2, ".tnspA") + loop(3, ".tnspA", *squares)
+    found = main_loops.main_loops(function(*lines, "EXIT"))
+    assert [(x.orientation, x.count("FFMA")) for x in found] == [("row", 8), ("column", 8)]
+    (row, _) = loop_figures.figures("project_tiles<bfloat16, 128, Gaussian>", function(*lines))
+    assert (row.elements, row.tensor, row.accesses) == (32, 16, {16: 1})
 
 
 def test_the_innermost_loop_is_the_main_one():
@@ -259,6 +343,12 @@ def test_a_block_reads_what_the_sources_say():
     assert "return pieces(dtype) == 1 ? 256 : 128;" in header
     assert "return !by_row ? 32 / sparse_load(dtype)" in share
     assert "return unit == 8 ? 4 : 8;" in share  # channels of each of 8 warps
+    draw, source = ((ROOT / "csrc" / f).read_text() for f in ("draw.cuh", "project_source.cuh"))
+    assert "kStep = 32;" in draw and f"kTileThreads = {loop_figures.TILE_THREADS};" in draw
+    assert "kSteps = kPieces<T> == 1 ? 2 : 1;" in source
+    channels = predict.MMA_CHANNELS
+    turns = {dtype: n // channels[dtype] // 32 for dtype, n in loop_figures.TILES.items()}
+    assert turns == {"bfloat16": 2, "float16": 1, "float": 1}
     vectors = predict.STREAM_VECTORS
     assert re.search(rf"kApplyVectors = {vectors} \* 256|kStreamVectors = {vectors};", header)
 
@@ -290,13 +380,37 @@ def test_a_kernel_bound_by_memory_is_predicted_near_its_floor_and_another_is_not
     assert share() == pytest.approx(predict.STREAM)
     # 200 MUFU for 64 elements of a lane: 24 warps, 4 schedulers, 8 clocks each.
     bound = 8 * 512 * 24 / H200.share / (200 * 8 * 24 / 4)
-    assert share(*["MUFU.LG2 R1, R2"] * 200) == pytest.approx(bound, rel=0.05)
+    assert share(*[MUFU] * 200) == pytest.approx(bound, rel=0.05)
+
+
+def test_a_cards_own_steps_stand_beside_the_predicted_ones(tmp_path, monkeypatch):
+    import peers
+    import predictions
+
+    def row(optimizer, ms=None, **changes):
+        found = {"model": "7b", "dtype": "bfloat16", "optimizer": optimizer, "layers": "32/32"}
+        return found | ({} if ms is None else {"ms": ms}) | changes
+
+    rows = [row("ours cuda, rank 256", 30.0), row("ours cuda, Mini", 8.0, layers="2/32, scaled"),
+            row(f"ours cuda, rank 128{peers.SPARSE}", 10.0), row("AdamW fused", 9.0),
+            row("ours triton, Mini", 9.0), row("ours cuda, rank 128"),
+            row("ours cuda, Mini", 9.0, model="1b")]  # fmt: skip
+    for folder in ("nvidia-h200", "nvidia-h20", "cpu-x86_64"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "step.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(predict.StepModel, "step_ms", lambda self, *_: 0.25 * (self.layers + 8))
+    found = predictions.beside_measured({A100: {}, H200: {}}, tmp_path)
+    assert [tuple(row.values()) for row in found] == [
+        ("nvidia-h200", "gaussian, rank 256", 10.0, 30.0, 3.0),
+        ("nvidia-h200", "Mini", 40.0, 8.0, 0.2),
+        ("nvidia-h200", "sparse, rank 128", 10.0, 10.0, 1.0),
+    ]
 
 
 def test_every_constant_says_where_it_is_from():
     """A line of cards.py that sets a number names a source."""
     text = Path(cards.__file__).read_text()
     sources = set(re.findall(r"^\[(\w+)\]", text, re.MULTILINE))
-    assert sources == {"guide", "sheet", "luo", "copy", "guess"}
+    assert sources == {"guide", "sheet", "luo", "copy", "fit", "guess"}
     for line in re.findall(r"^[A-Z][A-Z0-9_]+ = \d.*$", text, re.MULTILINE):
         assert re.search(rf"\[({'|'.join(sources)})\]", line), line

@@ -87,6 +87,7 @@ def _project(
     table, items, space, clock, grad_scale, found_inf, direction, b1, w1, b2, w2, eps, gap,
     T: tl.constexpr, K_UNIT: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    SWAPPED: tl.constexpr,
     STORE: tl.constexpr, SIGNS: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     if not STORE:  # noqa: SIM102  (else it writes the workspace alone, and square_norm needs q)
@@ -104,8 +105,14 @@ def _project(
         x_at += c[None, :] * ld + (begin + k)[:, None]
     else:
         x_at += (begin + k)[:, None] * ld + c[None, :]
-    acc = tl.zeros((BK if BR == 1 else BR, BC), tl.float32)
+    if SWAPPED:
+        acc = tl.zeros((BC, BR), tl.float32)
+    else:
+        acc = tl.zeros((BK if BR == 1 else BR, BC), tl.float32)
     q = tl.zeros((BK, BC), tl.float32)
+    # SWAPPED: both operands lie in shared memory, x as its copies have left it. With z as the left
+    # one Triton would keep it in registers, let wgmma go on into the next turn, and draw the next z
+    # into the same registers (its issue 9433; on an H200 a rademacher R was wrong by 7 %).
     for k0 in range(begin, end, BK):
         x = tl.load(x_at, mask=(c < channels)[None, :] & (k0 + k < size)[:, None], other=0)
         z = to_bf16(draw(key, epoch, r_tile * BR, k0, BR, BK, SIGNS, EXACT, FAST))
@@ -113,12 +120,16 @@ def _project(
         q += wide * wide
         if BR == 1:  # the channels' dot products with one row: no use for a tensor core
             acc += wide * tl.reshape(z, (BK, 1)).to(tl.float32)
+        elif SWAPPED:
+            acc = tl.dot(tl.trans(x), tl.trans(z).to(x.dtype), acc)
         else:
             acc = _dot(z, x, acc)
         x_at += BK if K_UNIT else BK * ld
 
     if BR == 1:
         acc = tl.sum(acc, 0)[None, :]
+    if SWAPPED:
+        acc = tl.trans(acc)
     j = r_tile * BR + tl.arange(0, BR)
     if r_tile == 0:
         q_at = space + tl.load(row + tables.LOW_RANK.q) + chunk * channels.to(tl.int64) + c
@@ -148,6 +159,7 @@ class Tiling(NamedTuple):
     BR: int
     BC: int
     BK: int
+    SWAPPED: bool
     num_warps: int
     num_stages: int
 
@@ -157,18 +169,19 @@ def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
 
     128 channels share an entry of z: at rank 128 its 14 slots then fit into the time in which an
     H200 reads 128 bf16 weights (15 slots each), and other cards have more slots per byte. 128 x 128
-    float32 sums take 64 registers of 256 threads. Along K, whole 128-byte lines are best; mma.sync
-    holds both operands in registers beside the sums, and half a line is what fits without spills.
+    float32 sums take 64 registers of 256 threads; wgmma takes 64 rows of its left operand at once.
+    Along K, whole 128-byte lines are best; mma.sync holds both operands in registers beside the
+    sums, and half a line is what fits without spills.
     Rank 1 streams G through registers, 32 bytes per thread, in segments of 256 bytes or more.
     """
     rank, g, size = layout.rank, layout.g, layout.g.dtype.itemsize
     if rank == 1:
-        tile = (1, 32 // size, 128, 4, 3) if g.k_unit else (1, 128, 16, 4, 3)
+        tile = (1, 32 // size, 128, False, 4, 3) if g.k_unit else (1, 128, 16, False, 4, 3)
     elif rank <= 64 or asynchronous:
         rows = min(128, max(16, triton.next_power_of_2(rank)))
-        tile = (rows, 128, 128 // size, 8, 3)
+        tile = (rows, 128, 128 // size, asynchronous and size == 2 and rows >= 64, 8, 3)
     else:
-        tile = (128, 128, 64 // size, 8, 4)
+        tile = (128, 128, 64 // size, False, 8, 4)
     return Tiling(element(g.dtype), g.k_unit, g.aligned, layout.r_aligned, *tile)
 
 

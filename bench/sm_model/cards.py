@@ -6,6 +6,7 @@
 [luo]    Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture through
          Microbenchmarking, arXiv 2402.13499: latencies, mma's share of the peak.
 [copy]   85 to 92 % of the data sheet, as device-to-device copies reach; bench/roofline.py's.
+[fit]    so that the gaussian projection comes out as an H200 has run it (README.md).
 [guess]  nobody publishes it; test_sm_model.py shows what it does.
 """
 
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 SCHEDULERS = 4  # of an SM, one instruction per clock each [guide]
 ALU = 2  # a warp's integer or logic instruction: 64 results per SM and clock [guide]
 FMA_PIPE = 2  # a warp on one of the FMA pipes, 16 lanes each [sheet]
-WIDE_MULTIPLY = 4  # IMAD.WIDE and IMAD.HI: half the rate of IMAD [guess]
+WIDE_MULTIPLY = 6  # IMAD.WIDE and IMAD.HI, where IMAD takes 2 [fit]
 MUFU = 8  # 16 results per SM and clock [guide]
 UNIFORM = 2  # the uniform data path [guess]
 UNIFORM_LATENCY = 12  # [guess]
@@ -29,8 +30,12 @@ OPERANDS_READ = 8  # a memory instruction's registers are free again [guess]
 SHARED_LATENCY = 24  # 29 clocks in all with the steps before [luo]
 L1_LATENCY = 33  # 38 to 43 clocks in all [luo]
 L2_LATENCY = 280  # 262 to 273 clocks [luo], and some load
+L2_BYTES = 64  # that L2 sends an SM per clock [guess]
+BURST = 32 * 1024  # bytes that an SM may be ahead of its share of the bandwidth [guess]
 STORES_IN_L2 = 64 * 1024  # bytes of an SM's stores that L2 keeps back from DRAM [guess]
 DATA_BYTES = 128  # of shared memory or L1 per SM and clock [guide]
+WGMMA = 4  # of a warp's 16 x 8 x 16 by wgmma: H100's and H200's dense rate, as below [sheet]
+WGMMA_LATENCY = 32  # from the end of a product in the pipe to the warp that waits [guess]
 BARRIER = 16  # from the last arrival to the first instruction [guess]
 TAKEN_BRANCH = 8  # [guess]
 
@@ -65,7 +70,7 @@ CARDS = {
     for card in (
         Card("A100", "sm_80", 108, 1.41e9, 1.70e12, 500e-9, fma_pipes=1, float64=4, mma=8),
         Card("RTX 4090", "sm_89", 128, 2.52e9, 0.92e12, 400e-9, fma_pipes=2, float64=64, mma=32),
-        Card("H100", "sm_90", 132, 1.755e9, 2.90e12, 600e-9, fma_pipes=2, float64=2, mma=6),
-        Card("H200", "sm_90", 132, 1.83e9, 4.30e12, 650e-9, fma_pipes=2, float64=2, mma=6),
+        Card("H100", "sm_90a", 132, 1.755e9, 2.90e12, 600e-9, fma_pipes=2, float64=2, mma=6),
+        Card("H200", "sm_90a", 132, 1.83e9, 4.30e12, 650e-9, fma_pipes=2, float64=2, mma=6),
     )
 }

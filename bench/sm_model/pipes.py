@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sass import Instruction, global_bytes
+from sass import Instruction, global_bytes, products
 
 from sm_model import cards
 from sm_model.cards import Card
@@ -17,14 +17,14 @@ _NAMES = {
     "fma": "FFMA FMUL FADD FSWZADD HFMA2 HADD2 HMUL2 FFMA2 FADD2 FMUL2",
     "multiply": "IMAD",  # on one of the FMA pipes
     "mufu": "MUFU F2F F2I I2F FRND",
-    "tensor": "HMMA IMMA",
+    "tensor": "HMMA HGMMA IMMA",
     "float64": "DFMA DADD DMUL DSETP DMNMX",
     "uniform": """UIADD3 ULOP3 UMOV USHF ULEA UIMAD USEL UISETP R2UR ULDC UPRMT UP2UR UPLOP3 S2UR
         S2R UFLO UPOPC UBREV USGXT UBMSK""",
     "lsu": """LDG LD STG ST LDGSTS LDS STS LDSM STSM LDC LDL STL SHFL ATOM ATOMG ATOMS RED REDUX
         CCTL""",
     "control": """BRA BSSY BSYNC BAR NOP WARPSYNC EXIT BREAK CALL RET DEPBAR LDGDEPBAR ERRBAR MEMBAR
-        NANOSLEEP YIELD BMOV JMP PREEXIT ACQBULK""",
+        NANOSLEEP YIELD BMOV JMP PREEXIT ACQBULK WARPGROUP FENCE""",
 }
 _PIPES = {name: pipe for pipe, names in _NAMES.items() for name in names.split()}
 _BUSY = {
@@ -58,6 +58,9 @@ def use(x: Instruction, card: Card) -> Use:
         raise ValueError(f"no pipe for {x.op}: say in bench/sm_model/pipes.py what executes it")
     if pipe == "lsu":
         return _memory(x)
+    if x.name == "HGMMA":  # a warp's quarter of A [64, 16] and B [N, 16], from shared memory
+        count = products(x.op)
+        return Use(pipe, count * cards.WGMMA, (64 + 8 * count) * 16 * 2 // 4 // cards.DATA_BYTES)
     if pipe == "tensor":
         return Use(pipe, card.mma)
     if pipe == "float64":

@@ -31,6 +31,7 @@ SPARSE_HOLDERS = {"row": 32, "column": 8}
 MOMENT_BYTES = 16  # per entry of R: M and V, read and written, in float32
 EPILOGUE = 1.05  # times the floor of the moments' bytes [guess]
 STREAM = 0.95  # of the copy bandwidth at most, for kernels with more than a copy's streams [guess]
+LAYERS = LLAMA["7b"].layers
 TURNS = 8  # that are simulated
 SMALL_LAUNCHES = 0.03  # ms of `scale` and `limit` over a whole model [guess]
 
@@ -104,7 +105,9 @@ def project(kernel: Kernel, orientation: str, card: Card, k: int, rank: int) -> 
     what = work(kernel.name, orientation, k, rank)
     loop = kernel.loop(orientation)
     per_turn = loop_figures.elements(kernel.name, loop) * kernel.threads
-    turn = _turn(card, loop.trace, kernel.warps, kernel.blocks, float(what.readers))
+    turn = _turn(
+        card, loop.ways[0], kernel.warps, kernel.blocks, float(what.readers), other=loop.ways[-1]
+    )
     main = what.elements / per_turn * turn.clocks / kernel.blocks
     prologue = _prologue(card, kernel, loop) / kernel.blocks
     moments = what.entries * MOMENT_BYTES / card.share
@@ -154,8 +157,9 @@ def _turn(
     blocks: int,
     bandwidth: float = 1.0,
     beginning: int = 0,
+    other: tuple[Instruction, ...] = (),
 ) -> Result:
-    return simulate(card, trace, warps, blocks, TURNS, bandwidth, beginning)
+    return simulate(card, trace, warps, blocks, TURNS, bandwidth, beginning, other)
 
 
 def _prologue(card: Card, kernel: Kernel, loop: MainLoop) -> float:
@@ -165,27 +169,29 @@ def _prologue(card: Card, kernel: Kernel, loop: MainLoop) -> float:
     return _turn(card, before, kernel.warps, 1, beginning=len(before)).clocks
 
 
-def matrices() -> Counter[tuple[str, int, int]]:
+def matrices(layers: int = LAYERS) -> Counter[tuple[str, int, int]]:
     """How many of LLaMA-7B's matrices have an orientation, channels and K, if "std" projects."""
-    shapes = LLAMA["7b"].matrices()
+    shapes = LLAMA["7b"].matrices(layers)
     return Counter(("row", m, n) if m >= n else ("column", n, m) for m, n in shapes)
 
 
-def weights() -> int:
-    return sum(count * c * k for (_, c, k), count in matrices().items())
+def weights(layers: int = LAYERS) -> int:
+    return sum(count * c * k for (_, c, k), count in matrices(layers).items())
 
 
 @dataclass(frozen=True)
 class StepModel:
-    """Predicted milliseconds of a step over LLaMA-7B's matrices with bf16 weights and gradients."""
+    """Predicted milliseconds of a step over the matrices of LLaMA-7B, or of some of its layers,
+    with bf16 weights and gradients."""
 
     card: Card
     kernels: dict[str, Kernel]  # by name
+    layers: int = LAYERS
 
     def project_ms(self, name: str, rank: int) -> float:
         """All matrices are one launch: blocks of either orientation fill the SMs in waves."""
         kernel, clocks, blocks = self.kernels[name], 0.0, 0
-        for (orientation, channels, k), count in matrices().items():
+        for (orientation, channels, k), count in matrices(self.layers).items():
             what = work(name, orientation, k, rank)
             own = count * channels * k / what.elements * what.readers
             clocks += own * project(kernel, orientation, self.card, k, rank).clocks
@@ -198,7 +204,7 @@ class StepModel:
         name = named(self.kernels, "apply_update<bfloat16, bfloat16")
         assert name is not None
         kernel, total = self.kernels[name], 0.0
-        for (orientation, channels, k), count in matrices().items():
+        for (orientation, channels, k), count in matrices(self.layers).items():
             share = stream(kernel, orientation, self.card).share
             total += count * channels * k * moved_bytes(kernel.name) / share
         return 1e3 * total / self.card.bandwidth
@@ -208,12 +214,12 @@ class StepModel:
 
     def floor_ms(self, rank: int) -> float:
         """Two reads of G, W in and out, and the moments."""
-        moments = sum(n * c * min(rank, k) for (_, c, k), n in matrices().items())
-        return 1e3 * (8 * weights() + MOMENT_BYTES * moments) / self.card.bandwidth
+        moments = sum(n * c * min(rank, k) for (_, c, k), n in matrices(self.layers).items())
+        return 1e3 * (8 * weights(self.layers) + MOMENT_BYTES * moments) / self.card.bandwidth
 
     def adamw_ms(self) -> float:
         """PyTorch's fused AdamW with bf16 moments: 14 bytes per weight, at copy bandwidth."""
-        return 1e3 * 14 * weights() / self.card.bandwidth
+        return 1e3 * 14 * weights(self.layers) / self.card.bandwidth
 
 
 STEPS = {  # what the table says -> kernel of `project`, rank

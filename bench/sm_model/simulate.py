@@ -1,9 +1,10 @@
-"""Runs warps of one trace through an SM, clock by clock.
+"""Runs warps through an SM, clock by clock: all by one trace, or every second four by another.
 
 Each of four schedulers issues at most one instruction per clock: of the warp that issued last for
 as long as it can, then of the youngest that can. A warp can if the stall that ptxas wrote is over,
 the scoreboards that it waits for are released, and the instruction's pipe takes it. Memory gives an
-SM its share of the card's bandwidth, after a latency.
+SM its share of the card's bandwidth, after a latency; a burst comes as fast as L2 can send it,
+since other SMs compute meanwhile.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ class Result:
 
 
 class _Warp:
-    def __init__(self, block: int):
+    def __init__(self, block: int, steps: list[_Step]):
         self.block = block
-        self.at = 0  # in the trace
+        self.steps = steps
+        self.at = 0  # in them
         self.ready = 0.0  # may issue then
         self.boards = [0.0] * 6  # released then
         self.copies = 0.0  # cp.async that no group holds yet: there then
         self.groups: list[float] = []
+        self.products = 0.0  # wgmma that is under way: done then
         self.turns = 0  # that are over
 
 
@@ -57,7 +60,7 @@ class _Step:
     frees: int | None
     yields: bool
     jumps: bool
-    special: str  # BAR, LDGSTS, LDGDEPBAR, DEPBAR or nothing
+    special: str  # BAR, LDGSTS, LDGDEPBAR, DEPBAR, HGMMA, WARPGROUP or nothing
     groups: int  # DEPBAR: how many may be under way
 
 
@@ -68,7 +71,9 @@ def _steps(trace: Sequence[Instruction], card: Card, beginning: int) -> list[_St
         following = trace[(i + 1) % len(trace)]
         what = use(x, card)
         groups = re.match(r"SB0, 0x([0-9a-f]+)", x.operands) if x.name == "DEPBAR" else None
-        special = x.name if x.name in ("LDGSTS", "LDGDEPBAR") or groups else ""
+        special = x.name if x.name in ("LDGSTS", "LDGDEPBAR", "HGMMA") or groups else ""
+        if x.op.startswith("WARPGROUP.DEPBAR"):
+            special = "WARPGROUP"
         if x.op.startswith("BAR.SYNC") or x.op.startswith("BAR.RED"):
             special = "BAR"
         found.append(
@@ -99,6 +104,7 @@ def simulate(
     turns: int = 24,
     bandwidth: float = 1.0,
     beginning: int = 0,
+    other: Sequence[Instruction] = (),
 ) -> Result:
     """``trace``, over and over, by ``blocks`` blocks of ``warps`` warps on one SM.
 
@@ -106,25 +112,26 @@ def simulate(
         bandwidth: times the SM's share of the memory's (what neighbours leave in L2 is not read).
         beginning: so many instructions of ``trace`` are a block's first. What they load by less
             than 16 bytes are tables: the block's place in the map from L2, and what L1 has kept.
+        other: what every second four warps of a block execute instead, if any.
     """
-    sm = _Sm(card, _steps(trace, card, beginning), warps, blocks, turns, card.share * bandwidth)
-    return sm.run()
+    ways = [_steps(way, card, beginning) for way in (trace, other or trace)]
+    return _Sm(card, ways, warps, blocks, turns, card.share * bandwidth).run()
 
 
 class _Sm:
     def __init__(
-        self, card: Card, steps: list[_Step], warps: int, blocks: int, turns: int, share: float
+        self, card: Card, ways: list[list[_Step]], warps: int, blocks: int, turns: int, share: float
     ):
-        self.card, self.steps, self.block_warps, self.turns = card, steps, warps, turns
+        self.card, self.block_warps, self.turns = card, warps, turns
         self.share = share
-        self.warps = [_Warp(b) for b in range(blocks) for _ in range(warps)]
+        self.warps = [_Warp(b, ways[w // 4 % 2]) for b in range(blocks) for w in range(warps)]
         of = range(SCHEDULERS)
         self.queues: list[list[_Warp]] = [self.warps[s::SCHEDULERS] for s in of]
         self.last: list[_Warp | None] = [None for _ in of]
         self.wake = [0.0 for _ in of]  # no warp of a scheduler can issue before
         self.free = [Counter[str]() for _ in of]  # when a scheduler's pipes take the next
         self.memory: list[deque[float]] = [deque() for _ in of]  # instructions in the LSU's queue
-        self.data_free = self.dram_free = 0.0
+        self.data_free = self.dram_free = self.l2_free = 0.0
         self.waiting: list[list[_Warp]] = [[] for _ in range(blocks)]  # at a barrier
         self.busy: Counter[str] = Counter()
         self.ends: list[tuple[float, float]] = []  # of turns: when, and what was issued by then
@@ -140,7 +147,7 @@ class _Sm:
             clock = max(clock + 1, float(math.ceil(min(self.wake)))) if left else clock + 1
         count = len(self.warps)  # a quarter of the turns to fill, and a quarter to run dry
         (begin, before), (end, after) = (self.ends[n * self.turns // 4 * count] for n in (1, 3))
-        per_turn = (end - begin) / (after - before) * len(self.steps) * count
+        per_turn = (end - begin) / (after - before) * sum(len(w.steps) for w in self.warps)
         whole = {k: v / clock / (1 if k == "data" else SCHEDULERS) for k, v in self.busy.items()}
         return Result(per_turn, {k: v for k, v in whole.items() if v})
 
@@ -162,12 +169,14 @@ class _Sm:
         """When ``warp`` can issue, as far as it is known by now."""
         if warp.ready > clock:
             return warp.ready
-        step = self.steps[warp.at]
+        step = warp.steps[warp.at]
         when = clock
         for b in step.boards:
             when = max(when, warp.boards[b])
         if step.special == "DEPBAR" and len(warp.groups) > step.groups:
             when = max(when, warp.groups[-1 - step.groups])
+        if step.special == "WARPGROUP":
+            when = max(when, warp.products)
         if when > clock:
             return when
         free, pipe = self.free[s], step.pipe
@@ -186,10 +195,10 @@ class _Sm:
             if step.moved and step.place == NOWHERE:
                 return self.dram_free - cards.STORES_IN_L2 / self.share
             return clock
-        return free[pipe]
+        return clock if step.special == "HGMMA" else free[pipe]
 
     def _execute(self, s: int, warp: _Warp, clock: float) -> bool:
-        step, free = self.steps[warp.at], self.free[s]
+        step, free = warp.steps[warp.at], self.free[s]
         self.busy["issue"] += 1
         read = written = clock  # when the operands are read, and the result is there
         if step.pipe == "fma" and self.card.fma_pipes == 2 and free["light"] <= clock:
@@ -201,6 +210,11 @@ class _Sm:
             written = read + cards.MUFU_LATENCY
         elif step.pipe == "lsu":
             read, written = self._move(s, step, clock)
+        elif step.special == "HGMMA":
+            self.data_free = max(self.data_free, clock) + step.data
+            self.busy["data"] += step.data
+            free["tensor"] = max(free["tensor"] + step.busy, clock + step.busy, self.data_free)
+            warp.products = free["tensor"] + cards.WGMMA_LATENCY
         elif step.pipe != "control":
             free[step.pipe] = clock + step.busy
             if step.pipe == "uniform":
@@ -226,11 +240,14 @@ class _Sm:
         self.busy["data"] += step.data
         self.memory[s].append(served)
         if step.moved:
-            self.dram_free = max(self.dram_free, served) + step.moved / self.share
+            begun = served if step.place == NOWHERE else served - cards.BURST / self.share
+            self.dram_free = max(self.dram_free, begun) + step.moved / self.share
         written = served + step.data
         if step.place == DRAM:
+            self.l2_free = max(self.l2_free, served) + step.moved / cards.L2_BYTES
             # A request's own bytes are part of the latency.
-            written = self.dram_free + self.card.latency_clocks - step.moved / self.share
+            came = max(self.dram_free - step.moved / self.share, self.l2_free)
+            written = came + self.card.latency_clocks
         else:
             latency = {SHARED: cards.SHARED_LATENCY, L1: cards.L1_LATENCY, L2: cards.L2_LATENCY}
             written += latency.get(step.place, cards.SHARED_LATENCY)
@@ -255,7 +272,7 @@ class _Sm:
 
     def _advance(self, s: int, warp: _Warp, clock: float) -> bool:
         warp.at += 1
-        if warp.at < len(self.steps):
+        if warp.at < len(warp.steps):
             return False
         warp.at = 0
         warp.turns += 1

@@ -242,8 +242,8 @@ UNCHECKED void run_block(Block& b, dim3 at, dim3 shape, int order) {
         warp += !b.fibers[i]->done && b.fibers[i]->wait == kInWarp;
       }
       b.error = "deadlock in block " + std::to_string(at.x) + ": " + std::to_string(barrier) +
-                " threads wait at __syncthreads, " + std::to_string(warp) + " in a warp's collective, " +
-                std::to_string(b.size - b.live) + " ended";
+                " threads wait at __syncthreads, " + std::to_string(warp) +
+                " in a warp's collective, " + std::to_string(b.size - b.live) + " ended";
       return;
     }
   }

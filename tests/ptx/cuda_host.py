@@ -43,7 +43,7 @@ def why_not() -> str | None:
     return None if shutil.which("g++") else "no g++"
 
 
-def build(architecture: int = 80) -> Path:
+def build(architecture: str = "80") -> Path:
     """The folder with launch.ptx and apollo_ptx.so, under build/ by what they were made of."""
     import pybind11
 
@@ -97,7 +97,7 @@ def _load(path: Path) -> Any:
 
 
 @functools.cache
-def kernels(architecture: int = 80) -> Kernels:
+def kernels(architecture: str = "80") -> Kernels:
     folder = build(architecture)
     return Kernels(Module((folder / "launch.ptx").read_text()), _load(folder / "apollo_ptx.so"))
 

@@ -63,8 +63,6 @@ class Translator:
                 raise PtxError(f"unknown: {self.k.where(i.line)} ({error!r})") from error
         if block.end[0] == "branch":
             self.out.append(f"return R[{self.k.registers[block.end[1]]}]")
-        if block.end[0] == "bar" and block.end[2][0] in self.k.registers:
-            self.out.append(f"return R[{self.k.registers[block.end[2][0]]}]")
         body = "\n ".join(self.out or ["pass"])
         scope = {**vars(arithmetic), "K": self.constants}
         exec(compile(f"def run(R, m, S):\n {body}", f"<{self.k.name}>", "exec"), scope)

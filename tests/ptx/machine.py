@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -65,14 +64,6 @@ class Device:
                 machine.global_watch.end_launch()
 
 
-@dataclass
-class Barrier:
-    expected: int | None  # warps, or all that live
-    arrived: np.ndarray  # threads
-    together: np.ndarray  # what the warps that arrived know
-    waiting: list = field(default_factory=list)  # (rank, order of the next block, mask, line)
-
-
 class Machine(Memory):
     """One block of threads at a time."""
 
@@ -113,13 +104,10 @@ class Machine(Memory):
         for w in range(self.warps) if turn else [None]:
             mask = np.ones(n, bool) if w is None else self.warp == w
             self.ready[turn * (w or 0), first] = mask
-        while self.ready or self.barriers:
-            if not self.ready:
-                places = [x for b in self.barriers.values() for *_, x in b.waiting]
-                raise PtxError(f"deadlock: {[self.k.where(line) for line in places]}")
+        while self.ready:
             at = min(self.ready)
             m, code = self.ready.pop(at), self.k.by_order[at[1]]
-            alone = not self.ready and not any(b.waiting for b in self.barriers.values())
+            alone = not self.ready and not self.waiting
             count = int(np.count_nonzero(m))
             variant = "all" if count == n else "live" if alone else "some"
             taken = self.code.function(code, variant)(registers, m, self)
@@ -133,7 +121,8 @@ class Machine(Memory):
         self.block = block
         self.shared[:] = 0xFF
         self.live = np.ones(self.n, bool)
-        self.barriers: dict[str, Barrier] = {}
+        self.waiting: list[tuple] = []  # at a barrier: rank, order of the next block, mask, line
+        self.together = np.zeros(self.warps, np.int32)  # what the warps that wait know
         self.pending, self.groups = ([[] for _ in range(self.warps)] for _ in range(2))
         self.clocks = self.global_watch.clocks = Clocks(self.warps)
         if self.watch:
@@ -155,64 +144,37 @@ class Machine(Memory):
         elif kind == "next":
             self._add(rank, self.k.blocks[code.place + 1].order, m)
         elif kind == "bar":
-            self._come(rank, self.k.blocks[code.place + 1].order, m, taken, *rest)
+            self._arrive(rank, self.k.blocks[code.place + 1].order, m, *rest)
         else:
             self.live = self.live & ~m
-            for name in list(self.barriers):
-                self._release(name)
+            self._release()
 
     def _add(self, rank: int, order: int, m: np.ndarray) -> None:
         at = rank, order
         self.ready[at] = self.ready[at] | m if at in self.ready else m
 
-    def _come(self, rank, order, m, names, how, args, line) -> None:
-        """To the barrier that ``args`` name, or the values of a register."""
-        if names is None:
-            self._arrive(rank, order, m, how, args, line)
-            return
-        for name in np.unique(names[m]):
-            self._arrive(rank, order, m & (names == name), how, [str(name), *args[1:]], line)
-
-    def _arrive(self, rank, order, m, how, args, line) -> None:
-        if not all(x.isdigit() for x in args):
-            raise PtxError(f"unknown: a barrier's count in a register: {self.k.where(line)}")
+    def _arrive(self, rank, order, m, line) -> None:
         self.device.barriers[self.k.name].add(line)
-        name, expected = args[0], int(args[1]) // 32 if len(args) > 1 else None
-        warps = np.unique(self.warp[m])
-        b = self.barriers.get(name)
-        if b is None:
-            nobody = np.zeros(self.n, bool)
-            b = self.barriers[name] = Barrier(expected, nobody, np.zeros(self.warps, np.int32))
-        if b.expected != expected or (b.arrived & m).any():
-            self.find("barrier with another count, or reached twice", line)
-        b.arrived = b.arrived | m
-        b.together = np.maximum(b.together, self.clocks.arrive(warps))
-        if how == "arrive":
-            self._add(rank, order, m)
-        else:
-            b.waiting.append((rank, order, m, line))
-        self._release(name)
+        known = self.clocks.arrive(np.unique(self.warp[m]))
+        self.together = np.maximum(self.together, known)
+        self.waiting.append((rank, order, m, line))
+        self._release()
 
-    def _release(self, name: str) -> None:
-        b = self.barriers[name]
-        arrived = np.unique(self.warp[b.arrived]).size
-        whole = bool((b.arrived | ~self.live).all())
-        if not (whole if b.expected is None else arrived >= b.expected and self._no_part(b)):
+    def _release(self) -> None:
+        """Who waits goes on when all that live have come."""
+        here = np.logical_or.reduce([~self.live, *(m for _, _, m, _ in self.waiting)])
+        if not self.waiting or not here.all():
             return
-        if b.expected is None and len({line for *_, line in b.waiting}) > 1:
-            self.find("threads of a block wait at different barriers", b.waiting[0][3])
-        del self.barriers[name]
-        for rank, order, m, line in b.waiting:
+        waiting, self.waiting = self.waiting, []
+        if len({line for *_, line in waiting}) > 1:
+            self.find("threads of a block wait at different barriers", waiting[0][3])
+        for rank, order, m, line in waiting:
             warps = m.reshape(-1, 32).any(1)
             if not (m | ~self.live).reshape(-1, 32)[warps].all():
                 self.find("part of a warp at a barrier", line)
-            self.clocks.leave(np.flatnonzero(warps), b.together)
+            self.clocks.leave(np.flatnonzero(warps), self.together)
             self._add(rank, order, m)
-
-    def _no_part(self, b: Barrier) -> bool:
-        """Whether the warps that have arrived at a barrier with a count are all there."""
-        warps = b.arrived.reshape(-1, 32).any(1)
-        return bool((b.arrived | ~self.live).reshape(-1, 32)[warps].all())
+        self.together = np.zeros_like(self.together)
 
     # Warps.
 

@@ -31,6 +31,7 @@ TILES = (
     Case(((70, 72),), 20, weight=BF16, grad=BF16),
     Case(((70, 72),), 20, weight=BF16, grad=BF16, order="columns"),
 )
+FULL = tuple(replace(case, shapes=((256, 130),)) for case in TILES)  # whole tiles: cp.async
 CASES = (
     *TILES,
     Case(((70, 72),), 20, "gaussian", BF16, F16),
@@ -61,6 +62,8 @@ INLINE = [
     Mutant("mma of f16 numbers", r"bf16\.bf16\.f32", "f16.f16.f32", TILES),
     Mutant("load16 in another order", r"(ld\.global\S+ \{%r\d+),(%r\d+),(%r\d+),", r"\1,\3,\2,"),
     Mutant("store16 in another order", r"(st\.global.*, \{%r\d+),(%r\d+),(%r\d+),", r"\1,\3,\2,"),
+    Mutant("nobody waits for copies", r"cp\.async\.wait_group 0;", "", FULL),
+    Mutant("half of a copy", r"(cp\.async\.c)g(\S+ .*), 16;", r"\1a\2, 8;", FULL),
     Mutant("sine for cosine", r"cos\.approx", "sin.approx"),
     Mutant("cosine for sine", r"sin\.approx", "cos.approx"),
     Mutant("ex2 for lg2", r"lg2\.approx", "ex2.approx"),
@@ -69,7 +72,7 @@ INLINE = [
 ]
 FEW = [m for m in INLINE if m.name in (
     "cvt's operands swapped", "A's quarters in rows", "ldmatrix hands out 2 before 1",
-    "X is transposed no more",
+    "X is transposed no more", "nobody waits for copies",
 )]  # fmt: skip
 
 
@@ -109,17 +112,16 @@ class Guarded(NamedTuple):
     harmless: int = 0
 
 
-SLABS = Case(((257, 1030),), 4, weight=BF16, grad=BF16, hyper=TENSOR, steps=1)
 SPARSE = (CASES[5], replace(CASES[5], order="columns"))
 GUARDED = (
-    Guarded("project_tiles", TILES),
-    # The last one of an unrolled loop, after which nobody writes.
-    Guarded("project_dots", (*CASES[3:5], SLABS), 1),
+    Guarded("project_tiles", (*TILES, *FULL)),
+    # The last one of an unrolled loop, after which nobody writes; and by row that between two slabs
+    # of z, of which a chunk of K has one unless a matrix has more than a hundred tiles.
+    Guarded("project_dots", CASES[3:5], 2),
     # By row, what a warp has stored is read by that warp alone.
     Guarded("project_sparse", SPARSE, 1),
-    # The same for norms; and the last one of the last sum over a block, as in `limit`.
+    # The same for norms; and the last one of the last sum over a block.
     Guarded("scale_channels", CASES[4:5], 2),
-    Guarded("limit_update", CASES[3:4], 1),
 )
 
 

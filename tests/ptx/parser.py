@@ -29,7 +29,7 @@ class Instruction:
 @dataclass(eq=False)
 class BasicBlock:
     """``end`` is one of ("next",), ("ret",), ("bra", target), ("branch", predicate, negated,
-    target), ("bar", "sync" or "arrive", operands, line)."""
+    target), ("bar", line), which is __syncthreads."""
 
     place: int  # in the text
     code: list[Instruction] = field(default_factory=list)
@@ -127,8 +127,9 @@ class Kernel:
                 around = f"@{line}"
                 block.end = ("branch", guard.lstrip("!"), guard[0] != "!", around)
                 block = self._fresh()
-            kind = "arrive" if "arrive" in op else "sync"
-            block.end = ("ret",) if op[0] in ("ret", "exit") else ("bar", kind, args, line)
+            block.end = ("ret",) if op[0] in ("ret", "exit") else ("bar", line)
+            if block.end[0] == "bar" and (op[1], args) != ("sync", ["0"]):
+                raise PtxError(f"unknown: {self.name}:{line} `{statement}`")
             if guard:
                 self.labels[around] = self._fresh()
         else:
