@@ -92,7 +92,9 @@ def test_hsdp_and_tensor_parallel_placements_step_as_one_process(
     shapes = SHAPES if mesh != (3,) else SHAPES[:4]  # the last one's channels do not come out even
     groups = [(low_rank(scale_type=scale_type), shapes, placements)]
     groups += [({"rank": None}, [(4, 3), (3, 6)], placements)]
-    agree(group, world, mesh, groups)
+    found, _ = agree(group, world, mesh, groups)
+    for own in found:  # replicas stay equal to the bit
+        compare(own, found[0], 0)
 
 
 @pytest.mark.parametrize("placement", "012")
