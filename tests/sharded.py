@@ -194,8 +194,8 @@ def inf_on_one_rank():
 
 
 def scaled(mesh, steps, infinite):
-    """fully_shard under a GradScaler, whose loss on rank 1 is infinite at step ``infinite``: losses,
-    contents and the scale."""
+    """fully_shard under a GradScaler, with an infinite loss on rank 1 at step ``infinite``: contents
+    after each step, and the scale."""
     net = sharded_model(mesh).float()
     optimizer = optimizer_of(net)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
