@@ -194,7 +194,7 @@ def inf_on_one_rank():
 
 
 def scaled(mesh, steps, infinite):
-    """fully_shard under a GradScaler, with an infinite loss on rank 1 at step ``infinite``: contents
+    """fully_shard under a GradScaler, with an infinite loss on rank 1 at one step: contents
     after each step, and the scale."""
     net = sharded_model(mesh).float()
     optimizer = optimizer_of(net)
