@@ -12,9 +12,9 @@ mesh and groups of ranks are torch's. It imports torch.distributed.tensor only w
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -208,20 +208,29 @@ def place_of(p: Any, layout: Any, key: str) -> AtPlace | None:
     return _reordered(mesh, tuple(order)), tuple(placements[i] for i in order)
 
 
-@functools.lru_cache(maxsize=16)
+_meshes: dict[int, tuple[weakref.ref[Any], Any]] = {}  # by identity: equal ones may have ended
+
+
 def _reordered(mesh: Any, order: tuple[int, ...]) -> Any:
-    """The same mesh with its dimensions in another order, over the same process groups."""
+    """The same mesh with its two dimensions that cut a matrix the other way round, over the same
+    process groups: made once for each mesh."""
     if order == tuple(range(len(order))):
         return mesh
     from torch.distributed.device_mesh import DeviceMesh
 
+    number = id(mesh)
+    known = _meshes.get(number)
+    if known is not None and known[0]() is mesh and known[1][0] == order:
+        return known[1][1]
     names = mesh.mesh_dim_names
-    return DeviceMesh.from_group(
+    other = DeviceMesh.from_group(
         [mesh.get_group(i) for i in order],
         mesh.device_type,
         mesh=mesh.mesh.permute(order).contiguous(),
         mesh_dim_names=names and tuple(names[i] for i in order),
     )
+    _meshes[number] = weakref.ref(mesh, lambda _: _meshes.pop(number, None)), (order, other)
+    return other
 
 
 def local_shape(shape: Sequence[int], place: AtPlace) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -680,7 +680,10 @@ class APOLLO(torch.optim.Optimizer):
     # ---- reports ---------------------------------------------------------------------------------
 
     def memory_report(self) -> MemoryReport:
-        """Bytes of weights and optimizer state per group, next to AdamW's; print it for a table."""
+        """Bytes of weights and optimizer state per group, next to AdamW's; print it for a table.
+
+        Of sharded parameters it counts what this rank holds, and ``traffic`` what a step sends.
+        """
 
         def state_of(p: Tensor, group: dict[str, Any]) -> Mapping[str, Any]:
             return self.state.get(p) or state.zeros(p, group, "meta")
@@ -689,6 +692,8 @@ class APOLLO(torch.optim.Optimizer):
 
     def stats(self) -> dict[str, int]:
         """What has happened since construction, counted per matrix and step; waits for the GPU.
+
+        A rank counts every matrix that it holds a part of, even an empty one.
 
         Returns
             parameters: that have state;  updates: applied;  limited: held by the norm-growth

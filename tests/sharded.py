@@ -104,6 +104,17 @@ def on_backend(place, *arguments):
         return case.result(), took
 
 
+def compiled(groups, mesh):
+    """A step inside of torch.compile, which it breaks out of: what two of them come to."""
+    with torch.no_grad():
+        case = Case(groups, "float64", mesh)
+        eager, step = case.optimizer.step, torch.compile(case.optimizer.step, backend="eager")
+        case.optimizer.step = step
+        case.train(range(2))
+        case.optimizer.step = eager
+        return case.result()
+
+
 def refused(placements, group, shape=(6, 4), at_construction=True):
     """The message of the error with which a parameter is refused, and the number of groups then."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -182,6 +193,26 @@ def inf_on_one_rank():
     return before, skipped, case.result()
 
 
+def scaled(mesh, steps, infinite):
+    """fully_shard under a GradScaler, with an infinite loss on rank 1 at one step: contents
+    after each step, and the scale."""
+    net = sharded_model(mesh).float()
+    optimizer = optimizer_of(net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    seen = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(net, step, rank, world)
+        if step == infinite and rank == 1:
+            loss = loss * torch.inf
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        seen.append(contents(net, optimizer))
+    return seen, scaler.get_scale()
+
+
 def gradients_elsewhere(steps):
     """Gradients as DTensor's autograd leaves some: a sum in two parts for a replicated parameter,
     and a whole one for a shard. The result, and how the gradients lie after the step."""
@@ -246,7 +277,8 @@ def loss_of(net, step, rank=0, world=1):
     tokens = torch.randint(11, (12, 4), generator=generator)
     goal = tokens.double().mean(1, keepdim=True).expand(-1, 4)
     mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
-    return (net(tokens[mine]) - goal[mine]).square().mean()
+    found = net(tokens[mine])
+    return (found - goal[mine].to(found.dtype)).square().mean()
 
 
 def optimizer_of(net, **options):
@@ -275,6 +307,8 @@ def fit(net, optimizer, steps, rank=0, world=1):
         optimizer.zero_grad()
         loss = loss_of(net, step, rank, world)
         loss.backward()
+        held = [p.grad is not None for p in net.parameters()]
+        assert not any(held) if optimizer.gradient_release else all(held)
         optimizer.step()
         if world > 1:
             loss = loss.detach() / world
@@ -389,6 +423,30 @@ def own_state_dict(mesh, steps):
     other = optimizer_of(net)
     other.load_state_dict(optimizer.state_dict())
     return contents(net, other), contents(plain, optimizer)
+
+
+def layouts(folder, groups, mesh, saves):
+    """Saves a run of a case after three steps, or loads it into another one; the contents then and
+    after a fourth step."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict as of
+
+    case = Case(groups, "float64", mesh)
+    holder = torch.nn.ParameterDict({f"p{i}": p for i, p in enumerate(case.params)})
+    with torch.no_grad():
+        if saves:
+            case.train(range(3))
+        content = {"model": of.get_model_state_dict(holder)}
+        content["optimizer"] = of.get_optimizer_state_dict(holder, case.optimizer)
+        if saves:
+            checkpoint.save(content, checkpoint_id=folder)
+        else:
+            checkpoint.load(content, checkpoint_id=folder)
+            of.set_model_state_dict(holder, content["model"])
+            of.set_optimizer_state_dict(holder, case.optimizer, content["optimizer"])
+        before = case.result()
+        case.step(3)
+        return before, case.result()
 
 
 # ---- what a step sends ---------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Sharded parameters: a step over several ranks is the step of one process over whole tensors."""
 
+import math
 import re
 
 import conftest
@@ -87,11 +88,13 @@ def test_every_orientation_and_option_is_that_of_one_process(group, options):
 def test_hsdp_and_tensor_parallel_placements_step_as_one_process(
     group, mesh, placements, scale_type
 ):
-    world = mesh[0] * (mesh[1] if len(mesh) > 1 else 1)
+    world = math.prod(mesh)
     shapes = SHAPES if mesh != (3,) else SHAPES[:4]  # the last one's channels do not come out even
     groups = [(low_rank(scale_type=scale_type), shapes, placements)]
     groups += [({"rank": None}, [(4, 3), (3, 6)], placements)]
-    agree(group, world, mesh, groups)
+    found, _ = agree(group, world, mesh, groups)
+    for own in found:  # replicas stay equal to the bit
+        compare(own, found[0], 0)
 
 
 @pytest.mark.parametrize("placement", "012")
@@ -207,7 +210,7 @@ def test_stochastic_rounding_goes_by_the_place_in_the_whole_weight(group, mesh, 
     2^15 or so over a border; bits of another place would move half of all."""
     groups = [(low_rank(stochastic_rounding=True), [(96, 40), (40, 96)], placements)]
     run = groups, "bfloat16"
-    world = mesh[0] * (mesh[1] if len(mesh) > 1 else 1)
+    world = math.prod(mesh)
     expected = sharded.run(*run, None, range(4), 1.0, {"lr": 1e-4})
     for own in group.run(world, sharded.run, *run, mesh, range(4), 1.0, {"lr": 1e-4}):
         for i in range(2):
@@ -227,6 +230,13 @@ def test_dense_shards_are_bit_for_bit_those_of_one_process(group, dense_state):
     groups = [({"rank": None, "dense_state": "int8"}, [(9,)], "0")]
     for own in group.run(2, sharded.run, groups, "float32", (2,), range(1), 1.0, {}):
         assert own[0, "exp_avg"].dtype == torch.float32
+
+
+def test_a_compiled_step_breaks_its_graph_at_shards(group):
+    groups = [(low_rank(), [TALL, WIDE], "0")]
+    expected = sharded.run(groups, "float64", None, range(2), 1.0, {})
+    for found in group.run(2, sharded.compiled, groups, (2,)):
+        compare(found, expected, 1e-12)
 
 
 # ---- what is refused, and by all ----------------------------------------------------------------
@@ -314,6 +324,15 @@ def test_gradient_release_under_fully_shard_gives_the_bits_of_the_normal_mode(gr
         close(found, expected, 0)
 
 
+def test_a_grad_scaler_skips_the_step_of_all_ranks_together(group):
+    answers = group.run(2, sharded.scaled, (2,), 3, 1)
+    for seen, scale in answers:
+        assert scale == 512.0
+        compare(seen[1], seen[0], 0)
+        assert not torch.equal(seen[2]["1.weight", "weight"], seen[1]["1.weight", "weight"])
+        compare(seen[2], answers[0][0][2], 0)
+
+
 def test_a_mixed_precision_policy_leaves_float_shards_to_step(group):
     """Compute in bfloat16, shards and reduction as they are: near the losses of full precision."""
     policy = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
@@ -337,6 +356,28 @@ def test_a_checkpoint_goes_from_two_ranks_to_three_and_to_one(group, tmp_path, h
         for found_losses, found in group.run(world, sharded.load, folder, mesh, 4, how):
             compare(found, saved, 0)
             assert found_losses == pytest.approx(losses, rel=1e-9)
+
+
+def test_a_checkpoint_goes_from_every_placement_to_every_other(group, tmp_path):
+    """Cut by columns and rows at once, in both orders of the mesh, to rows alone, to columns alone;
+    experts by number and from inside."""
+
+    def groups(placements, experts):
+        return [(low_rank(), SHAPES, placements), (low_rank(batch_dims=1), [(3, 6, 4)], experts)]
+
+    folder, columns = str(tmp_path / "columns"), groups("1", "1")
+    (saved, after), _ = group.run(2, sharded.layouts, folder, columns, (2,), True)
+    for mesh, placements, experts in (
+        ((2, 2), "10", "r2"), ((2, 2), "01", "0r"), ((3,), "0", "0"),
+    ):  # fmt: skip
+        own, world = groups(placements, experts), math.prod(mesh)
+        for found, then in group.run(world, sharded.layouts, folder, own, mesh, False):
+            compare(found, saved, 0)
+            compare(then, after, 1e-12)
+        other = str(tmp_path / placements)
+        (first, _), *_ = group.run(world, sharded.layouts, other, own, mesh, True)
+        for found, _ in group.run(2, sharded.layouts, other, columns, (2,), False):
+            compare(found, first, 0)
 
 
 def test_full_state_dicts_go_to_one_process_and_back(group):

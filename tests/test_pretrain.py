@@ -283,6 +283,9 @@ def test_a_run_goes_on_on_another_number_of_processes(group, alone, text, tmp_pa
     examples = str(ROOT / "examples")
     assert group.run(2, sharded.interrupted, examples, first, 3) == [1, 1]
     assert losses_in(log) == pytest.approx(alone("apollo")[:3], rel=1e-4)
+    unfinished = Path(folder) / "step-5"  # as a kill in the middle of a save leaves it
+    unfinished.mkdir()
+    (unfinished / "__0_0.distcp").write_bytes(b"half")
     second = ["--parallel", "fsdp2", "--resume", folder, "--log", str(log)]
     assert group.run(3, sharded.pretrain, examples, second) == [0] * 3
     assert losses_in(log) == pytest.approx(alone("apollo"), rel=1e-4)
