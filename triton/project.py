@@ -121,7 +121,10 @@ def _project(
         if BR == 1:  # the channels' dot products with one row: no use for a tensor core
             acc += wide * tl.reshape(z, (BK, 1)).to(tl.float32)
         elif SWAPPED:
-            acc = tl.dot(tl.trans(x), tl.trans(z).to(x.dtype), acc)
+            if INTERPRET:
+                acc = tl.dot(tl.trans(wide), tl.trans(z), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(tl.trans(x), tl.trans(z).to(x.dtype), acc)
         else:
             acc = _dot(z, x, acc)
         x_at += BK if K_UNIT else BK * ld
