@@ -4,8 +4,9 @@
 
 A cap stands for a smaller card: PyTorch's allocator may reserve no more, so a run that ends has
 fitted. It is set once the model stands on the GPU and is quantized, before the optimizer is made.
-The CUDA context is not under the cap (about 0.5 GB). Weights and tokens are random. Runs of memory
-share the GPU; those of throughput have it alone.
+The CUDA context is not under the cap (about 0.5 GB). Weights and tokens are random
+and rates not tuned, so a loss says only that numbers stayed finite. Runs of memory share the GPU;
+those of throughput have it alone.
 """
 
 from __future__ import annotations

@@ -318,3 +318,15 @@ def test_gpu_check_summary_has_versions_parts_and_headlines(check, tmp_path):
     for expected in ("# some-card", "2.13.0", "| build | pass |", "| test | FAIL |", "13 | 1.6"):
         assert expected in text
     assert "AdamW fused" not in text
+
+
+def test_memory_runs_that_were_not_made_again_are_kept(tmp_path):
+    import memory_run
+
+    first, second, *_ = memory_run.TRIALS
+    path = tmp_path / "memory.json"
+    assert memory_run.kept(path, [{"run": second}]) == [{"run": second}]
+    path.write_text(json.dumps({"rows": [{"run": second, "batch": "old"}]}))
+    rows = memory_run.kept(path, [{"run": first}])
+    assert rows == [{"run": first}, {"run": second, "batch": "old"}]
+    assert memory_run.kept(path, [{"run": second}]) == [{"run": second}]
