@@ -76,13 +76,18 @@ class Part:
     """Where the part of a matrix [m, n] begins that this rank holds.
 
     row, column: of its first element, for random numbers go by a number's place in the whole.
-    cut: other ranks hold other parts of the contracted side of the same channels. R and q are
-        then sums over ranks, and this rank has the moments of some of the channels.
+    owners: how many ranks hold a part of the contracted side of the same channels, C of them. If
+        there are several, R and q are sums over these ranks, and each of them has the moments of
+        up to ``share`` channels, in the order of the ranks.
     """
 
     row: int
     column: int
-    cut: bool
+    owners: int = 1
+
+    def share(self, channels: int) -> int:
+        """How many of ``channels`` an owner has; the last ones may have fewer, or none."""
+        return -(-channels // self.owners)
 
 
 @dataclass(frozen=True)
@@ -153,23 +158,31 @@ class Batch(Protocol):
 
 
 class PartBatch(Batch, Protocol):
-    """The part of one matrix that is on this rank; distributed.py stands between its verbs.
+    """Parts of matrices, all of them cut by the same ranks. distributed.py stands between the verbs,
+    which are four here: ``scale`` neither limits nor counts, ``limit`` does, before ``apply``.
 
-    per_channel: whether s is one number per channel.
-    sums: [C, r + 1], this part's R and q, where the contracted side is cut; None elsewhere, and
-        where the step is skipped. After ``project``.
-    norms: float64 [1 or 3], sums over this rank's own channels. After ``scale``, which neither
-        limits nor counts; before ``apply``, which does, they become sums over all ranks.
-    s: [C'], of the own channels, after ``scale``; before ``apply`` those of all channels here.
+    Widths are equal on all owners, and how a batch uses them is its own affair.
+
+    sums: [owners, width], after ``project``: this part's share of R and q, for each owner those of
+        its channels. None where there is one owner, or the step is skipped.
+    norms: float64, 1D, after ``scale``: sums over this rank's own channels, matrix by matrix. Before
+        ``limit`` they become sums over all ranks. None where the step is skipped.
+    s: [width], after ``scale``: the scales of this owner's channels. None where there is one owner,
+        one scale for all channels, or the step is skipped.
     """
 
-    per_channel: bool
     sums: Tensor | None
     norms: Tensor | None
     s: Tensor | None
 
-    def receive(self, sums: Tensor) -> None:
-        """The own channels' sums over ranks [at least C', r + 1]: before ``scale``."""
+    def receive_sums(self, sums: Tensor) -> None:
+        """[width], what this owner was sent, added up over ranks: before ``scale``."""
+
+    def receive_scales(self, s: Tensor) -> None:
+        """[owners, width], s of all owners: before ``limit``."""
+
+    def limit(self, hyper: Hyper, signals: Signals) -> None:
+        """The limiter and the step counters, by ``norms``."""
 
 
 class DenseBatch(Protocol):

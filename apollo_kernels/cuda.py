@@ -1,6 +1,7 @@
 """The CUDA back end: plans over csrc's kernels, behind the border of batch.py.
 
     LowRankBatch  project, scale, apply: three launches, whatever the number of items
+    PartBatch     the same for parts of matrices, with other ranks' sums in between
     DenseBatch    adamw (two launches)
 
 C++ (csrc/plan.h) works out rows, maps and workspace from named fields; here they get their memory.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from apollo_kernels import moments
-from apollo_kernels.batch import Dense, Hyper, LowRank, Signals
+from apollo_kernels.batch import Dense, Hyper, LowRank, Part, Signals
 from apollo_kernels.native import _C as _native
 
 # What the kernels read and write; csrc/apollo.h says what else a new dtype needs.
@@ -60,11 +61,13 @@ def takes(item: LowRank | Dense) -> bool:
     """Whether the kernels know these dtypes and sizes."""
     weight, grad = item.weight, item.grad
     known = weight.dtype in DTYPES and grad.dtype in DTYPES
+    if isinstance(item, LowRank) and item.part is not None:
+        return known and item.grid is None
     if item.grid is not None and not _takes_int8(item):
         return False
     if isinstance(item, Dense):
-        wide = item.exp_avg.dtype == torch.float32
-        return known and (wide or (item.exp_avg.dtype in DTYPES and moments.lie_as_counted(item)))
+        narrow = item.exp_avg.dtype in DTYPES and moments.lie_as_counted(item)
+        return known and (item.exp_avg.dtype == torch.float32 or (narrow and item.first % 4 == 0))
     return known and max(weight.shape) < 2**31
 
 
@@ -89,7 +92,7 @@ def family(item: LowRank | Dense) -> Hashable:
 
 def build(items: Sequence[LowRank], *, separate: bool = False) -> LowRankBatch:
     """``separate``: R stays in the workspace between ``project`` and ``scale``."""
-    return LowRankBatch(items, separate)
+    return (LowRankBatch if items[0].part is None else PartBatch)(items, separate)
 
 
 def build_dense(items: Sequence[Dense]) -> DenseBatch:
@@ -208,9 +211,10 @@ class LowRankBatch(_Placed):
             weight_dtype=DTYPES[first.weight.dtype],
             grad_dtype=DTYPES[first.grad.dtype],
             separate=separate,
+            owners=first.part.owners if first.part else 1,
         )
         for item in items:
-            weight, grad = item.weight, item.grad
+            weight, grad, part = item.weight, item.grad, item.part or Part(0, 0)
             row_major = item.grid is not None or _row_major(weight, grad)
             outer = 0 if row_major else 1  # the dimension of what lies in memory as rows
             plan.add(
@@ -230,6 +234,10 @@ class LowRankBatch(_Placed):
                 row_major=row_major,
                 leads=item.leads,
                 grid=_address(item.grid),
+                k_first=part.column if item.rows else part.row,
+                row=part.row,
+                column=part.column,
+                own_channels=len(item.exp_avg),
             )
         super().__init__(plan, first.weight.device)
         self._q = {code: self.workspace[slice(*plan.q(code))] for code in DISTRIBUTIONS.values()}
@@ -237,7 +245,7 @@ class LowRankBatch(_Placed):
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
         self._drawn = _distribution(hyper)
-        self.plan.project(self._hyper(hyper, signals), self._stream())
+        self.plan.project(self._hyper(hyper, signals), self._stream(), 0)
 
     def square_norm(self) -> Tensor:
         return self._q[self._drawn].sum(dtype=torch.float64)
@@ -247,6 +255,64 @@ class LowRankBatch(_Placed):
 
     def apply(self, hyper: Hyper, signals: Signals) -> None:
         self.plan.apply(self._hyper(hyper, signals), self._stream())
+
+
+class PartBatch(LowRankBatch):
+    """batch.PartBatch over the kernels, which leave and take the sums where collectives want them.
+
+    What goes to other owners has memory from PyTorch's allocator for as long as it is on its way.
+    """
+
+    def __init__(self, items: Sequence[LowRank], separate: bool) -> None:
+        super().__init__(items, separate)
+        assert items[0].part is not None
+        self.owners, self.count = items[0].part.owners, len(items)
+        self.sums: Tensor | None = None
+        self.norms: Tensor | None = None
+        self.s: Tensor | None = None
+        self._norms = torch.zeros(3 * self.count, dtype=torch.float64, device=self.device)
+        self._own_r, self._own_q, self._own_s = (
+            self.workspace[slice(*ends)] for ends in self.plan.own()
+        )
+        self._scales = self.workspace[slice(*self.plan.s())]
+        if self.owners > 1:
+            self._order, self._host_order = self._upload(
+                len(self._scales), torch.int64, self.plan.write_scale_order
+            )
+
+    def project(self, hyper: Hyper, signals: Signals) -> None:
+        if self.owners == 1:
+            super().project(hyper, signals)
+            return
+        plan, native, stream = self.plan, self._hyper(hyper, signals), self._stream()
+        of = {"dtype": torch.float32, "device": self.device}
+        scratch = torch.empty(plan.scratch_floats, **of)
+        self.sums = torch.empty((self.owners, plan.sent_floats), **of)
+        plan.project(native, stream, scratch.data_ptr())
+        plan.send(native, stream, scratch.data_ptr(), self.sums.data_ptr())
+
+    def receive_sums(self, sums: Tensor) -> None:
+        self.sums = None
+        r, q = sums.split([len(self._own_r), len(self._own_q)])
+        self._own_r.copy_(r)
+        self._own_q.copy_(q)
+
+    def square_norm(self) -> Tensor:
+        return super().square_norm() if self.owners == 1 else self._own_q.sum(dtype=torch.float64)
+
+    def scale(self, hyper: Hyper, signals: Signals) -> None:
+        native, stream = self._hyper(hyper, signals), self._stream()
+        self.plan.scale_parts(native, stream, self._norms.data_ptr())
+        per_channel = hyper.scale_type == "channel"
+        self.norms = self._norms[: self.count] if per_channel else self._norms
+        self.s = self._own_s if per_channel and self.owners > 1 else None
+
+    def receive_scales(self, s: Tensor) -> None:
+        torch.index_select(s.reshape(-1), 0, self._order, out=self._scales)
+
+    def limit(self, hyper: Hyper, signals: Signals) -> None:
+        assert self.norms is not None
+        self.plan.limit(self._hyper(hyper, signals), self._stream(), self.norms.data_ptr())
 
 
 class DenseBatch(_Placed):
@@ -273,6 +339,7 @@ class DenseBatch(_Placed):
                 columns=item.weight.shape[-1] if item.weight.dim() else 1,
                 exp_avg_unit=_address(units[0]),
                 exp_avg_sq_unit=_address(units[1]),
+                first=item.first,
             )
         super().__init__(plan, first.weight.device)
 

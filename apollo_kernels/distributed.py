@@ -118,14 +118,18 @@ class Spread:
     """Over which ranks a parameter is spread.
 
     axes: one process group per dimension of the mesh that cuts it.
-    contracted: the one among them that cuts the contracted side of a low-rank matrix.
-    crosses: whether it cuts matrices, so that something crosses ranks between the verbs. (Whole
-        experts may be spread, too.)
+    inner: those among them that cut matrices, so that something crosses ranks between the verbs.
+        (Whole experts may be spread, too.)
+    contracted: the one that cuts the contracted side of a low-rank matrix.
     """
 
     axes: tuple[Any, ...] = ()
+    inner: tuple[Any, ...] = ()
     contracted: Any = None
-    crosses: bool = False
+
+    @property
+    def crosses(self) -> bool:
+        return bool(self.inner)
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,8 @@ class View:
     layout: of the local tensor: its matrices [m, n]; rank and orientation are the whole's.
     matrix: the number of its first matrix among all of the parameter.
     element: the number of its first element, counted over rows, if dimension 0 alone is cut.
+    sums: how many numbers of [R | q] the largest part of a matrix has, the same on all ranks; 0
+        where its contracted side is whole.
     """
 
     layout: Any
@@ -142,6 +148,7 @@ class View:
     element: int = 0
     part: Part | None = None
     spread: Spread = Spread()
+    sums: int = 0
 
 
 def view_of(p: Any, layout: Any) -> View:
@@ -165,10 +172,17 @@ def view_of(p: Any, layout: Any) -> View:
     matrix = spans[0][0] * math.prod(layout.batch[1:]) if lead else 0
     roles = {_role(d, lead): mesh.get_group(i) for i, d in axes.items()}
     contracted = roles.get(COLUMNS if layout.rows else ROWS)
-    crosses = ROWS in roles or COLUMNS in roles
+    inner = tuple(roles[role] for role in roles if role != MATRICES)
     own = replace(layout, batch=batch, m=m, n=n * rest)
-    part = Part(row, column * rest, contracted is not None) if crosses else None
-    return View(own, matrix, 0, part, Spread(groups, contracted, crosses))
+    spread = Spread(groups, inner, contracted)
+    if contracted is None:
+        part = Part(row, column * rest) if inner else None
+        return View(own, matrix, 0, part, spread)
+    others = roles.get(ROWS if layout.rows else COLUMNS)  # they cut the channels
+    channels = layout.m if layout.rows else layout.n
+    most = -(-channels // (1 if others is None else others.size()))
+    part = Part(row, column * rest, contracted.size())
+    return View(own, matrix, 0, part, spread, most * (layout.rank + 1))
 
 
 def _place(mesh: Any, dimension: int) -> tuple[int, int]:
@@ -400,7 +414,7 @@ class Traffic:
         if not view.spread.crosses:
             return
         matrices, rank = view.layout.matrices, view.layout.rank
-        self.all_reduce += matrices * 8 * (1 if per_channel else 3) * len(view.spread.axes)
+        self.all_reduce += matrices * 8 * (1 if per_channel else 3) * len(view.spread.inner)
         if view.spread.contracted is not None:
             ranks = view.spread.contracted.size()
             rows = matrices * -(-channels // ranks) * ranks
@@ -446,7 +460,7 @@ def _by(
 
 
 def reduce_sums(batches: Sequence[tuple[Spread, PartBatch]]) -> None:
-    """After ``project``: every rank gets the whole sums [R | q] of its own channels.
+    """After ``project``: every rank gets the whole sums of R and q of its own channels.
 
     One reduce-scatter for all matrices that one group of ranks cuts along their contracted side.
     """
@@ -456,13 +470,12 @@ def reduce_sums(batches: Sequence[tuple[Spread, PartBatch]]) -> None:
         return None if sums is None else (spread.contracted, sums.device, sums.dtype)
 
     for (group, *_), several in _by(batches, key):
-        ranks = group.size()
-        blocks = [_padded(batch.sums, ranks).view(ranks, -1) for batch in several]  # type: ignore[arg-type]
-        whole = torch.cat(blocks, dim=1).view(-1)
-        own = whole.new_empty(whole.numel() // ranks)
-        _reduce_scatter(own, whole, group)
-        for batch, block in zip(several, own.split([b.shape[1] for b in blocks]), strict=True):
-            batch.receive(block.view(-1, batch.sums.shape[1]))  # type: ignore[union-attr]
+        sums: list[Tensor] = [batch.sums for batch in several]  # type: ignore[misc]
+        whole = torch.cat(sums, dim=1) if len(sums) > 1 else sums[0]
+        own = whole.new_empty(whole.shape[1])
+        _reduce_scatter(own, whole.view(-1), group)
+        for batch, piece in zip(several, own.split([t.shape[1] for t in sums]), strict=True):
+            batch.receive_sums(piece)
 
 
 def add_norms(batches: Sequence[tuple[Spread, PartBatch]]) -> None:
@@ -472,7 +485,7 @@ def add_norms(batches: Sequence[tuple[Spread, PartBatch]]) -> None:
     """
 
     def key(spread: Spread, batch: PartBatch) -> Hashable:
-        return None if batch.norms is None else (spread.axes, batch.norms.device)
+        return None if batch.norms is None else (spread.inner, batch.norms.device)
 
     for (axes, _), several in _by(batches, key):
         norms = torch.cat([batch.norms for batch in several])  # type: ignore[misc]
@@ -490,18 +503,16 @@ def gather_scales(batches: Sequence[tuple[Spread, PartBatch]]) -> None:
 
     def key(spread: Spread, batch: PartBatch) -> Hashable:
         s = batch.s
-        whole = s is None or batch.sums is None or not batch.per_channel
-        return None if whole else (spread.contracted, s.device, s.dtype)  # type: ignore[union-attr]
+        return None if s is None else (spread.contracted, s.device, s.dtype)
 
     for (group, *_), several in _by(batches, key):
-        ranks = group.size()
-        chunks = [-(-len(batch.sums) // ranks) for batch in several]  # type: ignore[arg-type]
-        own = torch.cat([_filled(b.s, n) for b, n in zip(several, chunks, strict=True)])  # type: ignore[arg-type]
-        whole = own.new_empty(ranks * len(own))
+        scales: list[Tensor] = [batch.s for batch in several]  # type: ignore[misc]
+        own = torch.cat(scales)
+        whole = own.new_empty(group.size() * len(own))
         _all_gather(whole, own, group)
-        pieces = whole.view(ranks, -1).split(chunks, dim=1)
+        pieces = whole.view(group.size(), -1).split([len(s) for s in scales], dim=1)
         for batch, piece in zip(several, pieces, strict=True):
-            batch.s = piece.reshape(-1)[: len(batch.sums)]  # type: ignore[arg-type]
+            batch.receive_scales(piece)
 
 
 def add_over(axes: Iterable[Any], values: Tensor) -> Tensor:
@@ -509,19 +520,6 @@ def add_over(axes: Iterable[Any], values: Tensor) -> Tensor:
     for group in axes:
         torch.distributed.all_reduce(values, group=group)
     return values
-
-
-def _padded(t: Tensor, parts: int) -> Tensor:
-    """[n, ...] with zeros up to a multiple of ``parts``."""
-    return _filled(t, -(-len(t) // parts) * parts)
-
-
-def _filled(t: Tensor, size: int) -> Tensor:
-    if len(t) == size:
-        return t.contiguous()
-    whole = t.new_zeros((size, *t.shape[1:]))
-    whole[: len(t)] = t
-    return whole
 
 
 def _reduce_scatter(own: Tensor, whole: Tensor, group: Any) -> None:

@@ -245,16 +245,15 @@ def _step(work: Work, gradients: Sequence[Tensor], hyper: Hyper, signals: Signal
     try:
         if work.low_rank:
             work.batch.project(hyper, signals)
+            work.batch.scale(hyper, signals)
         _finish(work, hyper, signals)
     finally:
         work.release()
 
 
 def _finish(work: Work, hyper: Hyper, signals: Signals) -> None:
-    """What follows once R and q are there, and what crosses ranks; for a dense parameter all."""
+    """What writes weights; for a dense parameter all."""
     if work.low_rank:
-        if not work.crosses:
-            work.batch.scale(hyper, signals)
         work.batch.apply(hyper, signals)
     else:
         work.batch.adamw(hyper, signals)
@@ -277,12 +276,15 @@ def _in_phases(
         if max_grad_norm is not None:
             norm, clip = _norm_and_factor(works, signals, max_grad_norm)
             signals = _with_clip(signals, clip)
-        across = [(work.spread, work.batch) for work, _, _ in works if work.crosses]
-        for work, _, hyper in works:
-            if work.crosses:
-                work.batch.scale(hyper, signals(work.device))
+        low_rank = [(work, hyper) for work, _, hyper in works if work.low_rank]
+        for work, hyper in low_rank:
+            work.batch.scale(hyper, _for_kernels(work, signals(work.device)))
+        across = [(work.spread, work.batch) for work, _ in low_rank if work.crosses]
         distributed.add_norms(across)
         distributed.gather_scales(across)
+        for work, hyper in low_rank:  # before any weight is written, and with it a step
+            if work.crosses:
+                work.batch.limit(hyper, _for_kernels(work, signals(work.device)))
         for work, _, hyper in works:
             _finish(work, hyper, _for_kernels(work, signals(work.device)))
     finally:
@@ -310,7 +312,7 @@ def _project(
         work.batch.project(hyper, signals(work.device))
         if work.crosses and work.batch.sums is not None:
             waiting.append((work.spread, work.batch))
-            held += work.batch.sums.nbytes
+            held += work.sums
             if held >= distributed.BUCKET:
                 distributed.reduce_sums(waiting)
                 waiting, held = [], 0

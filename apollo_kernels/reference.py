@@ -486,38 +486,41 @@ class LowRankBatch:
 class PartBatch(LowRankBatch):
     """The part of a matrix that is on this rank (batch.PartBatch says what happens between verbs).
 
-    Norms are sums over ranks, so that the limiter comes with ``apply``.
+    It sends rows [R | q] of ``share`` channels to each owner.
     """
 
     def __init__(self, item: LowRank):
         super().__init__(item)
-        self.per_channel = True
+        assert item.part is not None
+        self.owners, self.share = item.part.owners, item.part.share(len(self.w))
         self.sums: Tensor | None = None
         self.norms: Tensor | None = None
         self.s: Tensor | None = None
+        self.scales: Tensor | None = None  # of all channels here
 
     def lend(self, gradients: Sequence[Tensor] | None) -> None:
         super().lend(gradients)
-        self.sums = self.norms = self.s = None
+        self.sums = self.norms = self.s = self.scales = None
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
         super().project(hyper, signals)
-        self.per_channel = hyper.scale_type == "channel"
-        assert self.item.part is not None
-        if self.item.part.cut and not self.skipped:
+        if self.owners > 1 and not self.skipped:
             assert self.r is not None and self.q is not None
-            self.sums = torch.cat([self.r, self.q.unsqueeze(1)], dim=1)
+            rows = torch.cat([self.r, self.q.unsqueeze(1)], dim=1)
+            self.sums = _filled(rows, self.owners * self.share).view(self.owners, -1)
 
-    def receive(self, sums: Tensor) -> None:
-        own = sums[: len(self.item.exp_avg)]
+    def receive_sums(self, sums: Tensor) -> None:
+        own = sums.view(self.share, -1)[: len(self.item.exp_avg)]
         self.r, self.q = own[:, :-1].contiguous(), own[:, -1].contiguous()
 
     def scale(self, hyper: Hyper, signals: Signals) -> None:
         if self.skipped:
             return
         factor = _whole_factor(hyper, signals)
-        if self.per_channel:
-            self.s, u2 = self._scaled(hyper, factor)
+        if hyper.scale_type == "channel":
+            self.scales, u2 = self._scaled(hyper, factor)
+            if self.owners > 1:
+                self.s = _filled(self.scales, self.share)
             sums = [u2]
         else:
             sums = self._squares(hyper, factor)
@@ -534,19 +537,30 @@ class PartBatch(LowRankBatch):
         norms = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (r, n))
         return [*(float(norm.square()) for norm in norms), float(q.sum(dtype=torch.float64))]
 
-    def apply(self, hyper: Hyper, signals: Signals) -> None:
+    def receive_scales(self, s: Tensor) -> None:
+        self.scales = s.reshape(-1)[: len(self.w)]
+
+    def limit(self, hyper: Hyper, signals: Signals) -> None:
         if self.skipped:
             return
         assert self.norms is not None
         dtype, sums = self.item.exp_avg.dtype, self.norms.tolist()
-        if not self.per_channel:
+        if hyper.scale_type != "channel":
             r2, n2, q = sums
             ratio = math.sqrt(n2) / (math.sqrt(r2) + TINY)
-            self.s = torch.tensor([ratio], dtype=dtype, device=self.norms.device)
+            self.scales = torch.tensor([ratio], dtype=dtype, device=self.norms.device)
             sums = [ratio * ratio * q]
-        assert self.s is not None
-        self._limit(self.s, sums[0], _whole_factor(hyper, signals), hyper, signals)
-        super().apply(hyper, signals)
+        assert self.scales is not None
+        self._limit(self.scales, sums[0], _whole_factor(hyper, signals), hyper, signals)
+
+
+def _filled(t: Tensor, size: int) -> Tensor:
+    """[n, ...] with zeros up to ``size``."""
+    if len(t) == size:
+        return t.contiguous()
+    whole = t.new_zeros((size, *t.shape[1:]))
+    whole[: len(t)] = t
+    return whole
 
 
 class DenseBatch:

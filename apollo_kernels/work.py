@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apollo_kernels import fake, reference
 from apollo_kernels.batch import Dense, LowRank
-from apollo_kernels.distributed import Spread, View
+from apollo_kernels.distributed import BUCKET, Spread, View
 from apollo_kernels.native import address
 from apollo_kernels.philox import parameter_key
 from apollo_kernels.quantized import stored
@@ -75,11 +75,12 @@ class Work:
     loaded: list[StandIn]  # before the step
     stored: list[StandIn]  # after it
     spread: Spread  # of all items
+    sums: int  # bytes of R and q that other ranks are sent, at most and so on every rank
 
     @property
     def crosses(self) -> bool:
         """Whether something crosses ranks between the verbs: the batch is a PartBatch then."""
-        return self.spread.crosses and self.low_rank and hasattr(self.batch, "receive")
+        return self.spread.crosses and self.low_rank and hasattr(self.batch, "limit")
 
     def begin(self, gradients: Sequence[Tensor]) -> None:
         for stand_in in self.loaded:
@@ -131,15 +132,6 @@ def _lies_like(t: Tensor, like: Tensor) -> bool:
     return all(a == b for n, a, b in pairs if n > 1)
 
 
-def _is_part(item: LowRank | Dense) -> bool:
-    """Whether an item needs to know that it is a part of something larger: between a matrix's verbs
-    stand other ranks' sums, where kernels go on in one launch, and narrow moments are rounded by
-    numbers that go by an element's place in the whole."""
-    if isinstance(item, LowRank):
-        return item.part is not None
-    return item.first > 0 and item.exp_avg.dtype in (torch.bfloat16, torch.uint8)
-
-
 @dataclass(frozen=True)
 class _Entry:
     """An item on its way into a Work."""
@@ -148,6 +140,7 @@ class _Entry:
     place: Place
     loaded: list[StandIn]
     stored: list[StandIn]
+    sums: int = 0  # bytes of R and q that go to other ranks
 
 
 class Builder:
@@ -166,18 +159,17 @@ class Builder:
 
     def _join(
         self, taker: ModuleType, item: Any, place: Place, loaded: list[StandIn],
-        stored: list[StandIn], spread: Spread,
+        stored: list[StandIn], view: View,
     ) -> None:  # fmt: skip
-        kind = type(item), taker, taker.family(item), spread
-        self.families.setdefault(kind, []).append(_Entry(item, place, loaded, stored))
+        kind = type(item), taker, taker.family(item), view.spread
+        sums = view.sums * item.exp_avg.element_size()
+        self.families.setdefault(kind, []).append(_Entry(item, place, loaded, stored, sums))
 
     def _taker(self, item: LowRank | Dense) -> ModuleType:
-        """reference.py also steps subclasses that wrap tensors, and so have no address, and the
-        shards that kernels do not know; fake.py steps those that have no numbers."""
+        """reference.py also steps subclasses that wrap tensors, and so have no address; fake.py steps
+        those that have no numbers. Of a matrix that ranks share all must choose alike."""
         if fake.takes(item):
             return fake
-        if _is_part(item):
-            return reference
         tensors = item.weight, item.grad, item.exp_avg, item.exp_avg_sq
         placed = all(address(t) or not t.numel() for t in tensors)
         return self.backend if placed and self.backend.takes(item) else reference
@@ -230,7 +222,7 @@ class Builder:
             # The matrices may be stepped one after the other: all are stored after the last one.
             first, last = i == 0, i == layout.matrices - 1
             copies = stand_ins if first else [], stand_ins if last else []
-            self._join(taker, item(i), place, *copies, view.spread)
+            self._join(taker, item(i), place, *copies, view)
 
     def _other_gradient(
         self, taker: ModuleType, grad: Tensor, grads: Tensor, weights: Tensor
@@ -274,20 +266,38 @@ class Builder:
                     tensors[name] = copy
         copied = None if tensors["grad"] is grad else address(tensors["grad"])
         item = Dense(**tensors, **rest)
-        self._join(taker, item, Place(index, copied=copied), stand_ins, stand_ins, view.spread)
+        self._join(taker, item, Place(index, copied=copied), stand_ins, stand_ins, view)
 
     def works(self) -> list[Work]:
         made = []
-        for (cls, taker, _, spread), entries in self.families.items():
-            items, low_rank = [e.item for e in entries], cls is LowRank
-            batch = (
-                taker.build(items, separate=self.separate) if low_rank else taker.build_dense(items)
-            )
-            loaded = [s for e in entries for s in e.loaded]
-            stored = [s for e in entries for s in e.stored]
-            places = [e.place for e in entries]
-            by_address = taker.BY_ADDRESS
-            made.append(
-                Work(batch, low_rank, self.device, by_address, places, loaded, stored, spread)
-            )
+        for (cls, taker, _, spread), family in self.families.items():
+            for entries in _buckets(family):
+                items, low_rank = [e.item for e in entries], cls is LowRank
+                batch = (
+                    taker.build(items, separate=self.separate)
+                    if low_rank
+                    else taker.build_dense(items)
+                )
+                loaded = [s for e in entries for s in e.loaded]
+                stored = [s for e in entries for s in e.stored]
+                places, sums = [e.place for e in entries], sum(e.sums for e in entries)
+                made.append(
+                    Work(
+                        batch, low_rank, self.device, taker.BY_ADDRESS, places, loaded, stored,
+                        spread, sums,
+                    )
+                )  # fmt: skip
         return made
+
+
+def _buckets(entries: list[_Entry]) -> list[list[_Entry]]:
+    """Entries in a row whose sums for other ranks stay below BUCKET together."""
+    buckets: list[list[_Entry]] = []
+    held = 0
+    for entry in entries:
+        held += entry.sums
+        if not buckets or held > BUCKET:
+            buckets.append([])
+            held = entry.sums
+        buckets[-1].append(entry)
+    return buckets

@@ -74,6 +74,10 @@ constexpr int apply_vector(int weight_dtype, int grad_dtype) {
 constexpr int kDenseVector = 4;  // moments are float32, or a warp's vectors are a block of codes
 constexpr int kDenseElements = kDenseVector * kStreamVectors * kStreamThreads;  // of a block
 
+// K per stage of the dense projections, whose first one begins at a multiple of it.
+constexpr int kStep = 32;
+constexpr int kHeadChannels = 32;  // of a block of project_head.cuh
+
 // X [channels, k] lies in memory as rows of length k, `ld` elements apart (kByRow), or as rows of
 // length `channels`. Offsets count floats in the workspace, blocks count from the launch's first.
 enum Flag : int64_t {
@@ -105,6 +109,16 @@ struct Matrix {
   int64_t apply_shift;   // a block of `apply` is 2^shift vectors wide and lower by as much
   int64_t apply_across;  // such blocks side by side
   int64_t first_project, first_scale, first_apply;
+  // X may be a part of a whole matrix, whose k and weights have the random numbers of their places
+  // there. `project` takes [k_begin, k_end) of the whole's k, from the first one on where a block
+  // of numbers begins; what this part has before it is the head (project_head.cuh).
+  const void* x;  // where X would begin, if its first k were the whole's first
+  int64_t k_first, k_begin, k_end;
+  int64_t row, column;  // of the whole matrix: where this part's first weight stands
+  int64_t first_head;
+  // Where the contracted side is cut, each of several owners has the moments of `share` channels.
+  int64_t share;
+  int64_t sent_r, sent_q;  // places in what an owner is sent: R [share, rank] and q [share]
 };
 
 // What `scale` leaves for `apply`: one per matrix, at the workspace's beginning.
@@ -133,6 +147,7 @@ struct DenseRow {
   float* exp_avg_sq_unit;
   int64_t* step;
   int64_t count, first_block;
+  int64_t first;  // the number of its first element in the whole parameter, of which it is a part
 };
 
 // What a parameter group asks for. Pointers may be null; they are read on the device.
@@ -162,12 +177,20 @@ struct Launch {
   RankClass rank;
   void* stream;
   Hyper hyper;
+  // Of parts of matrices:
+  float* sent;                  // R and q for each of the owners
+  int64_t owners, sent_floats;  // of one of them
+  double* norms;                // sums over channels, for each matrix 1 or, if tensor_scale, 3
 };
 
 // Each returns a cudaError_t, 0 for success; a launch over no blocks does nothing.
 int launch_project(const Launch& launch);
 int launch_scale(const Launch& launch);
 int launch_apply(const Launch& launch);
+int launch_heads(const Launch& launch);
+int launch_send(const Launch& launch);
+int launch_scale_parts(const Launch& launch);
+int launch_limit(const Launch& launch);  // blocks: the matrices
 int launch_adamw(const Launch& launch);
 int launch_advance(const Launch& launch);  // blocks: the parameters
 

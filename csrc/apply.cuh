@@ -72,10 +72,12 @@ APOLLO_DEVICE void update_tile(const Matrix& p, const Launch& launch, const Reco
 #pragma unroll
     for (float& c : coefficients) c = -record.f * (launch.hyper.tensor_scale ? 1.0f : c);
   }
-  uint32_t row = at.row;
+  const Corner corner = ROUNDING::corner(p);
+  uint32_t row = corner.outer + at.row;
+  const uint32_t end = corner.outer + at.outer, column = corner.inner + at.column;
 #pragma unroll 1
   for (int i = 0; i < kStreamVectors; i += kAhead) {
-    if (!WHOLE && row >= at.outer) {
+    if (!WHOLE && row >= end) {
       if (!kInGroups<W>) return;
       n = 0;  // other lanes of the warp may have a row
     }
@@ -84,7 +86,7 @@ APOLLO_DEVICE void update_tile(const Matrix& p, const Launch& launch, const Reco
     float of_row[kAhead];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      w[a].load(weight + a * weight_stride, n, wide, rounding, row + a * at.rows_apart, at.column);
+      w[a].load(weight + a * weight_stride, n, wide, rounding, row + a * at.rows_apart, column);
       g[a].load(grad + a * grad_stride, n, wide);
       if (PER_ROW) of_row[a] = !kInGroups<W> || n > 0 ? s[a * at.rows_apart] : 0.0f;
     }
@@ -98,7 +100,7 @@ APOLLO_DEVICE void update_tile(const Matrix& p, const Launch& launch, const Reco
       for (int e = 0; e < N; ++e) {
         y[e] = fmaf(PER_ROW ? of_all : coefficients[e], x[e], keep.times(y[e]));
       }
-      w[a].store(weight, y, n, wide, rounding, row, at.column);
+      w[a].store(weight, y, n, wide, rounding, row, column);
       weight += weight_stride;
       row += at.rows_apart;
     }

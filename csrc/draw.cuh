@@ -14,7 +14,6 @@
 
 namespace apollo {
 
-constexpr int kStep = 32;          // K per stage
 constexpr int kTileThreads = 512;  // 16 warps
 
 // Which numbers: of a matrix and epoch, rank row j, and the call t of four.

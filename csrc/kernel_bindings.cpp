@@ -92,7 +92,8 @@ using PlacedDense = Placed<DensePlan>;
 void add_matrix(PlacedLowRank& plan, uintptr_t weight, uintptr_t grad, uintptr_t exp_avg,
                 uintptr_t exp_avg_sq, uintptr_t update_norm, uintptr_t step, uint64_t key,
                 int64_t channels, int64_t k, int64_t rank, int64_t weight_ld, int64_t grad_ld,
-                bool by_row, bool row_major, bool leads, uintptr_t grid) {
+                bool by_row, bool row_major, bool leads, uintptr_t grid, int64_t k_first,
+                int64_t row, int64_t column, int64_t own_channels) {
   Matrix m{};
   m.weight = pointer<void>(weight);
   m.grid = pointer<int32_t>(grid);
@@ -108,12 +109,15 @@ void add_matrix(PlacedLowRank& plan, uintptr_t weight, uintptr_t grad, uintptr_t
   m.weight_ld = weight_ld;
   m.grad_ld = grad_ld;
   m.flags = kByRow * by_row | kRowMajor * row_major | kLeads * leads;
-  plan.add(m);
+  m.k_first = k_first;
+  m.row = row;
+  m.column = column;
+  plan.add(m, own_channels);
 }
 
 void add_dense(PlacedDense& plan, uintptr_t weight, uintptr_t grad, uintptr_t exp_avg,
                uintptr_t exp_avg_sq, uintptr_t step, int64_t count, uintptr_t grid, uint64_t key,
-               int64_t columns, uintptr_t exp_avg_unit, uintptr_t exp_avg_sq_unit) {
+               int64_t columns, uintptr_t exp_avg_unit, uintptr_t exp_avg_sq_unit, int64_t first) {
   DenseRow row{};
   row.weight = pointer<void>(weight);
   row.grid = pointer<int32_t>(grid);
@@ -126,16 +130,20 @@ void add_dense(PlacedDense& plan, uintptr_t weight, uintptr_t grad, uintptr_t ex
   row.exp_avg_sq_unit = pointer<float>(exp_avg_sq_unit);
   row.step = pointer<int64_t>(step);
   row.count = count;
+  row.first = first;
   plan.add(row);
 }
 
-// A verb of a plan as Python's method (hyper, stream).
-template <class Plan, class Base>
-auto verb(int (Base::*call)(const Hyper&, void*) const, const char* name) {
-  return [call, name](const Plan& plan, const Hyper& hyper, uintptr_t stream) {
-    DeviceGuard guard(plan.device);
-    check((plan.*call)(hyper, pointer<void>(stream)), name);
-  };
+// A verb of a plan as Python's method (hyper, stream, and addresses of memory).
+template <class>
+using Address = uintptr_t;
+template <class Plan, class Base, class... More>
+auto verb(int (Base::*call)(const Hyper&, void*, More*...) const, const char* name) {
+  return
+      [call, name](const Plan& plan, const Hyper& hyper, uintptr_t stream, Address<More>... more) {
+        DeviceGuard guard(plan.device);
+        check((plan.*call)(hyper, pointer<void>(stream), pointer<More>(more)...), name);
+      };
 }
 
 // What both plans have.
@@ -189,20 +197,44 @@ void bind_kernels(py::module_& module) {
   py::class_<PlacedLowRank> low_rank(module, "LowRankPlan", py::module_local(),
                                      "Low-rank matrices of one family (csrc/plan.h).");
   low_rank
-      .def(py::init<int, int, bool>(), py::kw_only(), py::arg("weight_dtype"),
-           py::arg("grad_dtype"), py::arg("separate"))
+      .def(py::init<int, int, bool, int64_t>(), py::kw_only(), py::arg("weight_dtype"),
+           py::arg("grad_dtype"), py::arg("separate"), py::arg("owners") = 1)
       .def("add", &add_matrix, py::kw_only(), py::arg("weight"), py::arg("grad"),
            py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("update_norm"), py::arg("step"),
            py::arg("key"), py::arg("channels"), py::arg("k"), py::arg("rank"), py::arg("weight_ld"),
            py::arg("grad_ld"), py::arg("by_row"), py::arg("row_major"), py::arg("leads"),
-           py::arg("grid") = 0)
+           py::arg("grid") = 0, py::arg("k_first") = 0, py::arg("row") = 0, py::arg("column") = 0,
+           py::arg("own_channels") = 0)
       .def(
           "q",
           [](const PlacedLowRank& p, int distribution) {
             return py::make_tuple(p.q_begin(), p.q_end(distribution));
           },
           py::arg("distribution"), "Begin and end of all squared channel norms in the workspace.")
+      .def_property_readonly("scratch_floats", &LowRankPlan::scratch_floats,
+                             "float32 of the sums that `project` leaves for `send`.")
+      .def_property_readonly("sent_floats", &LowRankPlan::sent_floats,
+                             "float32 of R and q that one owner is sent.")
+      .def(
+          "own",
+          [](const PlacedLowRank& p) {
+            const int64_t r = p.own_r_begin(), q = p.q_begin();
+            return py::make_tuple(py::make_tuple(r, r + p.sent_r()),
+                                  py::make_tuple(q, q + p.sent_floats() - p.sent_r()),
+                                  py::make_tuple(p.own_s_begin(), p.own_s_end()));
+          },
+          "Begin and end in the workspace of R and q, as an owner is sent them, and of its s.")
+      .def(
+          "s", [](const PlacedLowRank& p) { return py::make_tuple(p.s_begin(), p.s_end()); },
+          "Begin and end in the workspace of s of all channels.")
+      .def(
+          "write_scale_order",
+          [](const PlacedLowRank& p, uintptr_t to) { p.write_scale_order(pointer<int64_t>(to)); },
+          "int64 for each of s: its place in s of all owners, one after the other.")
       .def("project", verb<PlacedLowRank>(&LowRankPlan::project, "project"), unlocked)
+      .def("send", verb<PlacedLowRank>(&LowRankPlan::send, "send"), unlocked)
+      .def("scale_parts", verb<PlacedLowRank>(&LowRankPlan::scale_parts, "scale"), unlocked)
+      .def("limit", verb<PlacedLowRank>(&LowRankPlan::limit, "limit"), unlocked)
       .def("scale", verb<PlacedLowRank>(&LowRankPlan::scale, "scale"), unlocked)
       .def("apply", verb<PlacedLowRank>(&LowRankPlan::apply, "apply"), unlocked);
   define_common<PlacedLowRank>(low_rank);
@@ -215,7 +247,7 @@ void bind_kernels(py::module_& module) {
       .def("add", &add_dense, py::kw_only(), py::arg("weight"), py::arg("grad"), py::arg("exp_avg"),
            py::arg("exp_avg_sq"), py::arg("step"), py::arg("count"), py::arg("grid") = 0,
            py::arg("key") = 0, py::arg("columns") = 0, py::arg("exp_avg_unit") = 0,
-           py::arg("exp_avg_sq_unit") = 0)
+           py::arg("exp_avg_sq_unit") = 0, py::arg("first") = 0)
       .def("adamw", verb<PlacedDense>(&DensePlan::adamw, "adamw"), unlocked);
   define_common<PlacedDense>(dense);
 

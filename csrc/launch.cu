@@ -1,7 +1,9 @@
 // The launches: from dtypes and rank to a kernel. Read by nvcc, and by g++ for the tests' build.
 #include "adamw.cuh"
 #include "apply.cuh"
+#include "parts.cuh"
 #include "project_dot.cuh"
+#include "project_head.cuh"
 #include "project_mma.cuh"
 #include "project_sparse.cuh"
 #include "scale.cuh"
@@ -147,6 +149,23 @@ int launch_apply(const Launch& launch) {
   return with_apply(launch, launch.hyper.stochastic_rounding, [&](Kernel kernel) {
     return run(kernel, launch.blocks, kStreamThreads, 0, launch);
   });
+}
+
+int launch_heads(const Launch& launch) {
+  return run(project_head, launch.blocks, kHeadThreads, 0, launch);
+}
+
+int launch_send(const Launch& launch) {
+  return run(send_sums, launch.blocks, kScaleThreads, 0, launch);
+}
+
+int launch_scale_parts(const Launch& launch) {
+  return run(scale_parts, launch.blocks, kScaleThreads, 0, launch);
+}
+
+int launch_limit(const Launch& launch) {
+  return run(limit_parts, (launch.blocks + kScaleThreads - 1) / kScaleThreads, kScaleThreads, 0,
+             launch);
 }
 
 int launch_adamw(const Launch& launch) {

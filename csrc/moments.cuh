@@ -65,7 +65,7 @@ struct MomentPlaces {
       : exp_avg(static_cast<M*>(p.exp_avg) + begin),
         exp_avg_sq(static_cast<M*>(p.exp_avg_sq) + begin),
         key(p.key),
-        call(uint64_t(begin) / 4) {
+        call(uint64_t(p.first + begin) / 4) {
     if constexpr (kDtypeOf<M> != kFloat32) step = uint32_t(*p.step + 1);
     if constexpr (kDtypeOf<M> == kInt8) {
       exp_avg_unit = p.exp_avg_unit + begin / kBlock;

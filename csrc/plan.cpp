@@ -97,14 +97,21 @@ Tiling tiling(int64_t channels, int64_t k, int64_t rank, int grad_dtype, bool by
   return t;
 }
 
-LowRankPlan::LowRankPlan(int weight_dtype, int grad_dtype, bool separate)
-    : weight_dtype_(weight_dtype), grad_dtype_(grad_dtype), separate_(separate) {}
+LowRankPlan::LowRankPlan(int weight_dtype, int grad_dtype, bool separate, int64_t owners)
+    : weight_dtype_(weight_dtype),
+      grad_dtype_(grad_dtype),
+      separate_(separate || owners > 1),
+      owners_(owners) {}
 
-void LowRankPlan::add(Matrix m) {
-  if (m.channels < 0 || m.k < 0 || m.rank < 0 || m.rank > m.k || m.channels >= int64_t{1} << 31 ||
-      m.k >= int64_t{1} << 31) {
+void LowRankPlan::add(Matrix m, int64_t own_channels) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  const int64_t least_k = shares() ? 0 : m.rank;  // a part of K may be shorter than the rank
+  if (m.channels < 0 || m.k < least_k || m.rank < 0 || m.channels >= kMost || m.k_first < 0 ||
+      m.k_first + m.k >= kMost || m.row + m.column >= 2 * kMost || own_channels > share_of(m)) {
     throw std::invalid_argument("add: rank " + std::to_string(m.rank) + " of X [" +
-                                std::to_string(m.channels) + ", " + std::to_string(m.k) + "]");
+                                std::to_string(m.channels) + ", " + std::to_string(m.k) +
+                                "] from k " + std::to_string(m.k_first) + " on, moments of " +
+                                std::to_string(own_channels) + " channels");
   }
   const RankClass ranks = rank_class(m.rank);
   if (size() > 0 && rank_class(rows().front().rank) != ranks) {
@@ -131,36 +138,82 @@ void LowRankPlan::add(Matrix m) {
   const int64_t most = scale_blocks(m.channels, scale_shift(m.rank, true));  // in either layout
   parts_size_ += 3 * kDoubleFloats * most;
   s_size_ += vectors(m.channels);
-  for (const bool sparse : {false, true}) {
-    add(layouts_[sparse], m, tiling(m.channels, m.k, m.rank, grad_dtype_, by_row, sparse));
-  }
+  m.share = share_of(m);
+  m.sent_r = own_.r_size;
+  m.sent_q = own_.q_size;  // after R of all
+  for (Layout& layout : layouts_) add(layout, m);
+  if (shares()) add_own(m, own_channels);
 }
 
-void LowRankPlan::add(Layout& layout, Matrix m, const Tiling& t) {
+void LowRankPlan::add(Layout& layout, Matrix m) {
   const RankClass ranks = rank_class(m.rank);
-  const bool sparse = &layout == &layouts_[1] && uses_sparse_kernel(ranks);
+  const bool by_row = (m.flags & kByRow) != 0, of_sparse = &layout == &layouts_[1];
+  const bool sparse = of_sparse && uses_sparse_kernel(ranks);
+  // The kernels begin with a block of numbers.
+  const int64_t block = sparse ? m.rank : kStep;
+  m.k_end = m.k_first + m.k;
+  m.k_begin = std::min(ceil_div(m.k_first, block) * block, m.k_end);
+  const int64_t body = m.k_end - m.k_begin, heads = m.k_begin > m.k_first;
+  const Tiling t = tiling(m.channels, body, m.rank, grad_dtype_, by_row, of_sparse);
+  const int64_t chunks = body > 0 ? t.chunks : 0;
   // Tiles update moments by pairs of neighbours.
   const bool pairs = m.rank % 2 == 0 && (reinterpret_cast<uintptr_t>(m.exp_avg) % 8 == 0) &&
                      (reinterpret_cast<uintptr_t>(m.exp_avg_sq) % 8 == 0);
   const bool later = uses_dots(ranks) || !pairs;
   const bool summed = separate_ || (later && !sparse) || t.chunks > 1;
   if (summed) m.flags |= kSummed;
-  m.chunks = t.chunks;
+  m.chunks = chunks + heads;
   m.chunk_length = t.chunk_length;
   m.rank_tiles = t.rank_tiles;
   // Rank tiles of the dense kernels each see the whole of X, those of the sparse one a part of it.
-  m.q_rows = t.chunks * (sparse ? t.rank_tiles : 1);
+  m.q_rows = chunks * (sparse ? t.rank_tiles : 1) + heads;
   m.first_project = layout.project_blocks;
   m.first_scale = layout.scale_blocks;
-  if (m.channels > 0 && m.k > 0) {
-    layout.project_blocks += t.channel_tiles * t.rank_tiles * t.chunks;
-  }
+  m.first_head = layout.head_blocks;
+  layout.project_blocks += t.channel_tiles * t.rank_tiles * chunks;
+  layout.head_blocks += heads * ceil_div(m.channels, kHeadChannels);
   layout.scale_blocks += scale_blocks(m.channels, scale_shift(m.rank, summed));
   m.q = layout.q_size;
   m.r = layout.r_size;
   layout.q_size += m.q_rows * m.channels;
-  layout.r_size += vectors(summed ? t.chunks * m.channels * m.rank : 2 * t.rank_tiles * m.channels);
+  layout.r_size += vectors(summed ? m.chunks * m.channels * m.rank : 2 * t.rank_tiles * m.channels);
   layout.rows.push_back(m);
+}
+
+// As an owner is sent it: sums of one chunk, every matrix with its whole share of channels.
+void LowRankPlan::add_own(Matrix m, int64_t channels) {
+  m.flags |= kSummed;
+  m.channels = channels;
+  m.chunks = m.q_rows = 1;
+  m.first_scale = own_.scale_blocks;
+  own_.scale_blocks += scale_blocks(channels, scale_shift(m.rank, true));
+  m.r = own_.r_size;
+  m.q = own_.q_size;
+  m.s = own_.s_size;
+  own_.r_size += m.share * m.rank;
+  own_.q_size += m.share;
+  own_.s_size += m.share;
+  own_.rows.push_back(m);
+}
+
+int64_t LowRankPlan::scratch_floats() const {
+  if (!shares()) return 0;
+  int64_t most = 0;
+  for (const Layout& layout : layouts_) {
+    most = std::max(most, vectors(layout.q_size) + layout.r_size);
+  }
+  return most;
+}
+
+void LowRankPlan::write_scale_order(int64_t* order) const {
+  for (size_t i = 0; i < own_.rows.size(); ++i) {
+    const Matrix &all = rows()[i], &own = own_.rows[i];
+    for (int64_t c = 0; c < vectors(all.channels); ++c) {
+      const int64_t there = c < all.channels ? c : 0;
+      *order++ =
+          all.channels == 0 ? 0 : there / own.share * own_.s_size + own.s + there % own.share;
+    }
+  }
 }
 
 int64_t LowRankPlan::map_begin(int distribution) const {
@@ -171,20 +224,31 @@ bool LowRankPlan::is_sparse(int distribution) { return distribution == kSparse; 
 
 void LowRankPlan::set_gradients(const std::vector<uintptr_t>& addresses) {
   for (Layout& layout : layouts_) move_gradients(layout.rows, addresses);
+  if (shares()) move_gradients(own_.rows, addresses);
 }
 
 void LowRankPlan::write_table(void* table) const {
   auto* to = static_cast<unsigned char*>(table);
-  for (const Layout& layout : layouts_) {
+  const auto write = [&](const Layout& layout, int64_t q, int64_t s, int64_t r) {
     for (Matrix m : layout.rows) {
+      const int64_t stride = m.flags & kByRow ? 1 : m.grad_ld;
+      m.x = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(m.grad) -
+                                          uintptr_t(m.k_first * stride * size_of(grad_dtype_)));
+      m.sent_q += sent_r();
       m.parts += parts_begin();
-      m.q += q_begin();
-      m.s += s_begin();
-      m.r += r_begin();
+      m.q += q;
+      m.s += s;
+      m.r += r;
       std::memcpy(to, &m, sizeof m);
       to += sizeof m;
     }
+  };
+  for (const Layout& layout : layouts_) {
+    const bool elsewhere = shares();
+    write(layout, elsewhere ? 0 : q_begin(), s_begin(),
+          elsewhere ? vectors(layout.q_size) : r_begin());
   }
+  write(own_, q_begin(), own_s_begin(), r_begin());
 }
 
 void LowRankPlan::write_maps(int32_t* maps) const {
@@ -192,7 +256,9 @@ void LowRankPlan::write_maps(int32_t* maps) const {
   for (const Layout& layout : layouts_) {
     maps = write_map(layout.rows, &Matrix::first_project, layout.project_blocks, maps);
     maps = write_map(layout.rows, &Matrix::first_scale, layout.scale_blocks, maps);
+    maps = write_map(layout.rows, &Matrix::first_head, layout.head_blocks, maps);
   }
+  write_map(own_.rows, &Matrix::first_scale, own_.scale_blocks, maps);
 }
 
 Launch LowRankPlan::launch(const Hyper& hyper, void* stream, int64_t map, int64_t blocks) const {
@@ -205,6 +271,8 @@ Launch LowRankPlan::launch(const Hyper& hyper, void* stream, int64_t map, int64_
   launch.weight_dtype = weight_dtype_;
   launch.grad_dtype = grad_dtype_;
   launch.rank = size() == 0 ? kRankOne : rank_class(rows().front().rank);
+  launch.owners = owners_;
+  launch.sent_floats = sent_floats();
   launch.stream = stream;
   launch.hyper = hyper;
   return launch;
@@ -212,18 +280,53 @@ Launch LowRankPlan::launch(const Hyper& hyper, void* stream, int64_t map, int64_
 
 int LowRankPlan::load() const { return load_low_rank(launch(Hyper{}, nullptr, 0, 0)); }
 
-int LowRankPlan::project(const Hyper& hyper, void* stream) const {
-  const int64_t blocks = layout(hyper.distribution).project_blocks;
-  return launch_project(launch(hyper, stream, map_begin(hyper.distribution), blocks));
+int LowRankPlan::project(const Hyper& hyper, void* stream, void* scratch) const {
+  const Layout& of = layout(hyper.distribution);
+  const int64_t map = map_begin(hyper.distribution);
+  Launch body = launch(hyper, stream, map, of.project_blocks);
+  Launch heads = launch(hyper, stream, map + of.project_blocks + of.scale_blocks, of.head_blocks);
+  if (shares()) body.workspace = heads.workspace = static_cast<float*>(scratch);
+  if (const int error = launch_project(body)) return error;
+  return launch_heads(heads);
 }
 
-int LowRankPlan::scale(const Hyper& hyper, void* stream) const {
+int LowRankPlan::send(const Hyper& hyper, void* stream, void* scratch, float* to) const {
+  const Layout& of = layout(hyper.distribution);
+  Launch launch = this->launch(hyper, stream, map_begin(hyper.distribution) + of.project_blocks,
+                               of.scale_blocks);
+  launch.workspace = static_cast<float*>(scratch);
+  launch.sent = to;
+  return launch_send(launch);
+}
+
+Launch LowRankPlan::launch_of_scale(const Hyper& hyper, void* stream) const {
   if (hyper.clip != nullptr && !separate_) {
     throw std::invalid_argument("scale: clip comes too late where project updates the moments");
   }
   const Layout& of = layout(hyper.distribution);
-  const int64_t map = map_begin(hyper.distribution) + of.project_blocks;
-  return launch_scale(launch(hyper, stream, map, of.scale_blocks));
+  if (!shares()) {
+    const int64_t map = map_begin(hyper.distribution) + of.project_blocks;
+    return launch(hyper, stream, map, of.scale_blocks);
+  }
+  Launch launch = this->launch(hyper, stream, map_size() - own_.scale_blocks, own_.scale_blocks);
+  launch.table = static_cast<const Matrix*>(memory_.table) + 2 * size();
+  return launch;
+}
+
+int LowRankPlan::scale(const Hyper& hyper, void* stream) const {
+  return launch_scale(launch_of_scale(hyper, stream));
+}
+
+int LowRankPlan::scale_parts(const Hyper& hyper, void* stream, double* norms) const {
+  Launch launch = launch_of_scale(hyper, stream);
+  launch.norms = norms;
+  return launch_scale_parts(launch);
+}
+
+int LowRankPlan::limit(const Hyper& hyper, void* stream, double* norms) const {
+  Launch launch = this->launch(hyper, stream, 0, size());
+  launch.norms = norms;
+  return launch_limit(launch);
 }
 
 int LowRankPlan::apply(const Hyper& hyper, void* stream) const {

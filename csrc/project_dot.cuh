@@ -22,7 +22,7 @@ struct Dots {
   // under way before the first is used.
   APOLLO_DEVICE void add(const Matrix& p, int64_t c0, int64_t k0, int64_t k_end, const float* z,
                          bool wide) {
-    const T* grad = static_cast<const T*>(p.grad);
+    const T* grad = static_cast<const T*>(p.x);
     const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
     const int last = k_end - k0 < kDotSlab ? int(k_end - k0) : kDotSlab;
     if constexpr (BY_ROW) {
@@ -141,10 +141,10 @@ APOLLO_DEVICE void project_dot(const Matrix& p, const Launch& launch, int64_t bl
   constexpr int kChannels = BY_ROW ? kDotChannels : kDotColumns;
   const int64_t tiles = (p.channels + kChannels - 1) / kChannels;
   const int64_t c0 = block % tiles * kChannels, chunk = block / tiles;
-  const int64_t k_begin = chunk * p.chunk_length;
-  const int64_t k_end = k_begin + p.chunk_length < p.k ? k_begin + p.chunk_length : p.k;
+  const int64_t k_begin = p.k_begin + chunk * p.chunk_length;
+  const int64_t k_end = k_begin + p.chunk_length < p.k_end ? k_begin + p.chunk_length : p.k_end;
   const uint32_t epoch = epoch_of(p, launch);
-  const bool wide = aligned16(static_cast<const T*>(p.grad), p.grad_ld);
+  const bool wide = aligned16(static_cast<const T*>(p.x), p.grad_ld);
   Dots<T, R, BY_ROW> dots;
   // Rows beyond the rank are multiplied, too, and dropped.
   for (int i = int(p.rank) * kDotSlab + int(threadIdx.x); i < R * kDotSlab; i += kDotThreads) {

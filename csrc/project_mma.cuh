@@ -134,8 +134,8 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   using Layout = TileLayout<T, RANKS>;
   constexpr int kSteps = Tile<T>::kSteps;
   const auto place = place_of<Tile<T>::kChannels, RANKS>(p);
-  const int64_t k_begin = place.chunk * p.chunk_length;
-  const int length = int(p.k - k_begin < p.chunk_length ? p.k - k_begin : p.chunk_length);
+  const int64_t k_begin = p.k_begin + place.chunk * p.chunk_length, left = p.k_end - k_begin;
+  const int length = int(left < p.chunk_length ? left : p.chunk_length);
   const int steps = (length + kStep - 1) / kStep;
 
   Source<T, BY_ROW, SQUARES> source;

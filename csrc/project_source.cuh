@@ -78,12 +78,12 @@ struct Vectors {
     const int64_t outer = (BY_ROW ? c0 : k_begin) + row(0);
     const int64_t inner = (BY_ROW ? k_begin : c0) + first();
     const int64_t ld = p.grad_ld * int64_t(sizeof(T));
-    src_gmem = static_cast<const unsigned char*>(p.grad) + outer * ld + inner * int(sizeof(T));
+    src_gmem = static_cast<const unsigned char*>(p.x) + outer * ld + inner * int(sizeof(T));
     stage_stride = BY_ROW ? kStep * int(sizeof(T)) : kStep * ld;
     row_stride = kRowsApart * ld;
     dst_smem = (BY_ROW ? 0 : first() / 64 * kPanel) + swizzled<kRowBytes>(row(0), first() / 8 % 8) +
                2 * (first() % 8);
-    wide = aligned16(static_cast<const T*>(p.grad), p.grad_ld);
+    wide = aligned16(static_cast<const T*>(p.x), p.grad_ld);
     whole = wide && channels == Shape::kChannels ? length / kStep : 0;
   }
 

@@ -156,8 +156,8 @@ struct SparsePlace {
     at.tile = block % at.share.tiles;
     at.chunk = rest / channel_tiles;
     at.c0 = int64_t(rest % channel_tiles) * channels;
-    at.k_begin = at.chunk * uint32_t(p.chunk_length);
-    const uint32_t left = uint32_t(p.k) - at.k_begin;
+    at.k_begin = uint32_t(p.k_begin) + at.chunk * uint32_t(p.chunk_length);
+    const uint32_t left = uint32_t(p.k_end) - at.k_begin;
     at.length = left < uint32_t(p.chunk_length) ? left : uint32_t(p.chunk_length);
     return at;
   }
@@ -288,10 +288,10 @@ APOLLO_DEVICE void sparse_by_row(const Launch& launch, float* sums_smem) {
   if (slot >= slots) slot = 0;
   if (unit >= rank / E) unit = rank / E - 1;
   const uint32_t length = at.length, k_end = at.k_begin + length;
-  const bool wide = E == 1 || aligned16(static_cast<const T*>(p.grad), p.grad_ld);
+  const bool wide = E == 1 || aligned16(static_cast<const T*>(p.x), p.grad_ld);
   const int64_t c0 = at.c0 + warp * kChannels, ld = p.grad_ld;
   const int channels = p.channels - c0 < kChannels ? int(p.channels - c0) : kChannels;
-  const T* src_gmem = static_cast<const T*>(p.grad) + c0 * ld;
+  const T* src_gmem = static_cast<const T*>(p.x) + c0 * ld;
   const SparseWords numbers = {uint32_t(p.key), uint32_t(p.key >> 32), epoch_of(p, launch)};
   Places places = {numbers, E == 1 ? rank : rank / 8};
   RowSigns<E> signs = {numbers, unit * E};
@@ -397,9 +397,9 @@ APOLLO_DEVICE void sparse_by_column(const Launch& launch, float* sums_smem) {
   const uint32_t j0 = (at.tile * at.share.width + uint32_t(warp) % at.share.width) * kRows;
   const bool idle = slot >= slots || j0 >= rank;
   const uint32_t length = at.length, k_end = at.k_begin + length;
-  const bool wide = aligned16(static_cast<const T*>(p.grad), p.grad_ld);
+  const bool wide = aligned16(static_cast<const T*>(p.x), p.grad_ld);
   const int64_t channels_left = p.channels - at.c0 - lane * kLoad, ld = p.grad_ld;
-  const T* src_gmem = static_cast<const T*>(p.grad) + at.c0 + lane * kLoad;
+  const T* src_gmem = static_cast<const T*>(p.x) + at.c0 + lane * kLoad;
   const bool eighths = rank % 8 == 0;
   const SparseWords numbers = {uint32_t(p.key), uint32_t(p.key >> 32), epoch_of(p, launch)};
   Places places = {numbers, eighths ? rank / 8 : rank};

@@ -74,20 +74,33 @@ APOLLO_DEVICE bool comes_last(Record& record, int64_t blocks) {
   return last;
 }
 
-// u^2 from all parts, in fixed order; the limiter, update_norm and counters; what `apply` takes.
-// The step is stored by `apply`: here other matrices may still read one that they share.
-APOLLO_DEVICE void limit_update(const Matrix& p, const Launch& launch, Record& record,
-                                int64_t blocks, double* scratch) {
-  const Hyper& h = launch.hyper;
-  const double* parts = parts_of(p, launch);
+// The sums of a matrix's channels: u^2 or, for one scale per tensor, |R|^2, |N|^2 and q.
+struct Norms {
   double sums[3] = {};
-  for (int i = 0; i < (h.tensor_scale ? 3 : 1); ++i) {
+};
+APOLLO_DEVICE int norms_of(const Hyper& h) { return h.tensor_scale ? 3 : 1; }
+
+// From all parts, in fixed order.
+APOLLO_DEVICE Norms add_parts(const Matrix& p, const Launch& launch, int64_t blocks,
+                              double* scratch) {
+  const double* parts = parts_of(p, launch);
+  Norms norms;
+  double (&sums)[3] = norms.sums;
+  for (int i = 0; i < norms_of(launch.hyper); ++i) {
     for (int64_t b = threadIdx.x; b < blocks; b += kScaleThreads) {
       sums[i] += __ldcg(parts + i * blocks + b);  // other SMs wrote them: not from L1
     }
     sums[i] = block_sum(sums[i], scratch);
   }
-  if (threadIdx.x != 0) return;
+  return norms;
+}
+
+// The limiter, update_norm and counters; what `apply` takes. The step is stored by `apply`: here
+// other matrices may still read one that they share.
+APOLLO_DEVICE void limit_update(const Matrix& p, const Launch& launch, Record& record,
+                                const Norms& norms) {
+  const Hyper& h = launch.hyper;
+  const double (&sums)[3] = norms.sums;
   double s = 1.0, u2 = sums[0];
   if (h.tensor_scale) {
     s = sqrt(sums[1]) / (sqrt(sums[0]) + kTiny);
@@ -115,8 +128,9 @@ APOLLO_DEVICE void limit_update(const Matrix& p, const Launch& launch, Record& r
   if (factor < 1.0f) atomicAdd(counters + 1, 1ull);
 }
 
-__global__ void __launch_bounds__(kScaleThreads, 3) scale_channels(Launch launch) {
-  __shared__ double scratch[8];
+// LIMITS: the limiter follows at once. A part leaves its sums, to which other ranks add theirs.
+template <bool LIMITS>
+APOLLO_DEVICE void scale_block(const Launch& launch, double* scratch) {
   const Hyper& h = launch.hyper;
   if (skipped(h)) return;
   const int32_t matrix = launch.map[blockIdx.x];
@@ -170,7 +184,24 @@ __global__ void __launch_bounds__(kScaleThreads, 3) scale_channels(Launch launch
     if (thread == 0) parts[0] = u2;
   }
   Record& record = record_of(launch, matrix);
-  if (comes_last(record, blocks)) limit_update(p, launch, record, blocks, scratch);
+  if (!comes_last(record, blocks)) return;
+  const Norms norms = add_parts(p, launch, blocks, scratch);
+  if (thread != 0) return;
+  if constexpr (LIMITS) {
+    limit_update(p, launch, record, norms);
+  } else {
+    const int count = norms_of(h);
+    for (int i = 0; i < count; ++i) launch.norms[count * matrix + i] = norms.sums[i];
+  }
+}
+
+__global__ void __launch_bounds__(kScaleThreads, 3) scale_channels(Launch launch) {
+  __shared__ double scratch[8];
+  scale_block<true>(launch, scratch);
+}
+__global__ void __launch_bounds__(kScaleThreads, 3) scale_parts(Launch launch) {
+  __shared__ double scratch[8];
+  scale_block<false>(launch, scratch);
 }
 
 }  // namespace apollo

@@ -9,12 +9,18 @@
 
 namespace apollo {
 
+// Where a part's first weight stands in the whole matrix, as both lie in memory.
+struct Corner {
+  uint32_t outer = 0, inner = 0;
+};
+
 // What becomes of float32 numbers before they are stored: nothing, since the store rounds.
 struct ToNearest {
   static constexpr int kBlocks = 3;  // of `apply` on an SM, as registers allow
 
   APOLLO_DEVICE ToNearest(const Matrix&, const Record&) {}
   APOLLO_DEVICE explicit ToNearest(const DenseRow&) {}
+  APOLLO_DEVICE static Corner corner(const Matrix&) { return {}; }
 
   template <int N>
   APOLLO_DEVICE void round(float (&)[N], uint32_t, uint32_t) const {}
@@ -27,12 +33,18 @@ struct ByChance {
   static constexpr int kBlocks = 2;
   uint32_t key0, key1, step;
   bool row_major;
+  bool by_eights;  // neighbours share a call
 
   APOLLO_DEVICE ByChance(const Matrix& p, const Record& record)
       : key0(uint32_t(p.key)),
         key1(uint32_t(p.key >> 32)),
         step(uint32_t(record.t)),
-        row_major((p.flags & kRowMajor) != 0) {}
+        row_major((p.flags & kRowMajor) != 0),
+        by_eights(row_major && p.column % 8 == 0) {}
+  APOLLO_DEVICE static Corner corner(const Matrix& p) {
+    if (p.flags & kRowMajor) return {uint32_t(p.row), uint32_t(p.column)};
+    return {uint32_t(p.column), uint32_t(p.row)};
+  }
 
   APOLLO_DEVICE static uint32_t half(const Words& w, uint32_t l) {
     const uint32_t low = l & 2 ? w.w[1] : w.w[0], high = l & 2 ? w.w[3] : w.w[2];
@@ -42,11 +54,12 @@ struct ByChance {
   template <int N>
   APOLLO_DEVICE void round(float (&x)[N], uint32_t outer, uint32_t inner) const {
     Words w{};
-    if (row_major) w = philox4x32({{inner / 8, outer, step, kRounding}}, key0, key1);
+    if (by_eights) w = philox4x32({{inner / 8, outer, step, kRounding}}, key0, key1);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      if (!row_major) {  // N rows of the matrix: a call for each
-        w = philox4x32({{outer / 8, inner + e, step, kRounding}}, key0, key1);
+      if (!by_eights) {  // N rows of the matrix, or places anywhere in a row: a call for each
+        const uint32_t i = row_major ? outer : inner + e, l = row_major ? inner + e : outer;
+        w = philox4x32({{l / 8, i, step, kRounding}}, key0, key1);
       }
       const uint32_t bits = __float_as_uint(x[e]);
       if ((bits & 0x7FFFFFFFu) < 0x7F7F0000u) {
@@ -91,6 +104,7 @@ struct OntoGrid {
       : OntoGrid(p.grid, by_row(p) ? p.k : p.channels, p.key, record.t) {}
   APOLLO_DEVICE explicit OntoGrid(const DenseRow& p)
       : OntoGrid(p.grid, p.columns, p.key, *p.step + 1) {}
+  APOLLO_DEVICE static Corner corner(const Matrix&) { return {}; }  // no parts of it are stepped
   APOLLO_DEVICE OntoGrid(int32_t* grid, int64_t columns, uint64_t key, int64_t t)
       : grid(grid),
         groups(uint32_t((columns + kGroup - 1) / kGroup)),

@@ -34,8 +34,12 @@ def takes(item: LowRank | Dense) -> bool:
     that no tile holds whole."""
     sides = max(item.weight.shape, default=0) < 2**31
     known = item.weight.dtype in _DTYPES if item.grid is None else _takes_int8(item)
-    stored = isinstance(item, LowRank) or item.exp_avg.dtype == torch.float32
-    stored = stored or moments.lie_as_counted(item)
+    if isinstance(item, LowRank):
+        stored = item.part is None
+    else:
+        stored = item.exp_avg.dtype == torch.float32 or (
+            moments.lie_as_counted(item) and item.first == 0
+        )
     return known and stored and item.grad.dtype in _DTYPES and sides
 
 
