@@ -158,17 +158,17 @@ class Batch(Protocol):
 
 
 class PartBatch(Batch, Protocol):
-    """Parts of matrices, all of them cut by the same ranks. distributed.py stands between the verbs,
-    which are four here: ``scale`` neither limits nor counts, ``limit`` does, before ``apply``.
+    """Parts of matrices, all of them cut by the same ranks. distributed.py stands between the
+    verbs, which are four here: ``scale`` neither limits nor counts, ``limit`` does.
 
     Widths are equal on all owners, and how a batch uses them is its own affair.
 
     sums: [owners, width], after ``project``: this part's share of R and q, for each owner those of
         its channels. None where there is one owner, or the step is skipped.
-    norms: float64, 1D, after ``scale``: sums over this rank's own channels, matrix by matrix. Before
-        ``limit`` they become sums over all ranks. None where the step is skipped.
-    s: [width], after ``scale``: the scales of this owner's channels. None where there is one owner,
-        one scale for all channels, or the step is skipped.
+    norms: float64, 1D, after ``scale``: sums over this rank's own channels, matrix by matrix.
+        Before ``limit`` they become sums over all ranks. None where the step is skipped.
+    s: [width], after ``scale``: the scales of this owner's channels. None where there is one
+        owner, one scale for all channels, or the step is skipped.
     """
 
     sums: Tensor | None

@@ -166,8 +166,8 @@ class Builder:
         self.families.setdefault(kind, []).append(_Entry(item, place, loaded, stored, sums))
 
     def _taker(self, item: LowRank | Dense) -> ModuleType:
-        """reference.py also steps subclasses that wrap tensors, and so have no address; fake.py steps
-        those that have no numbers. Of a matrix that ranks share all must choose alike."""
+        """reference.py also steps subclasses that wrap tensors, and so have no address; fake.py
+        steps those that have no numbers. Ranks that share a matrix must all choose alike."""
         if fake.takes(item):
             return fake
         tensors = item.weight, item.grad, item.exp_avg, item.exp_avg_sq

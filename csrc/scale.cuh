@@ -153,7 +153,8 @@ APOLLO_DEVICE void scale_block(const Launch& launch, double* scratch) {
     }
   } else if (lanes == 1) {
     sum_chunks<1, false>(p, launch, c, clip, rr, nn);
-  } else if (aligned<4>(p.exp_avg, p.rank) && aligned<4>(p.exp_avg_sq, p.rank)) {
+  } else if (aligned<4>(p.exp_avg, p.rank) && aligned<4>(p.exp_avg_sq, p.rank) &&
+             aligned<4>(r_of(p, launch, 0), p.rank)) {
     sum_chunks<8, true>(p, launch, c, clip, rr, nn);
   } else {
     sum_chunks<8, false>(p, launch, c, clip, rr, nn);

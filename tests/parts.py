@@ -1,5 +1,5 @@
-"""Parts of matrices on the ranks of one process: what distributed.py does between the verbs, done by
-hand, so that a back end's PartBatch can be looked at alone."""
+"""Parts of matrices on the ranks of one process: what distributed.py does between the verbs, done
+by hand, so that a back end's PartBatch can be looked at alone."""
 
 from dataclasses import replace
 
@@ -29,10 +29,9 @@ def copy(item, **changes):
 
 def _laid_as(t, like):
     """A copy in the memory order of ``like``."""
-    copied = torch.empty_like(like) if t.shape == like.shape else t.clone()
-    if t.shape != like.shape and like.stride(0) == 1 and like.stride(1) != 1:
-        copied = t.t().contiguous().t()
-    return copied.copy_(t)
+    if like.stride(0) == 1 and like.stride(1) != 1:
+        return t.t().clone(memory_format=torch.contiguous_format).t()
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def cut(item, dim, ends):
@@ -60,22 +59,25 @@ def together(parts, dim):
     )
 
 
-def sums_over_ranks(module, ranks, h, separate=False):
-    """Batches of every rank's items, after ``project`` and what follows it."""
-    signals = [Signals(torch.zeros(3, dtype=torch.int64)) for _ in ranks]
-    batches = [module.build(items, separate=separate) for items in ranks]
+def sums_of(batches, h):
+    """What all ranks together send, after ``project``."""
+    signals = Signals(torch.zeros(3, dtype=torch.int64))
+    for batch in batches:
+        batch.project(h, signals)
+    return torch.stack([batch.sums for batch in batches]).sum(0)
+
+
+def step(module, ranks, h, separate=False, clip=None, found_inf=None):
+    """One step of ``ranks``, the items of each; returns the counters of each."""
+    found_inf = None if found_inf is None else torch.tensor(found_inf)
+    signals = [Signals(torch.zeros(3, dtype=torch.int64), found_inf=found_inf) for _ in ranks]
+    batches = [module.build(items, separate=separate or clip is not None) for items in ranks]
     for batch, s in zip(batches, signals, strict=True):
         batch.project(h, s)
     if batches[0].sums is not None:
         whole = torch.stack([batch.sums for batch in batches]).sum(0)
         for batch, own in zip(batches, whole, strict=True):
             batch.receive_sums(own)
-    return batches, signals
-
-
-def step(module, ranks, h, separate=False, clip=None):
-    """One step of ``ranks``, the items of each; returns the counters of each."""
-    batches, signals = sums_over_ranks(module, ranks, h, separate or clip is not None)
     if clip is not None:
         signals = [replace(s, clip=torch.tensor(clip)) for s in signals]
     both = list(zip(batches, signals, strict=True))

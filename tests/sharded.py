@@ -88,13 +88,17 @@ def run(groups, dtype, mesh, steps, factor, options):
         return Case(groups, dtype, mesh, **options).train(steps, factor).result()
 
 
-def on_backend(place, *arguments):
-    """``run`` on a back end of conftest.py's; and which of them stepped low-rank shards, whole
-    matrices, and dense shards."""
+def on(place, function, *arguments):
+    """``function`` on a back end of conftest.py's."""
     import conftest
 
-    groups, dtype, mesh, steps, options = arguments
-    with conftest.running(place), torch.no_grad():
+    with conftest.running(place):
+        return function(*arguments)
+
+
+def with_takers(groups, dtype, mesh, steps, options):
+    """``run``; and which back ends stepped low-rank shards, whole matrices, and dense shards."""
+    with torch.no_grad():
         case = Case(groups, dtype, mesh, **options).train(steps)
         works = [work for unit in case.optimizer._runtime.units for work in unit.plan.works]
         took = {

@@ -1,5 +1,6 @@
 """Sharded parameters: a step over several ranks is the step of one process over whole tensors."""
 
+import itertools
 import math
 import re
 
@@ -124,21 +125,87 @@ def test_a_gradient_that_lies_elsewhere_is_brought_to_its_parameter(group):
         assert alike
 
 
-@pytest.mark.parametrize("place", ["torch", "cuda", "triton"])
-def test_every_back_end_steps_what_it_can_and_leaves_the_rest_to_pytorch(group, place):
-    """Kernels take dense shards, replicated matrices and whole experts; PyTorch takes parts of
-    matrices, since no kernel lets sums of other ranks in between. float32, 1e-5 of the largest."""
-    if reason := conftest.why_not(*conftest.PLACES[place]):
+OWN = {"torch": "reference", "cuda": "cuda", "triton": "triton_kernels"}
+
+
+@pytest.fixture
+def place(request):
+    if reason := conftest.why_not(*conftest.PLACES[request.param]):
         pytest.skip(reason)
+    return request.param
+
+
+def on_places(names, *values, triton):
+    """All combinations for the CUDA kernels, emulated; in Triton's interpreter some."""
+    found = [("cuda", *of) for of in itertools.product(*values)]
+    found += [("triton", *of) for of in triton]
+    return pytest.mark.parametrize(f"place, {names}", found, indirect=["place"], ids=str)
+
+
+def agree_on(group, place, groups, steps, tolerance, takers, **options):
+    """Two ranks end where one ends whose back end is the same; each kind of work was done by it."""
+    run, more = (groups, "float32"), (range(steps), {"lr": 0.01, "weight_decay": 0.1, **options})
+    expected, _ = sharded.on(place, sharded.with_takers, *run, None, *more)
+    for found, took in group.run(2, sharded.on, place, sharded.with_takers, *run, (2,), *more):
+        compare(found, expected, tolerance)
+        assert found["stats"] == expected["stats"]
+        assert took == takers
+
+
+@on_places("proj, scale_type, placements", ["random", "rademacher", "sparse"],
+           ["channel", "tensor"], ["0", "1"], triton=[
+    ("random", "channel", "0"), ("sparse", "tensor", "0"), ("rademacher", "channel", "1"),
+])  # fmt: skip
+def test_kernels_step_shards_as_one_process(group, place, proj, scale_type, placements):
+    """Both orientations, uneven and empty shards, and parts that begin within a block of random
+    numbers: k 35 and 20. float32 sums in another order, over a few steps of small matrices: 1e-4 of
+    the largest number."""
+    shapes = [(70, 41), (41, 70), TALL, WIDE, TINY]
+    low = low_rank(rank=8, proj=proj, scale_type=scale_type, update_proj_gap=2)
+    steps = 3 if place == "cuda" else 2
+    agree_on(group, place, [(low, shapes, placements)], steps, 1e-4, {(True, True, OWN[place])})
+
+
+@on_places("placements", ["0", "1"], triton=[("0",)])
+def test_kernels_step_shards_of_mini(group, place, placements):
+    low = low_rank(rank=1, scale_type="tensor", scale=128.0)
+    agree_on(group, place, [(low, [(70, 41), (41, 70)], placements)], 2, 1e-4,
+             {(True, True, OWN[place])}, max_grad_norm=0.5)  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["torch", "cuda", "triton"], indirect=True)
+def test_every_back_end_steps_all_kinds_of_shards(group, place):
+    """Parts of matrices, replicated matrices, whole experts and parts of them, and dense shards."""
     groups = [(low_rank(), [TALL, WIDE, SQUARE], "0"), (low_rank(), [(9, 6)], "r")]
-    groups += [(low_rank(batch_dims=1), [(3, 6, 4)], "0"), ({"rank": None}, VECTORS, "0")]
-    run = groups, "float32"
-    more = range(3), {"lr": 0.01, "weight_decay": 0.1}
-    (expected, _), *_ = [sharded.on_backend(place, *run, None, *more)]
-    own = {"torch": "reference", "cuda": "cuda", "triton": "triton_kernels"}[place]
-    for found, took in group.run(2, sharded.on_backend, place, *run, (2,), *more):
-        compare(found, expected, 1e-5)
-        assert took == {(True, True, "reference"), (True, False, own), (False, False, own)}
+    groups += [(low_rank(batch_dims=1), [(3, 6, 4)], at) for at in "02"]
+    groups += [({"rank": None, "dense_state": "bfloat16"}, [(4, 6), (5,)], "0")]
+    own = OWN[place]
+    run, more = (groups, "float32"), (range(2), {"lr": 0.01})
+    expected, _ = sharded.on(place, sharded.with_takers, *run, None, *more)
+    for found, took in group.run(2, sharded.on, place, sharded.with_takers, *run, (2,), *more):
+        compare(found, expected, 1e-4)
+        assert took == {(True, True, own), (True, False, own), (False, False, own)} | (
+            {(False, False, "reference")} if own != "reference" and len(took) > 3 else set()
+        )
+
+
+@on_places("proj", ["random", "rademacher", "sparse"], triton=[("random",), ("rademacher",)])
+def test_kernels_draw_a_ranks_part_of_the_projection_bit_for_bit(group, place, proj):
+    """The second rank begins at k 35 or, for signs, at 300, before a block's bound at 512."""
+    shapes = [(70, 70), (600, 600)] if place == "cuda" else [(70, 70)]
+    expected = sharded.on(place, sharded.identity, shapes, None, "", proj)
+    for own in group.run(2, sharded.on, place, sharded.identity, shapes, (2,), "1", proj):
+        for p, q in zip(own, expected, strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("place", ["cuda", "triton"], indirect=True)
+def test_kernels_give_the_same_bits_in_the_same_world(group, place):
+    groups = [(low_rank(rank=8), [(70, 41), (41, 70)], "0")]
+    run = sharded.on, place, sharded.run, groups, "float32", (2,), range(2), 1.0, {"lr": 0.01}
+    first, second = group.run(2, *run), group.run(2, *run)
+    for own in [*first, *second]:
+        compare(own, first[0], 0)
 
 
 LARGE = [(96, 64), (64, 96), (40, 100), (101, 37)]

@@ -210,6 +210,7 @@ def _adamw(
     else:
         tl.store(w_at, narrow(new, T), mask=inside)
     if M_T != F32:
+        first += tl.load(row + tables.DENSE.first)
         m_bits, v_bits = moment_bits(key, t, first, BLOCK)
     if M_T == tl.uint8:
         m, v = tl.reshape(m, (BLOCKS, moments.BLOCK)), tl.reshape(v, (BLOCKS, moments.BLOCK))

@@ -17,7 +17,7 @@ from apollo_kernels.triton_kernels import int8
 from apollo_kernels.triton_kernels import table as tables
 from apollo_kernels.triton_kernels.adamw import decayed
 from apollo_kernels.triton_kernels.element import element, narrow, round_stochastically, widen
-from apollo_kernels.triton_kernels.philox import ROUNDING_INT8, rounding
+from apollo_kernels.triton_kernels.philox import ROUNDING_INT8, rounding, rounding_anywhere
 
 
 # Reads G once, reads and writes W: 6 bytes per bf16 weight, 12 per float32 weight, 4.06 per int8
@@ -28,7 +28,7 @@ def _apply(
     table, items, space, clock,
     T: tl.constexpr, G_T: tl.constexpr, K_UNIT: tl.constexpr, G_K_UNIT: tl.constexpr,
     ROWS: tl.constexpr, ALIGNED: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, STOCHASTIC: tl.constexpr,
+    GROUP: tl.constexpr, PART: tl.constexpr, BY_EIGHTS: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     row, number, tile = tables.find_work(table, items, tables.LOW_RANK_WIDTH)
     record = space + 4 * number
@@ -82,9 +82,22 @@ def _apply(
         return
     if STOCHASTIC:
         if ROWS:
-            bits = rounding(key, t, c0, k0, BC, BK)
+            M: tl.constexpr = BC
+            N: tl.constexpr = BK
+            i0, l0 = c0, k0
         else:
-            bits = tl.trans(rounding(key, t, k0, c0, BK, BC))
+            M: tl.constexpr = BK
+            N: tl.constexpr = BC
+            i0, l0 = k0, c0
+        if PART:
+            i0 += tl.load(row + tables.LOW_RANK.row).to(tl.int32)
+            l0 += tl.load(row + tables.LOW_RANK.column).to(tl.int32)
+        if BY_EIGHTS:
+            bits = rounding(key, t, i0, l0, M, N)
+        else:
+            bits = rounding_anywhere(key, t, i0, l0, M, N)
+        if not ROWS:
+            bits = tl.trans(bits)
         w = round_stochastically(w, bits)
     tl.store(w_at, narrow(w, T), mask=inside, eviction_policy="evict_first")
 
@@ -101,6 +114,8 @@ class Tiling(NamedTuple):
     BC: int
     BK: int
     GROUP: int
+    PART: bool
+    BY_EIGHTS: bool
 
 
 def choose(layout: tables.Layout) -> Tiling:
@@ -118,6 +133,7 @@ def choose(layout: tables.Layout) -> Tiling:
     return Tiling(
         element(w.dtype), element(g.dtype), w.k_unit, g.k_unit, layout.rows,
         g.aligned and w.aligned, *(long if along_k else long[::-1]), layout.group,
+        layout.k_first is not None, layout.by_eights,
     )  # fmt: skip
 
 

@@ -144,6 +144,15 @@ def rounding(key, step, i0, l0, M: tl.constexpr, N: tl.constexpr, KIND: tl.const
 
 
 @triton.jit
+def rounding_anywhere(key, step, i0, l0, M: tl.constexpr, N: tl.constexpr):
+    """``rounding`` for any l0: a call per weight instead of one for eight."""
+    place = (l0 + tl.arange(0, N))[None, :]
+    i = (i0 + tl.arange(0, M)).to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = words(key, (place // 8).to(tl.uint32), i, step, ROUNDING)
+    return pick(w0, w1, w2, w3, place % 8 // 2) >> (place % 2 * 16).to(tl.uint32) & 0xFFFF
+
+
+@triton.jit
 def _halves(w0, w1, w2, w3):
     """[rows, calls] -> [rows, calls, 2, 2, 2]: the eight 16-bit halves of each call, in order."""
     w = tl.permute(tl.join(tl.join(w0, w1), tl.join(w2, w3)), (0, 1, 3, 2))

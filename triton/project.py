@@ -42,9 +42,13 @@ def _dot(z, x, acc):
 
 
 @triton.jit
-def find_tile(table, items, K_UNIT: tl.constexpr, ALIGNED: tl.constexpr):
+def find_tile(
+    table, items, T: tl.constexpr, K_UNIT: tl.constexpr, ALIGNED: tl.constexpr, PART: tl.constexpr
+):
     """This program's row, its channels, its tiles of rank rows, of K and of channels, where its
-    contracted indices begin and end, and the size of K."""
+    contracted indices begin and end, and the size of K; then where X begins, its other stride, and
+    its first contracted index. A PART counts those indices as the whole matrix does, from a block
+    of numbers on, and its X would begin at the whole's first."""
     row, _, tile = tables.find_work(table, items, tables.LOW_RANK_WIDTH)
     channels = tables.load_number(row, tables.LOW_RANK.channels, ALIGNED and not K_UNIT).to(
         tl.int32
@@ -55,8 +59,17 @@ def find_tile(table, items, K_UNIT: tl.constexpr, ALIGNED: tl.constexpr):
     r_tile, chunk, c_tile = tile % r_tiles, tile // r_tiles % chunks, tile // r_tiles // chunks
     length = tables.load_number(row, tables.LOW_RANK.chunk, True)
     begin = (chunk * length).to(tl.int32)
+    ld = tables.load_number(row, tables.LOW_RANK.grad_ld, ALIGNED)
+    x_at = tables.load_pointer(row, tables.LOW_RANK.grad, T, ALIGNED)
+    first = 0
+    if PART:
+        k_first = tables.load_number(row, tables.LOW_RANK.k_first, ALIGNED and K_UNIT)
+        x_at -= k_first if K_UNIT else k_first * ld
+        first = k_first.to(tl.int32)
+        size += first
+        begin += tl.load(row + tables.LOW_RANK.k_begin).to(tl.int32)
     end = tl.minimum(size, begin + length.to(tl.int32))
-    return row, channels, r_tile, chunk, c_tile, begin, end, size
+    return row, channels, r_tile, chunk, c_tile, begin, end, size, x_at, ld, first
 
 
 @triton.jit
@@ -87,20 +100,18 @@ def _project(
     table, items, space, clock, grad_scale, found_inf, direction, b1, w1, b2, w2, eps, gap,
     T: tl.constexpr, K_UNIT: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    SWAPPED: tl.constexpr,
+    SWAPPED: tl.constexpr, PART: tl.constexpr,
     STORE: tl.constexpr, SIGNS: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     if not STORE:  # noqa: SIM102  (else it writes the workspace alone, and square_norm needs q)
         if tables.is_skipped(found_inf):
             return
-    row, channels, r_tile, chunk, c_tile, begin, end, size = find_tile(
-        table, items, K_UNIT, ALIGNED
+    row, channels, r_tile, chunk, c_tile, begin, end, size, x_at, ld, first = find_tile(
+        table, items, T, K_UNIT, ALIGNED, PART
     )
     key, epoch = find_epoch(table, items, clock, gap)
 
     c, k = c_tile * BC + tl.arange(0, BC), tl.arange(0, BK)
-    ld = tables.load_number(row, tables.LOW_RANK.grad_ld, ALIGNED)
-    x_at = tables.load_pointer(row, tables.LOW_RANK.grad, T, ALIGNED)
     if K_UNIT:
         x_at += c[None, :] * ld + (begin + k)[:, None]
     else:
@@ -114,7 +125,10 @@ def _project(
     # one Triton would keep it in registers, let wgmma go on into the next turn, and draw the next z
     # into the same registers (its issue 9433; on an H200 a rademacher R was wrong by 7 %).
     for k0 in range(begin, end, BK):
-        x = tl.load(x_at, mask=(c < channels)[None, :] & (k0 + k < size)[:, None], other=0)
+        inside = k0 + k < size
+        if PART:
+            inside &= k0 + k >= first
+        x = tl.load(x_at, mask=(c < channels)[None, :] & inside[:, None], other=0)
         z = to_bf16(draw(key, epoch, r_tile * BR, k0, BR, BK, SIGNS, EXACT, FAST))
         wide = widen(x)
         q += wide * wide
@@ -163,6 +177,7 @@ class Tiling(NamedTuple):
     BC: int
     BK: int
     SWAPPED: bool
+    PART: bool
     num_warps: int
     num_stages: int
 
@@ -179,22 +194,30 @@ def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
     """
     rank, g, size = layout.rank, layout.g, layout.g.dtype.itemsize
     if rank == 1:
-        tile = (1, 32 // size, 128, False, 4, 3) if g.k_unit else (1, 128, 16, False, 4, 3)
+        tile = (1, 32 // size, 128, False) if g.k_unit else (1, 128, 16, False)
+        launch = (4, 3)
     elif rank <= 64 or asynchronous:
         rows = min(128, max(16, triton.next_power_of_2(rank)))
-        tile = (rows, 128, 128 // size, asynchronous and size == 2 and rows >= 64, 8, 3)
+        tile = (rows, 128, 128 // size, asynchronous and size == 2 and rows >= 64)
+        launch = (8, 3)
     else:
-        tile = (128, 128, 64 // size, False, 8, 4)
-    return Tiling(element(g.dtype), g.k_unit, g.aligned, layout.r_aligned, *tile)
+        tile, launch = (128, 128, 64 // size, False), (8, 4)
+    part = layout.k_first is not None
+    return Tiling(element(g.dtype), g.k_unit, g.aligned, layout.r_aligned, *tile, part, *launch)
 
 
-def split(layout: tables.Layout, tiling: Tiling) -> tuple[int, int]:
+def block(layout: tables.Layout, tiling: Tiling) -> int:
+    """What the first contracted index of a part is rounded down to a multiple of."""
+    return tiling.BK
+
+
+def split(layout: tables.Layout, tiling: Tiling, k: int) -> tuple[int, int]:
     """Contracted indices per chunk, and chunks: few tiles with a long K are cut along it.
 
     The matrix alone decides, so its bits do not depend on what else is in the launch. At most 32
     tiles of partial sums, 2 MB, are written; a chunk is a multiple of 512, the blocks of z.
     """
-    k = max(layout.k, 1)
+    k = max(k, 1)
     tiles = triton.cdiv(layout.channels, tiling.BC) * triton.cdiv(layout.rank, tiling.BR)
     chunks = max(1, min(32 // max(tiles, 1), k // 1024))
     chunk = triton.cdiv(triton.cdiv(k, chunks), 512) * 512

@@ -47,13 +47,14 @@ def _project_sparse(
     table, items, space, clock, grad_scale, found_inf, direction, b1, w1, b2, w2, eps, gap,
     T: tl.constexpr, K_UNIT: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr,
     EIGHTS: tl.constexpr, UNIT: tl.constexpr,
-    BR: tl.constexpr, BLOCKS: tl.constexpr, BC: tl.constexpr, STORE: tl.constexpr,
+    BR: tl.constexpr, BLOCKS: tl.constexpr, BC: tl.constexpr, PART: tl.constexpr,
+    STORE: tl.constexpr,
 ):  # fmt: skip
     if not STORE:  # noqa: SIM102  (else it writes the workspace alone, and square_norm needs q)
         if tables.is_skipped(found_inf):
             return
-    row, channels, r_tile, chunk, c_tile, begin, end, _size = find_tile(
-        table, items, K_UNIT, ALIGNED
+    row, channels, r_tile, chunk, c_tile, begin, end, _size, x_at, ld, k_first = find_tile(
+        table, items, T, K_UNIT, ALIGNED, PART
     )
     key, epoch = find_epoch(table, items, clock, gap)
     rank = tl.load(row + tables.LOW_RANK.rank).to(tl.int32)
@@ -69,8 +70,6 @@ def _project_sparse(
     AHEAD: tl.constexpr = 2 if BLOCKS == 1 and not WIDE else 1
     n, c = tl.arange(0, N), c_tile * BC + tl.arange(0, BC)
     block, j = n // BR, r_tile * BR + n % BR
-    ld = tables.load_number(row, tables.LOW_RANK.grad_ld, ALIGNED)
-    x_at = tables.load_pointer(row, tables.LOW_RANK.grad, T, ALIGNED)
     x_at += c[:, None] * ld if K_UNIT else c[None, :]
     acc = tl.zeros((BC, N) if K_UNIT else (N, BC), tl.float32)
     q = tl.zeros((BC, N // UNIT) if K_UNIT else (N, BC), tl.float32)
@@ -101,7 +100,10 @@ def _project_sparse(
                 i = j - sparse_place(places, b, rank)[1]
                 unit = (u + block) * rank + i + tl.where(i < 0, rank, 0)
                 k = unit
-            inside = tl.max_constancy((unit < end - k0) & (j < rank), UNIT)
+            inside = (unit < end - k0) & (j < rank)
+            if PART:
+                inside &= k0 + unit >= k_first
+            inside = tl.max_constancy(inside, UNIT)
             if K_UNIT:
                 mask = (c < channels)[:, None] & inside[None, :]
                 x = widen(tl.load(x_at + (k0 + k)[None, :], mask=mask, other=0))
@@ -148,6 +150,7 @@ class Tiling(NamedTuple):
     BR: int
     BLOCKS: int
     BC: int
+    PART: bool
 
 
 def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
@@ -171,18 +174,23 @@ def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
     channels = min(256, elements // (rows * blocks))
     return Tiling(
         element(g.dtype), g.k_unit, g.aligned, layout.r_aligned, eights, unit, rows, blocks,
-        channels,
+        channels, layout.k_first is not None,
     )  # fmt: skip
 
 
-def split(layout: tables.Layout, tiling: Tiling) -> tuple[int, int]:
+def block(layout: tables.Layout, tiling: Tiling) -> int:
+    """What the first contracted index of a part is rounded down to a multiple of."""
+    return max(8, tiling.BLOCKS) * max(layout.rank, 1)
+
+
+def split(layout: tables.Layout, tiling: Tiling, k: int) -> tuple[int, int]:
     """Contracted indices per chunk, and chunks: few tiles with a long K are cut along it.
 
     The matrix's shape and order alone decide, so channels are counted by one tile for all dtypes
     and alignments. No more sums are written than by project.split. A chunk is a multiple of 16
     blocks, which have their signs from one call.
     """
-    k, rank = max(layout.k, 1), max(layout.rank, 1)
+    k, rank = max(k, 1), max(layout.rank, 1)
     channels = 8192 // (tiling.BR * tiling.BLOCKS)
     tiles = triton.cdiv(layout.channels, channels) * triton.cdiv(rank, tiling.BR)
     chunks = max(1, min(64 // max(tiles, 1), k // 1024))

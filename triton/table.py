@@ -45,6 +45,16 @@ class LowRankRow(NamedTuple):
     r_squares: Any  # the place of |R_c|^2 [r_tiles, C]
     n_squares: Any  # the place of |N_c|^2 [r_tiles, C]
     partial: Any  # the place of R's partial sums [chunks, C, rank], if they are written
+    # Of a part of a matrix: its first k in the whole, and the one where the block of numbers begins
+    # that holds it; where its first weight stands; channels per owner, and the places of their R
+    # and q in what an owner is sent.
+    k_first: Any = 0
+    k_begin: Any = 0
+    row: Any = 0
+    column: Any = 0
+    share: Any = 0
+    sent_r: Any = 0
+    sent_q: Any = 0
 
 
 class DenseRow(NamedTuple):
@@ -61,6 +71,7 @@ class DenseRow(NamedTuple):
     columns: Any = 0
     exp_avg_unit: Any = 0  # an address, and the next one: of int8 moments alone
     exp_avg_sq_unit: Any = 0
+    first: Any = 0  # the number of its first element in the whole parameter, of which it is a part
 
 
 LOW_RANK = LowRankRow(*map(tl.constexpr, range(len(LowRankRow._fields))))
@@ -139,6 +150,8 @@ class Layout(NamedTuple):
     g: Matrix
     w: Matrix
     group: int = 0  # neighbours of an int8 weight that share a grid; 0 for all others
+    k_first: int | None = None  # of a part: where it begins in the whole
+    by_eights: bool = True  # its rows begin at a multiple of 8 of the whole's
 
 
 def matrix(t: Tensor) -> Matrix:
@@ -165,7 +178,14 @@ def layout(item: LowRank) -> Layout:
     moments = (item.exp_avg.data_ptr(), item.exp_avg_sq.data_ptr(), rank)
     r_aligned = all(number % 16 == 0 for number in moments)
     group = group_of(item)
-    return Layout(channels, k, rank, item.rows, r_aligned, matrix(g), matrix(w), group)
+    known = channels, k, rank, item.rows, r_aligned, matrix(g), matrix(w), group
+    if item.part is None:
+        return Layout(*known)
+    part, whole = item.part, Layout(*known)
+    k_first = part.column if item.rows else part.row
+    if whole.g.k_unit and k_first % 16:  # X is walked from a block's begin on
+        whole = whole._replace(g=whole.g._replace(vectors=False, aligned=False))
+    return whole._replace(k_first=k_first, by_eights=part.column % 8 == 0)
 
 
 def group_of(item: LowRank | Dense) -> int:
