@@ -369,7 +369,8 @@ def agreed(
     if seen[2] != -seen[3]:
         raise RuntimeError(
             "ranks differ in what they want to step: parameters with a gradient, options of the "
-            "groups and seed must be the same on all of them; nothing was written on any rank"
+            "groups, seed and back end must be the same on all of them; nothing was written on any "
+            "rank"
         )
     return found, bool(seen[1])
 

@@ -389,7 +389,10 @@ class APOLLO(torch.optim.Optimizer):
         rest = [dataclasses.replace(hyper, lr=0.0) for hyper in hypers]
         structures = [_structure(self.param_groups[unit.index]) for unit in units]
         live = [[p.grad is not None for p in unit.params] for unit in units]
-        return rates, rest, structures, live, self.defaults["seed"], self.max_grad_norm
+        devices = dict.fromkeys(p.device for unit in units for p in unit.params)
+        chosen = [backends.choose(self.defaults["backend"], device) for device in devices]
+        rest_of_all = self.defaults["seed"], self.max_grad_norm, chosen
+        return rates, rest, structures, live, *rest_of_all
 
     def _gradients(self, units: list[plan.Unit], seen: _Seen) -> list[list[Tensor]]:
         """The gradients of every unit, with a plan for each that is true now."""

@@ -2,6 +2,8 @@
 
 import apollo_kernels  # noqa: F401  (first: it guards torch against the folder triton/)
 
+import os  # isort: skip
+
 import torch  # isort: skip
 from torch import distributed
 from torch.utils import _pytree as pytree
@@ -108,6 +110,20 @@ def with_takers(groups, dtype, mesh, steps, options):
         return case.result(), took
 
 
+def in_buckets(size, *arguments):
+    """``run`` with buckets of another size for what goes to other ranks; what it sends, too."""
+    import pytest
+
+    from apollo_kernels import distributed as own
+    from apollo_kernels import work
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own, "BUCKET", size)
+        patch.setattr(work, "BUCKET", size)
+        with Counted() as counted:
+            return run(*arguments), counted.calls
+
+
 def compiled(groups, mesh):
     """A step inside of torch.compile, which it breaks out of: what two of them come to."""
     with torch.no_grad():
@@ -159,6 +175,8 @@ def one_rank_refuses(kind):
             case.params[2].requires_grad_(False)
         if kind == "option" and rank == 1:
             case.optimizer.param_groups[0]["lr"] = 0.5
+        if kind == "backend" and rank == 1:
+            os.environ.update(TRITON_INTERPRET="1", APOLLO_KERNELS_BACKEND="triton")
         try:
             for i, p in enumerate(case.params):
                 p.grad = case.laid(numbers(p.shape, 7 + i), "0")
@@ -171,6 +189,7 @@ def one_rank_refuses(kind):
         if kind == "state" and rank == 1:
             own["step"] = kept
         case.optimizer.param_groups[0]["lr"] = 1e-3
+        os.environ.pop("APOLLO_KERNELS_BACKEND", None)
         same = all(
             torch.equal(value, before[key])
             for key, value in case.result().items()
@@ -469,12 +488,14 @@ class Counted(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.bytes = {"all_reduce": 0, "reduce_scatter": 0, "all_gather": 0}
+        self.calls = dict(self.bytes)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for kind in self.bytes:
             if function.namespace == "c10d" and kind_of(function.__name__) == kind:
                 tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
                 self.bytes[kind] += max(t.numel() * t.element_size() for t in tensors)
+                self.calls[kind] += 1
         return function(*args, **(kwargs or {}))
 
 
