@@ -30,7 +30,8 @@ from apollo_kernels.triton_kernels.element import element
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx942")
 F32 = element(torch.float32)
 TYPES = {"table": "*i64", "items": "*i32", "space": "*fp32", "clock": "*i64", "bad": "*i32"}
-TYPES |= {"counters": "*i64", "gap": "i32"}  # all others are fp32
+TYPES |= {"counters": "*i64", "gap": "i32", "scratch": "*fp32", "sent": "*fp32"}
+TYPES |= {"norms": "*fp64", "owners": "i32", "width": "i32"}  # all others are fp32
 OPTIONAL = ("lr_at", "grad_scale", "found_inf", "clip")
 MIX = {
     "spills": "LDL|STL",
@@ -94,6 +95,7 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
         name = f"limit {'tensor' if tensor else 'channel'}"
         yield name, scale._limit, {"TENSOR": tensor, **flags}
     yield "begin", adamw._begin, {"CORRECT": True, "num_warps": 1}
+    yield from parts(arch)
     given = dict.fromkeys(OPTIONAL, "*fp32")  # lr in a tensor, GradScaler's tensors, and clip
     tiling = project.choose(layout(torch.float16, True, 64), arch in ("90", "100"))._asdict()
     fused = {"STORE": False, "SIGNS": False, "EXACT": False, "FAST": True, **given}
@@ -113,6 +115,26 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
     tiling = adamw.Tiling(element(torch.float16), element(torch.float16), F32, True)._asdict()
     yield "adamw f16, signals", adamw._adamw, {**tiling, "num_warps": 8, **given}
     yield "begin, signals", adamw._begin, {"CORRECT": False, "num_warps": 1, **given}
+
+
+def parts(arch: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """What parts of matrices launch besides, or as other kernels."""
+    for k_unit, rank in ((False, 128), (True, 64)):
+        shape = layout(torch.bfloat16, k_unit, rank)._replace(k_first=512, by_eights=False)
+        side = f"bf16 {'rows' if k_unit else 'columns'} rank {rank}"
+        rest: dict[str, Any] = {"STORE": True, "SIGNS": False, "EXACT": False, "FAST": True}
+        tiling = project.choose(shape, arch in ("90", "100"))._asdict()
+        yield f"project {side}, part", project._project, {**tiling, **rest}
+        tiling, rest = sparse.choose(shape, False)._asdict(), {"STORE": True, "num_warps": 8}
+        yield f"project_sparse {side}, part", sparse._project_sparse, {**tiling, **rest}
+    rest = {"STOCHASTIC": True, "num_warps": apply.warps(True)}
+    yield f"apply {side}, part", apply._apply, {**apply.choose(shape)._asdict(), **rest}
+    yield "send", scale._send, {"ALIGNED": True, "BR": 128, "BC": scale.COMBINE}
+    flags = {"CORRECT": True, "FRONT": False, "LIMITER": True}
+    for tensor in (False, True):
+        of = {"TENSOR": tensor, "BLOCK": 1024}
+        yield f"norms {tensor}", scale._norms, of
+        yield f"limit_parts {tensor}", scale._limit_parts, {**flags, **of}
 
 
 def compiled(kernel: Any, fixed: dict[str, Any], arch: str) -> Any:

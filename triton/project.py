@@ -67,7 +67,7 @@ def find_tile(
         x_at -= k_first if K_UNIT else k_first * ld
         first = k_first.to(tl.int32)
         size += first
-        begin += tl.load(row + tables.LOW_RANK.k_begin).to(tl.int32)
+        begin += tables.load_number(row, tables.LOW_RANK.k_begin, True).to(tl.int32)
     end = tl.minimum(size, begin + length.to(tl.int32))
     return row, channels, r_tile, chunk, c_tile, begin, end, size, x_at, ld, first
 
@@ -207,7 +207,7 @@ def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
 
 
 def block(layout: tables.Layout, tiling: Tiling) -> int:
-    """What the first contracted index of a part is rounded down to a multiple of."""
+    """What the first contracted index of a part is rounded down to a multiple of: 16 divides it."""
     return tiling.BK
 
 

@@ -179,8 +179,8 @@ def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
 
 
 def block(layout: tables.Layout, tiling: Tiling) -> int:
-    """What the first contracted index of a part is rounded down to a multiple of."""
-    return max(8, tiling.BLOCKS) * max(layout.rank, 1)
+    """What the first contracted index of a part is rounded down to a multiple of: 16 divides it."""
+    return max(16, tiling.BLOCKS) * max(layout.rank, 1)
 
 
 def split(layout: tables.Layout, tiling: Tiling, k: int) -> tuple[int, int]:
