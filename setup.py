@@ -75,8 +75,8 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["apollo_kernels", "apollo_kernels.triton_kernels"],
-    package_data={"apollo_kernels": ["py.typed"]},
+    packages=["apollo_kernels", "apollo_kernels.integrations", "apollo_kernels.triton_kernels"],
+    package_data={"apollo_kernels": ["py.typed", "as_apollo_torch/*", "as_apollo_torch/*/*"]},
     ext_modules=[Extension("apollo_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )
