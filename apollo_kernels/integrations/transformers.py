@@ -34,7 +34,7 @@ OPTIM_ARGS: dict[str, type] = {
     "stochastic_rounding": bool, "exact_projection": bool, "dense_state": str,
     "embeddings": bool, "seed": int, "backend": str, "fused": bool,
 }  # fmt: skip
-_OF_THE_OPTIMIZER = ("seed", "backend", "max_grad_norm", "gradient_release")
+_OF_THE_OPTIMIZER = ("seed", "backend", "fused", "max_grad_norm", "gradient_release")
 
 
 def trainer_optimizer(
@@ -59,8 +59,8 @@ def trainer_optimizer(
         groups: apollo_kernels.apollo, apollo_mini, or another function of a model and ``options``
             that returns groups.
         options: of ``groups`` (rank, proj, embeddings, dense_state, ...), or the optimizer's seed,
-            backend, max_grad_norm and gradient_release. max_grad_norm clips in the step: set that
-            of ``args`` to 0 then.
+            backend, fused, max_grad_norm and gradient_release. max_grad_norm clips in the step: set
+            that of ``args`` to 0 then.
     Raises
         ValueError: as ``groups`` and APOLLO do, and for gradient_release together with
             gradient_accumulation_steps or several processes.
@@ -233,13 +233,13 @@ def _with_decay_of_trainer(
 ) -> list[dict[str, Any]]:
     """The same groups, each cut in two where only some of its parameters have weight decay."""
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    names = {p: name for name, p in model.named_parameters()}
     cut = []
     for group in made:
-        pairs = list(zip(group["params"], group["param_names"], strict=True))
         for decays in (True, False):
-            own = [(p, name) for p, name in pairs if (name in decayed) == decays]
-            if own:
-                params, called = map(list, zip(*own, strict=True))
+            params = [p for p in group["params"] if (names[p] in decayed) == decays]
+            if params:
+                called = [names[p] for p in params]
                 decay = weight_decay if decays else 0.0
                 keys = {"params": params, "param_names": called, "weight_decay": decay}
                 cut.append({**group, **keys})
