@@ -154,7 +154,7 @@ class Trainer:
         write_whole(path, json.dumps(run) + "\n")
         rate = f", learning rate {settings.lr:g}" if settings.lr else ""
         print(
-            f"{entry.label}, seed {settings.seed}{rate}: {run['curve'][-1][1]:.4f}",
+            f"{entry.label}, seed {settings.seed}{rate}: {final(run):.4f}",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
