@@ -33,6 +33,7 @@ import torch
 import training  # of examples/, which rivals has put on the path
 
 Losses = dict[float, float]  # of a sweep: factor of the learning rate -> final loss
+FARTHEST = 32  # times the rate that a sweep begins at
 NOISE = 0.005  # nats between two draws of the projection at one seed (DESIGN.md, sparse projection)
 
 
@@ -160,7 +161,7 @@ class Trainer:
 
     def sweep(self, entries: list[Entry], seed: int) -> dict[Entry, float]:
         """The factor of each one's learning rate with the lowest loss, with a higher one on both
-        sides."""
+        sides, or as far as a sweep goes."""
         losses: dict[Entry, Losses] = {entry: {} for entry in entries}
         wanted = [(entry, factor) for entry in entries for factor in (0.5, 1.0, 2.0)]
         while wanted:
@@ -170,7 +171,11 @@ class Trainer:
             wanted = []
             for entry, known in losses.items():
                 best = min(known, key=known.__getitem__)
-                wanted += [(entry, f) for f in (best / 2, best * 2) if f not in known]
+                wanted += [
+                    (entry, f)
+                    for f in (best / 2, best * 2)
+                    if f not in known and 1 / FARTHEST <= f <= FARTHEST
+                ]
         return {entry: min(known, key=known.__getitem__) for entry, known in losses.items()}
 
 
