@@ -418,8 +418,9 @@ def test_gradient_release_under_fully_shard_gives_the_bits_of_the_normal_mode(gr
         close(found, expected, 0)
 
 
-def test_a_grad_scaler_skips_the_step_of_all_ranks_together(group):
-    answers = group.run(2, sharded.scaled, (2,), 3, 1)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_skips_the_step_of_all_ranks_together(group, fused):
+    answers = group.run(2, sharded.scaled, (2,), 3, 1, fused)
     for seen, scale in answers:
         assert scale == 512.0
         compare(seen[1], seen[0], 0)
@@ -497,6 +498,17 @@ def test_a_plain_state_dict_of_whole_tensors_is_cut_where_it_is_loaded(group):
         for key, value in expected.items():
             if key[1] != "weight":
                 assert helpers.same(found[key], value), key
+
+
+@pytest.mark.parametrize("backends, place", [
+    ("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda"), ("cpu:gloo", "cpu"),
+])  # fmt: skip
+def test_flags_cross_from_the_cpu_where_a_group_can(monkeypatch, backends, place):
+    """So that the host does not wait for the device before each step."""
+    from apollo_kernels import distributed
+
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: backends)
+    assert distributed._flags_on(object(), "cuda") == place
 
 
 # ---- what a step sends ---------------------------------------------------------------------------
