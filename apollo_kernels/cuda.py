@@ -120,6 +120,7 @@ class _Placed:
         self._captured, self._streams = False, set[int]()
         self.workspace = torch.zeros(plan.workspace_floats, dtype=torch.float32, device=device)
         self.maps, self._host_maps = self._upload(plan.map_size, torch.int32, plan.write_maps)
+        self._owned = [self.maps, self.workspace]
         self._write_table()
 
     def _upload(self, size: int, dtype: torch.dtype, write: Callable[[int], None]) -> Any:
@@ -155,7 +156,7 @@ class _Placed:
         stream = torch.cuda.current_stream(self.device)
         if stream.cuda_stream not in self._streams:  # freed memory waits for each that used it
             self._streams.add(stream.cuda_stream)
-            for t in (self.table, self.maps, self.workspace):
+            for t in (self.table, *self._owned):
                 t.record_stream(stream)
         return stream.cuda_stream
 
@@ -275,17 +276,19 @@ class PartBatch(LowRankBatch):
             self.workspace[slice(*ends)] for ends in self.plan.own()
         )
         self._scales = self.workspace[slice(*self.plan.s())]
+        self._owned.append(self._norms)
         if self.owners > 1:
             self._order, self._host_order = self._upload(
                 len(self._scales), torch.int64, self.plan.write_scale_order
             )
+            self._owned.append(self._order)
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
         if self.owners == 1:
             super().project(hyper, signals)
             return
         plan, native, stream = self.plan, self._hyper(hyper, signals), self._stream()
-        of = {"dtype": torch.float32, "device": self.device}
+        of: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
         scratch = torch.empty(plan.scratch_floats, **of)
         self.sums = torch.empty((self.owners, plan.sent_floats), **of)
         plan.project(native, stream, scratch.data_ptr())

@@ -624,7 +624,7 @@ CUDA = [
     ),
     Mutant(
         "R lies on top of q", "csrc/plan.cpp",
-        "    m.r += r_begin();\n", "    m.r += q_begin();\n",
+        "      m.r += r;\n", "      m.r += q;\n",
         "test_cuda_batch.py::test_every_rank_class_and_orientation_takes_the_steps_of_the"
         "_restatement[True-False]",
     ),
@@ -663,9 +663,93 @@ CUDA = [
     ),
     Mutant(
         "scale takes the map of apply", "csrc/plan.cpp",
-        "map_begin(hyper.distribution) + of.project_blocks", "0",
+        "map = map_begin(hyper.distribution) + of.project_blocks", "0",
         "test_cuda_batch.py::test_every_rank_class_and_orientation_takes_the_steps_of_the"
         "_restatement[True-False]",
+    ),
+    Mutant(
+        "the head of a part is left out of R", "csrc/plan.cpp",
+        "m.chunks = chunks + heads;",
+        "m.chunks = chunks;",
+        "test_parts.py::test_parts_of_the_contracted_side_take_the_step_of_the_whole[cuda-rademacher-8-1]",
+    ),
+    Mutant(
+        "the head's k are counted from the part's first", "csrc/project_head.cuh",
+        "const uint32_t k0 = first / block * block;",
+        "const uint32_t k0 = first;",
+        "test_parts.py::test_parts_draw_the_numbers_of_the_whole_bit_for_bit[cuda-gaussian-8-0]",
+    ),
+    Mutant(
+        "the head's signs of the block before", "csrc/project_head.cuh",
+        "RowSigns<1>{numbers, j}.get(sign, k0 / rank);",
+        "RowSigns<1>{numbers, j}.get(sign, k0 / rank - 1);",
+        "test_parts.py::test_parts_draw_the_numbers_of_the_whole_bit_for_bit[cuda-sparse-12-0]",
+    ),
+    Mutant(
+        "a part begins with its first k, not with a block", "csrc/plan.cpp",
+        "std::min(ceil_div(m.k_first, block) * block, m.k_end)",
+        "m.k_first",
+        "test_parts.py::test_parts_draw_the_numbers_of_the_whole_bit_for_bit[cuda-gaussian-8-1]",
+    ),
+    Mutant(
+        "X is not counted from the whole's first k", "csrc/plan.cpp",
+        "uintptr_t(m.k_first * stride * size_of(grad_dtype_))",
+        "uintptr_t(0 * stride * size_of(grad_dtype_))",
+        "test_parts.py::test_parts_of_the_contracted_side_take_the_step_of_the_whole[cuda-rademacher-8-1]",
+    ),
+    Mutant(
+        "owners are sent the first chunk alone", "csrc/parts.cuh",
+        "here && i < p.chunks; ++i",
+        "here && i < 1; ++i",
+        "test_parts.py::test_parts_of_the_contracted_side_take_the_step_of_the_whole[cuda-rademacher-8-0]",
+    ),
+    Mutant(
+        "owners are sent q of the first chunk alone", "csrc/parts.cuh",
+        "here && i < p.q_rows; ++i",
+        "here && i < 1; ++i",
+        "test_parts.py::test_parts_of_the_contracted_side_take_the_step_of_the_whole[cuda-rademacher-8-0]",
+    ),
+    Mutant(
+        "every matrix has the first one's norms", "csrc/parts.cuh",
+        "launch.norms[count * i + n]",
+        "launch.norms[n]",
+        "test_parts.py::test_parts_take_every_kind_of_step[cuda-tensor-None-False]",
+    ),
+    Mutant(
+        "all owners' scales are the first one's", "csrc/plan.cpp",
+        "there / own.share * own_.s_size + own.s",
+        "own.s",
+        "test_parts.py::test_parts_of_the_contracted_side_take_the_step_of_the_whole[cuda-rademacher-8-1]",
+    ),
+    Mutant(
+        "R that an owner was sent is read by 16 bytes anywhere", "csrc/scale.cuh",
+        "aligned<4>(r_of(p, launch, 0), p.rank)",
+        "true",
+        "test_parts.py::test_parts_take_every_kind_of_step[cuda-channel-None-True]",
+    ),
+    Mutant(
+        "a part's rounding begins at row 0", "csrc/weights.cuh",
+        "return {uint32_t(p.row), uint32_t(p.column)};",
+        "return {0, uint32_t(p.column)};",
+        "test_parts.py::test_parts_are_rounded_by_their_place_in_the_whole[cuda-ends0-0-False]",
+    ),
+    Mutant(
+        "a part's rounding begins at column 0", "csrc/weights.cuh",
+        "return {uint32_t(p.row), uint32_t(p.column)};",
+        "return {uint32_t(p.row), 0};",
+        "test_parts.py::test_parts_are_rounded_by_their_place_in_the_whole[cuda-ends6-1-False]",
+    ),
+    Mutant(
+        "a row that begins within a call is rounded by eights", "csrc/weights.cuh",
+        "by_eights(row_major && p.column % 8 == 0)",
+        "by_eights(row_major)",
+        "test_parts.py::test_parts_are_rounded_by_their_place_in_the_whole[cuda-ends6-1-False]",
+    ),
+    Mutant(
+        "a dense part's moments are rounded as the whole's first", "csrc/moments.cuh",
+        "call(uint64_t(p.first + begin) / 4)",
+        "call(uint64_t(begin) / 4)",
+        "test_parts.py::test_a_dense_part_rounds_its_moments_by_their_number_in_the_whole[cuda-dtype0]",
     ),
 ]
 
@@ -788,8 +872,7 @@ TRITON = [
     ),
     Mutant(
         "K is read beyond its end", "triton/project.py",
-        "(c < channels)[None, :] & (k0 + k < size)[:, None], other=0",
-        "(c < channels)[None, :] & (k0 + k >= 0)[:, None], other=0",
+        "inside = k0 + k < size", "inside = k0 + k >= 0",
         "test_triton_kernels.py::test_strides_and_offsets[contiguous-rows of a wider matrix]",
     ),
     Mutant(
@@ -832,8 +915,8 @@ TRITON = [
     ),
     Mutant(
         "found_inf is not heeded by limit", "triton/scale.py",
-        "    if tables.is_skipped(found_inf):\n        return\n    row = tables",
-        "    row = tables",
+        "unless the end is reached\n    if tables.is_skipped(found_inf):",
+        "unless the end is reached\n    if False:",
         "test_triton_batch.py::test_found_inf_writes_nothing[fused]",
     ),
     Mutant(
@@ -850,8 +933,8 @@ TRITON = [
     ),
     Mutant(
         "clip^2 before q", "triton/scale.py",
-        "raw * (raw * _total(q_at, c, channels, q_parts))",
-        "(raw * raw) * _total(q_at, c, channels, q_parts)",
+        "u2 += raw * (raw * _total(q_at, c, channels, q_parts))",
+        "u2 += (raw * raw) * _total(q_at, c, channels, q_parts)",
         "test_clipping.py::test_a_clip_whose_square_vanishes_in_float32_is_no_zero"
         "[triton-8-channel]",
     ),
@@ -869,7 +952,7 @@ TRITON = [
     ),
     Mutant(
         "a bad update is taken", "triton/scale.py",
-        "    if not finite(u):\n", "    if u < 0.0:\n",
+        "    if finite(u):\n", "    if True:\n",
         "test_nonfinite.py::test_a_bad_first_step_leaves_the_limiter_unset[triton-nan]",
     ),
     Mutant(
@@ -886,7 +969,7 @@ TRITON = [
     ),
     Mutant(
         "disable_nl is forgotten", "triton/scale.py",
-        "LIMITER=not hyper.disable_nl", "LIMITER=True",
+        "not hyper.disable_nl", "True",
         "test_triton_batch.py::test_the_limiter_s_counter_and_switches",
     ),
     Mutant(
@@ -901,13 +984,12 @@ TRITON = [
     ),
     Mutant(
         "scale_front is forgotten", "triton/scale.py",
-        "        u *= alpha\n", "        u *= 1.0\n",
+        "u *= alpha\n\n", "u *= 1.0\n\n",
         "test_rule.py::test_scale_front_puts_alpha_into_the_stored_norm[triton]",
     ),
     Mutant(
         "columns' bits are not turned", "triton/apply.py",
-        "bits = tl.trans(rounding(key, t, k0, c0, BK, BC))",
-        "bits = rounding(key, t, c0, k0, BC, BK)",
+        "bits = tl.trans(bits)", "bits = tl.reshape(bits, (BC, BK))",
         "test_triton_kernels.py::test_stochastic_rounding_takes_the_contract_s_bits"
         "[row-major-False]",
     ),
@@ -965,6 +1047,54 @@ TRITON = [
         "leads=int(item.leads)", "leads=1",
         "test_triton_batch.py::test_expert_matrices_share_a_step_that_one_of_them_advances"
         "[separate-0]",
+    ),
+    Mutant(
+        "what lies before a part is read", "triton/project.py",
+        "            inside &= k0 + k >= first\n",
+        "            inside &= k0 + k >= 0\n",
+        "test_parts.py::test_parts_of_the_contracted_side_take_the_step_of_the_whole[triton-rademacher-72-1]",
+    ),
+    Mutant(
+        "what lies before a part is read by a sparse projection", "triton/sparse.py",
+        "inside &= k0 + unit >= k_first",
+        "inside &= k0 + unit >= 0",
+        "test_parts.py::test_parts_of_the_contracted_side_take_the_step_of_the_whole[triton-sparse-8-1]",
+    ),
+    Mutant(
+        "a part begins with block 0", "triton/project.py",
+        "begin += tables.load_number(row, tables.LOW_RANK.k_begin, True).to(tl.int32)",
+        "begin += 0",
+        "test_parts.py::test_parts_draw_the_numbers_of_the_whole_bit_for_bit[triton-gaussian-8-0]",
+    ),
+    Mutant(
+        "owners' q goes to the first one", "triton/scale.py",
+        "tl.store(to + tl.load(row + tables.LOW_RANK.sent_q) + c % share, q, mask=wanted)",
+        "tl.store(sent + tl.load(row + tables.LOW_RANK.sent_q) + c % share, q, mask=wanted)",
+        "test_parts.py::test_parts_of_the_contracted_side_take_the_step_of_the_whole[triton-sparse-8-1]",
+    ),
+    Mutant(
+        "|R|^2 of one rank", "triton/scale.py",
+        "r2, n2 = tl.load(norms + 3 * number), tl.load(norms + 3 * number + 1)",
+        "r2, n2 = tl.load(norms), tl.load(norms + 1)",
+        "test_parts.py::test_parts_take_every_kind_of_step[triton-tensor-None-True]",
+    ),
+    Mutant(
+        "a part's rounding begins at row 0", "triton/apply.py",
+        "i0 += tl.load(row + tables.LOW_RANK.row).to(tl.int32)",
+        "i0 += 0",
+        "test_parts.py::test_parts_are_rounded_by_their_place_in_the_whole[triton-ends10-0-False]",
+    ),
+    Mutant(
+        "a part's rounding begins at column 0", "triton/apply.py",
+        "l0 += tl.load(row + tables.LOW_RANK.column).to(tl.int32)",
+        "l0 += 0",
+        "test_parts.py::test_parts_are_rounded_by_their_place_in_the_whole[triton-ends8-1-False]",
+    ),
+    Mutant(
+        "a dense part's moments are rounded as the whole's first", "triton/adamw.py",
+        "first += tl.load(row + tables.DENSE.first)",
+        "first += 0",
+        "test_parts.py::test_a_dense_part_rounds_its_moments_by_their_number_in_the_whole[triton-dtype3]",
     ),
 ]
 # fmt: on

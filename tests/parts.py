@@ -5,19 +5,20 @@ from dataclasses import replace
 
 import torch
 
-from apollo_kernels.batch import LowRank, Part, Signals
+from apollo_kernels import cuda
+from apollo_kernels.batch import Hyper, LowRank, Part, Signals
 
 
-def matrix(shape, rank, rows, dtype=torch.float32, key=7, columns_first=False):
+def matrix(shape, rank, rows, dtype=torch.float32, key=7, columns_first=False, device="cpu"):
     """A whole matrix with random weight and gradient; ``columns_first``: as it lies in memory."""
     generator = torch.Generator().manual_seed(key)
-    both = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+    both = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2)]
     if columns_first:
         both = [t.t().contiguous().t() for t in both]
     channels, k = shape if rows else shape[::-1]
-    moments = [torch.zeros(channels, min(rank, k)) for _ in range(2)]
-    step = torch.zeros((), dtype=torch.int64)
-    return LowRank(*both, *moments, torch.zeros(()), step, key, rows)
+    moments = [torch.zeros(channels, min(rank, k), device=device) for _ in range(2)]
+    norm, step = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+    return LowRank(*both, *moments, norm, step, key, rows)
 
 
 def copy(item, **changes):
@@ -59,9 +60,16 @@ def together(parts, dim):
     )
 
 
-def sums_of(batches, h):
+def signals_for(item, **given):
+    """Those of a step, where the tensors of ``item`` are."""
+    device = item.weight.device
+    numbers = {key: torch.tensor(v, device=device) for key, v in given.items() if v is not None}
+    return Signals(torch.zeros(3, dtype=torch.int64, device=device), **numbers)
+
+
+def sums_of(batches, h, item):
     """What all ranks together send, after ``project``."""
-    signals = Signals(torch.zeros(3, dtype=torch.int64))
+    signals = signals_for(item)
     for batch in batches:
         batch.project(h, signals)
     return torch.stack([batch.sums for batch in batches]).sum(0)
@@ -69,8 +77,7 @@ def sums_of(batches, h):
 
 def step(module, ranks, h, separate=False, clip=None, found_inf=None):
     """One step of ``ranks``, the items of each; returns the counters of each."""
-    found_inf = None if found_inf is None else torch.tensor(found_inf)
-    signals = [Signals(torch.zeros(3, dtype=torch.int64), found_inf=found_inf) for _ in ranks]
+    signals = [signals_for(items[0], found_inf=found_inf) for items in ranks]
     batches = [module.build(items, separate=separate or clip is not None) for items in ranks]
     for batch, s in zip(batches, signals, strict=True):
         batch.project(h, s)
@@ -79,7 +86,9 @@ def step(module, ranks, h, separate=False, clip=None, found_inf=None):
         for batch, own in zip(batches, whole, strict=True):
             batch.receive_sums(own)
     if clip is not None:
-        signals = [replace(s, clip=torch.tensor(clip)) for s in signals]
+        signals = [
+            replace(s, clip=s.counters.new_tensor(clip, dtype=torch.float32)) for s in signals
+        ]
     both = list(zip(batches, signals, strict=True))
     for batch, s in both:
         batch.scale(h, s)
@@ -99,11 +108,51 @@ def step(module, ranks, h, separate=False, clip=None, found_inf=None):
 
 def whole_step(module, items, h, separate=False, clip=None):
     """The same of whole matrices."""
-    signals = Signals(torch.zeros(3, dtype=torch.int64))
+    signals = signals_for(items[0])
     batch = module.build(items, separate=separate or clip is not None)
     batch.project(h, signals)
     if clip is not None:
-        signals = replace(signals, clip=torch.tensor(clip))
+        signals = replace(signals, clip=signals.counters.new_tensor(clip, dtype=torch.float32))
     batch.scale(h, signals)
     batch.apply(h, signals)
     return signals.counters.tolist()
+
+
+def hyper(**changes):
+    options = dict(
+        lr=0.1, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, correct_bias=True, maximize=False,
+        distribution="rademacher", update_proj_gap=1,
+    )  # fmt: skip
+    return Hyper(**{**options, **changes})
+
+
+def near(found, exact, tolerance):
+    """``tolerance``: of the largest number. A NaN is near to nothing."""
+    assert found.shape == exact.shape and found.dtype == exact.dtype
+    largest = max(float(exact.double().abs().max()), 1e-30) if exact.numel() else 1.0
+    assert ((found.double() - exact.double()).abs() <= tolerance * largest).all()
+
+
+def by_rank(items, dim, ends):
+    return [list(own) for own in zip(*(cut(i, dim, ends) for i in items), strict=True)]
+
+
+def agree(module, items, dim, ends, h, steps=None, tolerance=2**-17, **options):
+    """Cut at ``ends``, the matrices step as they do whole: only sums are in another order. Moments
+    say so to ``tolerance``; a scale |N| / |R| may stand on few and small entries of R, so that
+    weights, of bf16 too, differ by more."""
+    ranks, whole = by_rank(items, dim, ends), [copy(item) for item in items]
+    steps = steps or (2 if module is cuda else 1)
+    assert all(module.takes(item) for own in ranks for item in own)
+    for _ in range(steps):
+        expected = whole_step(module, whole, h, **options)
+        for counters in step(module, ranks, h, **options):
+            assert counters == expected
+    for item, *own in zip(whole, *ranks, strict=True):
+        weight, exp_avg, exp_avg_sq = together(own, dim)
+        near(exp_avg, item.exp_avg, tolerance)
+        near(exp_avg_sq, item.exp_avg_sq, 2 * tolerance)
+        near(weight, item.weight, max(1e-3, torch.finfo(weight.dtype).eps))
+        for part in own:
+            assert int(part.step) == int(item.step) == steps
+            near(part.update_norm, item.update_norm, 1e-3)

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import parts
 import pytest
 import torch
 from gpu_runs import CONFIGURATIONS, SHAPES, compare, train
@@ -66,6 +67,19 @@ def kernels(backend):
     if backend == "torch":
         pytest.skip("plain PyTorch reads the host")
     return backend
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "sparse"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_of_a_matrix_take_the_step_of_the_whole(kernels, distribution, dim):
+    """As ranks that cut it step them, with what crosses ranks added up by hand. Tensor cores cut
+    sums off, at other places in a part."""
+    module = backends.load(kernels)
+    for rank, dtype in ((1, torch.float32), (8, torch.bfloat16), (128, torch.bfloat16)):
+        for rows in (True, False):
+            item = parts.matrix((1100, 1100), rank, rows, dtype, device="cuda")
+            h = parts.hyper(distribution=distribution)
+            parts.agree(module, [item], dim, [300, 300, 777, 1100], h, tolerance=2**-11)
 
 
 def test_the_fast_logarithm_keeps_its_promise_for_every_u1():

@@ -10,8 +10,8 @@ import parts
 import pytest
 import torch
 
-from apollo_kernels import backends, cuda, philox
-from apollo_kernels.batch import Dense, Hyper, Signals
+from apollo_kernels import backends, philox
+from apollo_kernels.batch import Dense, Signals
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -35,46 +35,6 @@ on_both = pytest.mark.parametrize("module", ["cuda", "triton"], indirect=True)
 DISTRIBUTIONS = ["gaussian", "rademacher", "sparse"]
 
 
-def hyper(**changes):
-    options = dict(
-        lr=0.1, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, correct_bias=True, maximize=False,
-        distribution="rademacher", update_proj_gap=1,
-    )  # fmt: skip
-    return Hyper(**{**options, **changes})
-
-
-def near(found, exact, tolerance):
-    """``tolerance``: of the largest number. A NaN is near to nothing."""
-    assert found.shape == exact.shape and found.dtype == exact.dtype
-    largest = max(float(exact.double().abs().max()), 1e-30) if exact.numel() else 1.0
-    assert ((found.double() - exact.double()).abs() <= tolerance * largest).all()
-
-
-def by_rank(items, dim, ends):
-    return [list(own) for own in zip(*(parts.cut(i, dim, ends) for i in items), strict=True)]
-
-
-def agree(module, items, dim, ends, h, steps=None, **options):
-    """Cut at ``ends``, the matrices step as they do whole: only sums are in another order. Moments
-    say so to 2^-17; a scale |N| / |R| may stand on few and small entries of R, so that weights, of
-    bf16 too, differ by more."""
-    ranks, whole = by_rank(items, dim, ends), [parts.copy(item) for item in items]
-    steps = steps or (2 if module is cuda else 1)
-    assert all(module.takes(item) for own in ranks for item in own)
-    for _ in range(steps):
-        expected = parts.whole_step(module, whole, h, **options)
-        for counters in parts.step(module, ranks, h, **options):
-            assert counters == expected
-    for item, *own in zip(whole, *ranks, strict=True):
-        weight, exp_avg, exp_avg_sq = parts.together(own, dim)
-        near(exp_avg, item.exp_avg, 2**-17)
-        near(exp_avg_sq, item.exp_avg_sq, 2**-16)
-        near(weight, item.weight, max(1e-3, torch.finfo(weight.dtype).eps))
-        for part in own:
-            assert int(part.step) == int(item.step) == steps
-            near(part.update_norm, item.update_norm, 1e-3)
-
-
 @cases(
     "distribution, rank, dim", DISTRIBUTIONS, [1, 3, 8, 20, 72], [0, 1],
     triton=[("gaussian", 20, 0), ("rademacher", 72, 1), ("sparse", 8, 1), ("sparse", 3, 0)],
@@ -83,7 +43,7 @@ def test_parts_of_the_contracted_side_take_the_step_of_the_whole(module, distrib
     """Ends within a block; a part of nothing, and one that ends where its first block does not."""
     shape = (90, 21) if dim == 0 else (21, 90)
     items = [parts.matrix(shape, rank, dim == 1, key=i, columns_first=i == 1) for i in range(2)]
-    agree(module, items, dim, [33, 33, 40, 90], hyper(distribution=distribution))
+    parts.agree(module, items, dim, [33, 33, 40, 90], parts.hyper(distribution=distribution))
 
 
 @cases(
@@ -93,7 +53,7 @@ def test_parts_of_the_contracted_side_take_the_step_of_the_whole(module, distrib
 def test_parts_take_every_kind_of_step(module, scale_type, clip, contracted):
     """Several matrices of other ranks and shapes in one batch: whose channels are cut, or whose
     contracted side is, in an odd number of shares, of which two channels leave one empty."""
-    h = hyper(scale_type=scale_type, scale=4.0, maximize=True, scale_front=True)
+    h = parts.hyper(scale_type=scale_type, scale=4.0, maximize=True, scale_front=True)
     shapes = [((70, 33), 9), ((70, 40), 16), ((70, 2), 8)]
     items = [
         parts.matrix(shape, rank, not contracted, key=i) for i, (shape, rank) in enumerate(shapes)
@@ -102,7 +62,7 @@ def test_parts_take_every_kind_of_step(module, scale_type, clip, contracted):
     for item in items:
         families.setdefault(module.family(item), []).append(item)
     for family in families.values():
-        agree(module, family, 0, [24, 48, 70], h, clip=clip)
+        parts.agree(module, family, 0, [24, 48, 70], h, clip=clip)
 
 
 @cases("weight, grad", [F32, BF16, F16], [F32, BF16, F16], triton=[(BF16, BF16), (F32, F16)])
@@ -111,7 +71,7 @@ def test_parts_of_every_dtype_take_the_step_of_the_whole(module, weight, grad):
     for dim, ends in ((0, [32, 80]), (1, [32, 80]), (1, [37, 80])):
         item = parts.matrix((80, 80), 8, dim == 1)
         item = replace(item, weight=item.weight.to(weight), grad=item.grad.to(grad))
-        agree(module, [item], dim, ends, hyper(), steps=1)
+        parts.agree(module, [item], dim, ends, parts.hyper(), steps=1)
 
 
 @cases(
@@ -129,14 +89,14 @@ def test_parts_draw_the_numbers_of_the_whole_bit_for_bit(module, distribution, r
     item = replace(item, grad=gradient)
     if dim == 0:
         item = replace(item, weight=item.weight.t(), grad=item.grad.t(), rows=False)
-    h = hyper(distribution=distribution, betas=(0.0, 0.9))
-    ranks, whole = by_rank([item], dim, ends), parts.copy(item)
+    h = parts.hyper(distribution=distribution, betas=(0.0, 0.9))
+    ranks, whole = parts.by_rank([item], dim, ends), parts.copy(item)
     parts.whole_step(module, [whole], h)
     parts.step(module, ranks, h)
     found = torch.cat([own[0].exp_avg for own in ranks])
     assert torch.equal(found, whole.exp_avg)
     z = philox.draw(item.key, 0, rank, ends[-1], distribution).float()[:, ks].t()
-    near(found, z if distribution == "sparse" else z / math.sqrt(rank), 2**-6)
+    parts.near(found, z if distribution == "sparse" else z / math.sqrt(rank), 2**-6)
 
 
 @cases(
@@ -147,8 +107,8 @@ def test_parts_are_rounded_by_their_place_in_the_whole(module, ends, dim, column
     """Channels are cut, so that scales are those of the whole but for the norm's last bit: all bits
     but a few are equal. Elsewhere half of the weights would be rounded the other way."""
     item = parts.matrix((64, 64), 8, dim == 0, BF16, columns_first=columns_first)
-    h = hyper(stochastic_rounding=True, disable_nl=True, lr=1e-3)
-    ranks, whole = by_rank([item], dim, ends), parts.copy(item)
+    h = parts.hyper(stochastic_rounding=True, disable_nl=True, lr=1e-3)
+    ranks, whole = parts.by_rank([item], dim, ends), parts.copy(item)
     parts.whole_step(module, [whole], h)
     parts.step(module, ranks, h)
     weight, *_ = parts.together([own[0] for own in ranks], dim)
@@ -159,9 +119,9 @@ def test_parts_are_rounded_by_their_place_in_the_whole(module, ends, dim, column
 @on_both
 def test_the_same_parts_twice_give_the_same_bits(module):
     item = parts.matrix((40, 300), 8, True)
-    runs = [by_rank([item], 1, [70, 190, 300]) for _ in range(2)]
+    runs = [parts.by_rank([item], 1, [70, 190, 300]) for _ in range(2)]
     for ranks in runs:
-        parts.step(module, ranks, hyper(distribution="gaussian"))
+        parts.step(module, ranks, parts.hyper(distribution="gaussian"))
     first, second = ([own[0] for own in ranks] for ranks in runs)
     for a, b in zip(parts.together(first, 1), parts.together(second, 1), strict=True):
         assert torch.equal(a, b)
@@ -171,9 +131,9 @@ def test_the_same_parts_twice_give_the_same_bits(module):
 def test_a_skipped_step_writes_nothing_of_a_part(module):
     """Whatever ranks send each other then."""
     item = parts.matrix((24, 70), 8, True)
-    ranks = by_rank([item], 1, [33, 70])
+    ranks = parts.by_rank([item], 1, [33, 70])
     before = [parts.copy(own[0]) for own in ranks]
-    counters = parts.step(module, ranks, hyper(), found_inf=1.0)
+    counters = parts.step(module, ranks, parts.hyper(), found_inf=1.0)
     assert counters == [[0, 0, 0]] * 2
     for (own,), old in zip(ranks, before, strict=True):
         for name in ("weight", "exp_avg", "exp_avg_sq", "update_norm", "step"):
@@ -184,8 +144,8 @@ def test_a_skipped_step_writes_nothing_of_a_part(module):
 def test_a_nan_reaches_all_parts_of_its_matrix_and_no_other(module):
     items = [parts.matrix((24, 70), 8, True, key=i) for i in range(2)]
     items[0].grad[5, 60] = math.nan
-    ranks = by_rank(items, 1, [33, 70])
-    counters = parts.step(module, ranks, hyper(weight_decay=0.0))
+    ranks = parts.by_rank(items, 1, [33, 70])
+    counters = parts.step(module, ranks, parts.hyper(weight_decay=0.0))
     assert counters == [[1, 0, 1]] * 2
     for bad, good in ranks:
         for own, item, same in ((bad, items[0], True), (good, items[1], False)):
@@ -198,21 +158,21 @@ def test_a_nan_reaches_all_parts_of_its_matrix_and_no_other(module):
 @cases("distribution", ["rademacher", "sparse"], triton=[("sparse",)])
 def test_a_part_whose_gradient_has_moved_is_read_where_it_is(module, distribution):
     item = parts.matrix((24, 70), 8, True)
-    ranks, h = by_rank([item], 1, [33, 70]), hyper(distribution=distribution)
+    ranks, h = parts.by_rank([item], 1, [33, 70]), parts.hyper(distribution=distribution)
     batches = [module.build(own, separate=False) for own in ranks]
-    expected = parts.sums_of(batches, h)
+    expected = parts.sums_of(batches, h, item)
     moved = [own[0].grad.clone() for own in ranks]
     for (own,), batch, grad in zip(ranks, batches, moved, strict=True):
         own.grad.fill_(math.nan)
         assert batch.set_gradients([grad.data_ptr()])
-    assert torch.equal(parts.sums_of(batches, h), expected)
+    assert torch.equal(parts.sums_of(batches, h, item), expected)
 
 
 @cases("dtype", [BF16, torch.uint8], triton=[(BF16,), (torch.uint8,)])
 def test_a_dense_part_rounds_its_moments_by_their_number_in_the_whole(module, dtype):
     """Or it is not taken, where it begins within a call."""
     gradient = torch.randn(12, 128)
-    h, signals = hyper(), Signals(torch.zeros(3, dtype=torch.int64))
+    h, signals = parts.hyper(), Signals(torch.zeros(3, dtype=torch.int64))
 
     def stepped(first, rows):
         shape = (rows, 128)

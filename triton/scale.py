@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -207,14 +208,23 @@ def _limit(
                   log_b2, alpha, CORRECT, LIMITER)  # fmt: skip
 
 
+def _numbers(hyper: Hyper, device: torch.device) -> tuple[float | Tensor | None, ...]:
+    """The arguments of a limiter's kernel that come from ``hyper``."""
+    return adam(hyper)[0], *rates(hyper, device), math.sqrt(hyper.scale)
+
+
+def _switches(hyper: Hyper) -> dict[str, int]:
+    return {
+        "TENSOR": hyper.scale_type == "tensor", "CORRECT": hyper.correct_bias,
+        "FRONT": hyper.scale_front, "LIMITER": not hyper.disable_nl, "BLOCK": 1024,
+    }  # fmt: skip
+
+
 def limit(table: Tensor, space: Tensor, clock: Tensor, signals: Signals, hyper: Hyper) -> None:
     """The scales and the limiter of every row; advances step, update_norm and the counters."""
     _limit[(len(table),)](
         table, space, clock, signals.counters, signals.grad_scale, signals.found_inf, signals.clip,
-        adam(hyper)[0], *rates(hyper, table.device), math.sqrt(hyper.scale),
-        TENSOR=hyper.scale_type == "tensor", CORRECT=hyper.correct_bias,
-        FRONT=hyper.scale_front, LIMITER=not hyper.disable_nl,
-        BLOCK=1024, num_warps=4, enable_fp_fusion=True,
+        *_numbers(hyper, table.device), **_switches(hyper), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -356,8 +366,6 @@ def limit_parts(
     """``limit`` by the sums of all ranks, which ``norms`` has of every row."""
     _limit_parts[(len(table),)](
         table, space, norms, clock, signals.counters, signals.grad_scale, signals.found_inf,
-        signals.clip, adam(hyper)[0], *rates(hyper, table.device), math.sqrt(hyper.scale),
-        TENSOR=hyper.scale_type == "tensor", CORRECT=hyper.correct_bias,
-        FRONT=hyper.scale_front, LIMITER=not hyper.disable_nl,
-        BLOCK=1024, num_warps=4, enable_fp_fusion=True,
+        signals.clip, *_numbers(hyper, table.device), **_switches(hyper), num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip

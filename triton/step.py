@@ -391,6 +391,7 @@ class PartBatch(LowRankBatch):
         self.s: Tensor | None = None
         self._norms = torch.zeros(3 * len(items), dtype=torch.float64, device=self._device)
         self._scales = self._space[:0]
+        self._owned.append(self._norms)
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
         own = self._own
