@@ -288,11 +288,14 @@ class PartBatch(LowRankBatch):
             super().project(hyper, signals)
             return
         plan, native, stream = self.plan, self._hyper(hyper, signals), self._stream()
-        of: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
-        scratch = torch.empty(plan.scratch_floats, **of)
-        self.sums = torch.empty((self.owners, plan.sent_floats), **of)
+        scratch = self._passing(plan.scratch_floats)
+        self.sums = self._passing(self.owners, plan.sent_floats)
         plan.project(native, stream, scratch.data_ptr())
         plan.send(native, stream, scratch.data_ptr(), self.sums.data_ptr())
+
+    def _passing(self, *shape: int) -> Tensor:
+        """Memory for what is on its way to other owners."""
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def receive_sums(self, sums: Tensor) -> None:
         self.sums = None

@@ -62,9 +62,8 @@ APOLLO_DEVICE double* parts_of(const Matrix& p, const Launch& launch) {
 }
 
 // Whether this block is the last one of its matrix, and the others' parts are there. The count
-// turns over to 0 by itself, for the next step.
-APOLLO_DEVICE bool comes_last(Record& record, int64_t blocks) {
-  __shared__ bool last;
+// turns over to 0 by itself, for the next step. `last` is shared memory.
+APOLLO_DEVICE bool comes_last(Record& record, int64_t blocks, bool& last) {
   if (threadIdx.x == 0) {
     __threadfence();  // this block's parts, before it is counted
     last = atomicInc(&record.arrived, unsigned(blocks - 1)) == unsigned(blocks - 1);
@@ -130,7 +129,7 @@ APOLLO_DEVICE void limit_update(const Matrix& p, const Launch& launch, Record& r
 
 // LIMITS: the limiter follows at once. A part leaves its sums, to which other ranks add theirs.
 template <bool LIMITS>
-APOLLO_DEVICE void scale_block(const Launch& launch, double* scratch) {
+APOLLO_DEVICE void scale_block(const Launch& launch, double* scratch, bool& last) {
   const Hyper& h = launch.hyper;
   if (skipped(h)) return;
   const int32_t matrix = launch.map[blockIdx.x];
@@ -185,7 +184,7 @@ APOLLO_DEVICE void scale_block(const Launch& launch, double* scratch) {
     if (thread == 0) parts[0] = u2;
   }
   Record& record = record_of(launch, matrix);
-  if (!comes_last(record, blocks)) return;
+  if (!comes_last(record, blocks, last)) return;
   const Norms norms = add_parts(p, launch, blocks, scratch);
   if (thread != 0) return;
   if constexpr (LIMITS) {
@@ -198,11 +197,13 @@ APOLLO_DEVICE void scale_block(const Launch& launch, double* scratch) {
 
 __global__ void __launch_bounds__(kScaleThreads, 3) scale_channels(Launch launch) {
   __shared__ double scratch[8];
-  scale_block<true>(launch, scratch);
+  __shared__ bool last;
+  scale_block<true>(launch, scratch, last);
 }
 __global__ void __launch_bounds__(kScaleThreads, 3) scale_parts(Launch launch) {
   __shared__ double scratch[8];
-  scale_block<false>(launch, scratch);
+  __shared__ bool last;
+  scale_block<false>(launch, scratch, last);
 }
 
 }  // namespace apollo

@@ -79,6 +79,12 @@ def step(module, ranks, h, separate=False, clip=None, found_inf=None):
     """One step of ``ranks``, the items of each; returns the counters of each."""
     signals = [signals_for(items[0], found_inf=found_inf) for items in ranks]
     batches = [module.build(items, separate=separate or clip is not None) for items in ranks]
+    verbs(batches, signals, h, clip)
+    return [s.counters.tolist() for s in signals]
+
+
+def verbs(batches, signals, h, clip=None):
+    """A step of every rank's batch, with what distributed.py does in between."""
     for batch, s in zip(batches, signals, strict=True):
         batch.project(h, s)
     if batches[0].sums is not None:
@@ -94,7 +100,7 @@ def step(module, ranks, h, separate=False, clip=None, found_inf=None):
         batch.scale(h, s)
     norms = torch.stack([batch.norms for batch in batches]).sum(0)
     for batch in batches:
-        batch.norms = norms.clone()
+        batch.norms.copy_(norms)
     if batches[0].s is not None:
         scales = torch.stack([batch.s for batch in batches])
         for batch in batches:
@@ -103,7 +109,6 @@ def step(module, ranks, h, separate=False, clip=None, found_inf=None):
         batch.limit(h, s)
     for batch, s in both:
         batch.apply(h, s)
-    return [s.counters.tolist() for s in signals]
 
 
 def whole_step(module, items, h, separate=False, clip=None):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import parts
 import restatement
 import torch
 
@@ -58,6 +59,7 @@ class Case:
     signals: dict[str, float] = field(default_factory=dict)
     hyper: dict[str, Any] = field(default_factory=dict)
     moments: torch.dtype = F32  # of dense parameters
+    ends: tuple[int, ...] = ()  # of the parts that ranks have of the contracted side
 
     @property
     def ranks(self) -> set[int]:
@@ -70,7 +72,12 @@ class Case:
         words = [kind, shapes, f"{SHORT[self.weight]}-{SHORT[self.grad]}", self.order]
         words += ["contracts " + ("columns" if self.rows else "rows")] * bool(self.rank)
         words += [f"{SHORT[self.moments]} moments"] * (self.moments != F32)
-        words += ["separate"] * self.separate + [*self.signals] + [*self.hyper]
+        words += (
+            [f"parts to {self.ends}"] * bool(self.ends)
+            + ["separate"] * self.separate
+            + [*self.signals]
+            + [*self.hyper]
+        )
         return ", ".join(words)
 
 
@@ -253,6 +260,9 @@ def _run(
     for matrix in matrices:
         memory += matrix.memory()
     items: list[Any] = [matrix.item for matrix in matrices]
+    if case.ends:
+        _run_parts(host, device, case, h, signals, matrices, memory, restated)
+        return matrices, counters
     with host.running(device, memory):
         families: dict[Any, list[Any]] = {}
         for item in items:
@@ -277,6 +287,54 @@ def _run(
                 else:
                     batch.adamw(h, signals)
     return matrices, counters
+
+
+def _run_parts(
+    host: Host, device: Device, case: Case, h: Hyper, signals: Signals, matrices: list[_Matrix],
+    memory: list[Region], restated: bool,
+) -> None:  # fmt: skip
+    """The same by ranks that hold parts of the matrices, of one family."""
+    dim = 1 if case.rows else 0
+    ranks = parts.by_rank([matrix.item for matrix in matrices], dim, case.ends)
+    for item in (item for items in ranks for item in items):
+        names = ("weight", "exp_avg", "exp_avg_sq", "step", "update_norm")
+        memory += [region(getattr(item, name), name) for name in names]
+        memory.append(region(item.grad, "gradient", False))
+    others = [parts.signals_for(items[0]) for items in ranks[1:]]
+    memory += [region(s.counters, "counters") for s in others]
+    passed: list[torch.Tensor] = []  # kept, or others would take their place
+
+    def watched(batch: Any) -> Any:
+        fresh = batch._passing
+
+        def passing(*shape: int) -> torch.Tensor:
+            passed.append(fresh(*shape))
+            memory.append(region(passed[-1], "passing"))
+            return passed[-1]
+
+        batch._passing = passing
+        memory.extend(host.memory(batch))
+        return batch
+
+    with host.running(device, memory):
+        batches = [watched(host.backend.build(items, separate=case.separate)) for items in ranks]
+        for _ in range(case.steps):
+            for i, matrix in enumerate(matrices):
+                matrix.new_gradient()
+                if restated:
+                    matrix.restate(1.0)
+                firsts = (0, *case.ends[:-1])
+                for items, first, end in zip(ranks, firsts, case.ends, strict=True):
+                    own = items[i]
+                    own.grad.copy_(matrix.item.grad.narrow(dim, first, end - first))
+            parts.verbs(batches, [signals, *others], h)
+    for i, matrix in enumerate(matrices):
+        own = [items[i] for items in ranks]
+        names = ("weight", "exp_avg", "exp_avg_sq")
+        for name, whole in zip(names, parts.together(own, dim), strict=True):
+            getattr(matrix.item, name).copy_(whole)
+        matrix.item.update_norm.copy_(own[-1].update_norm)
+        matrix.item.step.copy_(own[-1].step)
 
 
 def bits(host: Host, device: Device, case: Case) -> list[bytes]:

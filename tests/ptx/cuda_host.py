@@ -145,7 +145,9 @@ def running(compiled: Kernels, device: Device, memory: list[Region]) -> Iterator
 
 def batch_memory(batch: Any) -> Sequence[Region]:
     """What a batch of cuda.py owns."""
-    return [
+    found = [
         region(batch.table, "table", False), region(batch.maps, "maps", False),
         region(batch.workspace, "workspace"),
     ]  # fmt: skip
+    norms = getattr(batch, "_norms", None)
+    return found if norms is None else [*found, region(norms, "norms")]

@@ -61,6 +61,13 @@ def selection() -> list[Case]:
           for grad in DTYPES for stored in (F32, BF16, INT8)),
         Case(((8500,),), weight=BF16, grad=BF16, moments=INT8),
         Case(((40, 70),), 8, hyper={"scale_front": True, "maximize": True, "correct_bias": False}),
+        # Parts: of nothing, of less than a block, from within one; scales of channels and of all.
+        Case(((40, 70), (3, 70)), 8, grad=BF16, ends=(33, 33, 40, 70)),
+        Case(((70, 40),), 3, "gaussian", rows=False, ends=(33, 70), hyper=TENSOR),
+        Case(((40, 70),), 20, "sparse", grad=F16, order="columns", ends=(33, 70)),
+        Case(((40, 70),), 1, "sparse", ends=(21, 70), hyper=MINI),
+        Case(((40, 70),), 8, "gaussian", ends=(21, 70), hyper={"exact_projection": True}),
+        Case(((70, 72),), 16, weight=BF16, ends=(21, 72), hyper={"stochastic_rounding": True}),
         Case(((40, 70),), 8, hyper={"disable_nl": True, "weight_decay": 0.0}, steps=3),
     ]  # fmt: skip
     return found
