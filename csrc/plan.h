@@ -31,12 +31,12 @@ class LowRankPlan {
   // owners: over how many ranks the moments of each matrix's channels are dealt out, since they
   // share its contracted side. More than one: `send` makes ready what the owners get, and each
   // `scale` goes on with what they have sent to this one.
-  LowRankPlan(int weight_dtype, int grad_dtype, bool separate, int64_t owners);
+  LowRankPlan(int weight_dtype, int grad_dtype, bool separate, int64_t owners = 1);
 
   // `matrix` holds addresses, key, sizes, leading dimensions, the flags kByRow, kRowMajor and
   // kLeads and, of a part, k_first, row and column; its place among the others is worked out here.
   // own_channels: of which this rank has the moments. Throws std::invalid_argument.
-  void add(Matrix matrix, int64_t own_channels);
+  void add(Matrix matrix, int64_t own_channels = 0);
   void set_gradients(const std::vector<uintptr_t>& addresses);
 
   int64_t size() const { return int64_t(rows().size()); }

@@ -1,6 +1,7 @@
 // Runs every kernel on the emulated device for `make test-sanitizers`: buffers end where their
 // tensors end, so that AddressSanitizer sees each read or write beyond; ThreadSanitizer sees
 // missing barriers. Prints a sum over all bits of the results: equal for every schedule.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -86,12 +87,30 @@ struct Options {
   bool by_row;
   Distribution distribution;
   bool tensor_scale, separate;
+  int64_t owners = 1, k_first = 0;  // of parts of the contracted side
 };
+
+// As the first of several owners, whom the others send zeros.
+void step_part(const LowRankPlan& plan, const Hyper& hyper, float* workspace, int64_t owners) {
+  const Buffer scratch(size_t(plan.scratch_floats()) * 4), norms(size_t(plan.size()) * 24);
+  const Buffer sent(size_t(owners * plan.sent_floats()) * 4);
+  Buffer order(size_t(plan.s_end() - plan.s_begin()) * 8);
+  plan.write_scale_order(order.as<int64_t>());
+  plan.project(hyper, nullptr, scratch.as<void>());
+  plan.send(hyper, nullptr, scratch.as<void>(), sent.as<float>());
+  const float *r = sent.as<float>(), *q = r + plan.sent_r(), *end = r + plan.sent_floats();
+  std::copy(r, q, workspace + plan.own_r_begin());
+  std::copy(q, end, workspace + plan.q_begin());
+  plan.scale_parts(hyper, nullptr, norms.as<double>());
+  plan.limit(hyper, nullptr, norms.as<double>());
+  for (const Buffer* b : {&sent, &norms}) b->fold();
+  order.fold();
+}
 
 // Three matrices, an empty one among them, that share a step which the last one advances.
 void low_rank(int64_t channels, int64_t k, int64_t rank, int weight_dtype, int grad_dtype,
               Options options) {
-  LowRankPlan plan(weight_dtype, grad_dtype, options.separate);
+  LowRankPlan plan(weight_dtype, grad_dtype, options.separate, options.owners);
   const int64_t own = rank < k ? rank : k;
   Buffer step(8), counters(24), clip(4);
   *clip.as<float>() = 0.5f;
@@ -101,7 +120,8 @@ void low_rank(int64_t channels, int64_t k, int64_t rank, int weight_dtype, int g
     const int64_t inner = options.by_row ? k : matrix_channels;
     const int64_t ld = inner + (inner % 8 == 0 ? 8 : 3);  // rows aligned or askew
     const int64_t elements = outer * inner > 0 ? (outer - 1) * ld + inner : 0;
-    const size_t moments = size_t(matrix_channels * own) * 4;
+    const int64_t own_channels = (matrix_channels + options.owners - 1) / options.owners;
+    const size_t moments = size_t(own_channels * own) * 4;
     kept.push_back(random_buffer(elements, weight_dtype));
     kept.push_back(random_buffer(elements, grad_dtype));
     for (const size_t bytes : {moments, moments, size_t{4}}) kept.emplace_back(bytes);
@@ -116,11 +136,12 @@ void low_rank(int64_t channels, int64_t k, int64_t rank, int weight_dtype, int g
     m.key = 0x123456789ABCDEFu + uint64_t(kept.size());
     m.channels = matrix_channels;
     m.k = k;
+    m.k_first = m.column = options.k_first;
     m.rank = own;
     m.weight_ld = m.grad_ld = ld;
     const bool row_major = (channels >= k) == options.by_row;
     m.flags = kByRow * options.by_row | kRowMajor * row_major | kLeads * (plan.size() == 2);
-    plan.add(m);
+    plan.add(m, own_channels);
   }
   const Placed placed(plan);
   const float* clipped = options.separate ? clip.as<float>() : nullptr;
@@ -129,8 +150,12 @@ void low_rank(int64_t channels, int64_t k, int64_t rank, int weight_dtype, int g
   hyper.tensor_scale = options.tensor_scale;
   hyper.stochastic_rounding = 1;
   for (int i = 0; i < 2; ++i) {
-    plan.project(hyper, nullptr);
-    plan.scale(hyper, nullptr);
+    if (options.owners > 1) {
+      step_part(plan, hyper, placed.workspace.as<float>(), options.owners);
+    } else {
+      plan.project(hyper, nullptr);
+      plan.scale(hyper, nullptr);
+    }
     plan.apply(hyper, nullptr);
   }
   for (const Buffer& b : kept) b.fold();
@@ -176,6 +201,9 @@ int main(int argc, char**) {
       low_rank(300, 70, 8, kBfloat16, kBfloat16, {by_row, kSparse, by_row, false});
       low_rank(300, 70, 20, kBfloat16, kBfloat16, {by_row, kSparse, by_row, true});
     }
+    for (const auto& of : {kGaussian, kSparse}) {
+      low_rank(33, 70, 8, kBfloat16, kBfloat16, {of == kSparse, of, false, true, 2, 21});
+    }
     for (const int moments : {kFloat32, kInt8}) dense(103, kBfloat16, kBfloat16, moments);
   } else {
     const int pairs[][2] = {{kFloat32, kFloat32}, {kBfloat16, kBfloat16}, {kFloat32, kFloat16}};
@@ -194,6 +222,16 @@ int main(int argc, char**) {
             const bool separate = (rank == 8) == by_row;
             low_rank(shape[0], shape[1], rank, pair[0], pair[1],
                      {by_row, kSparse, rank == 1, separate});
+          }
+        }
+      }
+      for (const auto& of : {kGaussian, kRademacher, kSparse}) {
+        for (const int64_t rank : {1, 5, 8, 70}) {
+          for (const bool by_row : {true, false}) {
+            for (const int64_t k : {9, 100}) {
+              low_rank(130, k, rank, pair[0], pair[1],
+                       {by_row, of, rank == 1, rank == 8, 3, by_row ? 500 : 40});
+            }
           }
         }
       }
