@@ -75,7 +75,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["apollo_kernels", "apollo_kernels.triton_kernels"],
+    packages=["apollo_kernels", "apollo_kernels.commands", "apollo_kernels.triton_kernels"],
     package_data={"apollo_kernels": ["py.typed"]},
     ext_modules=[Extension("apollo_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
