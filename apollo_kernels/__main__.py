@@ -30,7 +30,9 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("info", "apollo_kernels.info", "versions and back ends, ready to paste"),
     Command("check", "apollo_kernels.commands.check", "small steps against float64: does it work?"),
-    Command("groups", "apollo_kernels.commands.groups", "which parameter takes which step, and why"),
+    Command(
+        "groups", "apollo_kernels.commands.groups", "which parameter takes which step, and why"
+    ),
     Command("estimate", "apollo_kernels.estimate", "what a model's training takes in memory"),
     Command("bench", "apollo_kernels.commands.bench", "a step's time next to AdamW's"),
     Command("convert", "apollo_kernels.commands.convert", "other optimizers' states to APOLLO's"),

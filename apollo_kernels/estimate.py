@@ -569,9 +569,9 @@ def command(options: Any) -> str:
 def add_arguments(parser: Any) -> None:
     parser.description = (
         "What one training step takes at its peak, before anything runs: weights, gradients, "
-        "optimizer state, activations, for AdamW, 8-bit Adam, GaLore and the modes of this package; "
-        "what dominates, what would make it smaller, and which cards it fits on. Nothing is "
-        "downloaded, and no GPU is needed."
+        "optimizer state and activations, for AdamW, 8-bit Adam, GaLore and the modes of this "
+        "package; what dominates, what would make it smaller, and which cards it fits on. Nothing "
+        "is downloaded, and no GPU is needed."
     )
     parser.epilog = """examples:
   python -m apollo_kernels estimate 7b

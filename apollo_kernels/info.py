@@ -90,8 +90,8 @@ def as_text(info: dict[str, Any]) -> str:
 
 def add_arguments(parser: Any) -> None:
     parser.description = (
-        "Versions, devices, and for each device the back end that runs and why no other does: what a "
-        "report of a problem should begin with."
+        "Versions, devices, and for each device the back end that runs and why no other does: what "
+        "a report of a problem should begin with."
     )
     parser.add_argument("--json", action="store_true", help="machine-readable")
 

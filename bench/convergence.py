@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import bench_step
 import measure
-import peers
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import training
+
+from apollo_kernels.commands import contest, peers
 
 Build = Callable[[training.Settings, torch.nn.Module], torch.optim.Optimizer]
 NOISE = 0.005  # nats between two draws of the projection at one seed (DESIGN.md, sparse projection)
@@ -105,7 +105,7 @@ def train(entry: Entry, settings: training.Settings, data: tuple[Any, Any]) -> d
         "label": entry.label,
         "settings": as_json(settings),
         "environment": measure.environment(torch.device(settings.device)),
-        "state_mb": bench_step.state_bytes(run.optimizer) / 1e6,
+        "state_mb": contest.state_bytes(run.optimizer) / 1e6,
         "curve": curve,
     }
 

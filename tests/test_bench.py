@@ -65,7 +65,7 @@ def test_matrices_are_the_papers():
 
 
 def test_state_bytes_counts_tensors_inside_of_objects():
-    from bench_step import state_bytes
+    from apollo_kernels.commands.contest import state_bytes
 
     class Projector:
         def __init__(self):
@@ -78,7 +78,7 @@ def test_state_bytes_counts_tensors_inside_of_objects():
 
 
 def test_a_peer_that_breaks_says_so_and_ours_raises():
-    from bench_step import Contest
+    from apollo_kernels.commands.contest import Contest
 
     def broken(ps):
         raise ValueError("no such thing")

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -209,14 +210,12 @@ def results(devices: list[torch.device]) -> Iterator[Result]:
         for backend, reason in backends.backends(device):
             if reason is not None:
                 continue
+            here = partial(_run, device, backend)
             for case in CASES:
-                yield _run(
-                    device, backend, str(case),
-                    lambda case=case: follows_the_formula(case, backend, device),
-                )  # fmt: skip
-            yield _run(device, backend, "state", lambda: goes_through_a_file(backend, device))
+                yield here(str(case), partial(follows_the_formula, case, backend, device))
+            yield here("state", partial(goes_through_a_file, backend, device))
             if device.type == "cuda" and backend != "torch":  # which reads the host
-                yield _run(device, backend, "CUDA graph", lambda: is_captured(backend, device))
+                yield here("CUDA graph", partial(is_captured, backend, device))
 
 
 def add_arguments(parser: Any) -> None:
@@ -262,5 +261,7 @@ def command(options: Any) -> int:
             for backend, reason in backends.backends(device):
                 if reason is not None:
                     print(paint(f"not run: {backend} on {device}: {reason}", "dim"))
-        print(f"{len(found)} checks, {failed} failed" if failed else f"{len(found)} checks, all right")
+        print(
+            f"{len(found)} checks, {failed} failed" if failed else f"{len(found)} checks, all right"
+        )
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""A model that a command line names, on the meta device: all of its shapes and none of its memory."""
+"""A model that a command line names, on the meta device: its shapes, and none of its memory."""
 
 from __future__ import annotations
 
