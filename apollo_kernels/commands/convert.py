@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,18 +73,20 @@ exit codes: 0 written; 2 wrong input, and nothing is written."""
 def _read(path: Path, unsafe: bool) -> Any:
     if not path.is_file():
         raise ValueError(f"no such file: {str(path)!r}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no file of torch.save")
     try:
         if unsafe:
             pickle_module: Any = converters._Pickle
             return torch.load(path, "cpu", weights_only=False, pickle_module=pickle_module)
         return torch.load(path, "cpu", weights_only=True)
-    except converters.pickle.UnpicklingError as error:
-        if "weights_only" in str(error) and not unsafe:
-            raise ValueError(
-                f"{path} holds Python objects, as states of apollo_torch and GaLore do; if you "
-                "trust the file, add --allow-unsafe-pickle (unpickling can run any code)"
-            ) from None
-        raise ValueError(f"{path} is no file of torch.save: {error}") from None
+    except pickle.UnpicklingError as error:
+        if unsafe:
+            raise ValueError(f"{path} is no file of torch.save: {error}") from None
+        raise ValueError(
+            f"{path} holds Python objects, as states of apollo_torch and GaLore do; if you trust the "
+            "file, add --allow-unsafe-pickle (unpickling can run any code)"
+        ) from None
     except Exception as error:  # torch raises many kinds
         raise ValueError(f"{path} is no file of torch.save: {error}") from None
 
