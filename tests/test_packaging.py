@@ -74,8 +74,12 @@ def test_the_wheel_holds_the_native_module_the_types_and_the_licence(built):
     assert "apollo_kernels/py.typed" in names
     assert "apollo_kernels/triton_kernels/step.py" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
-    modules = {f"apollo_kernels/{p.name}" for p in (ROOT / "apollo_kernels").glob("*.py")}
+    package = ROOT / "apollo_kernels"
+    modules = {str(p.relative_to(ROOT)) for p in package.rglob("*.py")}
     assert modules <= set(names)
+    (entry,) = (n for n in names if n.endswith("entry_points.txt"))
+    wheel = zipfile.ZipFile(next(built.glob("*.whl")))
+    assert "apollo-kernels = apollo_kernels.__main__:run" in wheel.read(entry).decode()
 
 
 def test_the_native_module_links_neither_torch_nor_cuda(built, tmp_path):

@@ -84,8 +84,8 @@ def _read(path: Path, unsafe: bool) -> Any:
         if unsafe:
             raise ValueError(f"{path} is no file of torch.save: {error}") from None
         raise ValueError(
-            f"{path} holds Python objects, as states of apollo_torch and GaLore do; if you trust the "
-            "file, add --allow-unsafe-pickle (unpickling can run any code)"
+            f"{path} holds Python objects, as states of apollo_torch and GaLore do; if you trust "
+            "the file, add --allow-unsafe-pickle (unpickling can run any code)"
         ) from None
     except Exception as error:  # torch raises many kinds
         raise ValueError(f"{path} is no file of torch.save: {error}") from None
