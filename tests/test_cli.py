@@ -125,9 +125,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError):
         output.write_whole(path, broken)
     assert path.read_bytes() == b"old"
+    os.link(path, tmp_path / "former")  # another name of the old file, which nobody writes into
     output.write_whole(path, lambda file: file.write(b"new"))
-    assert path.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["file"]
+    assert path.read_bytes() == b"new" and (tmp_path / "former").read_bytes() == b"old"
+    assert sorted(os.listdir(tmp_path)) == ["file", "former"]
     with pytest.raises(ValueError, match="nowhere/file: No such file"):
         output.write_whole(tmp_path / "nowhere/file", lambda file: None)
 

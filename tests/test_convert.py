@@ -21,6 +21,12 @@ class Net(torch.nn.Module):
         self.lm_head = torch.nn.Linear(16, 20, bias=False)
 
 
+class Plain(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear(16, 24, bias=False)
+
+
 class SVD:
     """What GaLore's projector is, to pickle and to the converter; a random basis will do."""
 
@@ -32,7 +38,7 @@ class SVD:
 def net(monkeypatch, tmp_path):
     torch.manual_seed(0)
     (tmp_path / "mine.py").write_text(
-        "from test_convert import Net\n"
+        "from test_convert import Net, Plain\n"
         "def groups(model):\n"
         "    named = dict(model.named_parameters())\n"
         "    first = [named.pop('down.bias'), named.pop('up.weight')]\n"
@@ -105,11 +111,11 @@ def test_moments_are_in_the_projection_of_the_next_step(net):
     that the next step's projection would have seen."""
     params = list(net.parameters())
     adamw = torch.optim.AdamW(params, lr=1e-3)
-    train(params, adamw, steps=401)
+    train(params, adamw, steps=400)
     torch.save(adamw.state_dict(), "adamw.pt")
     convert("adamw.pt", "ours.pt", "--rank", RANK, "--lr", 0.02)
     own = torch.load("ours.pt", weights_only=True)["state"][0]
-    assert own["step"] == 401
+    assert own["step"] == 400
     p = projection_matrix(own["seed"], 2, RANK, 16)
     assert torch.allclose(own["exp_avg"], adamw.state[net.up.weight]["exp_avg"] @ p.t(), atol=1e-6)
 
@@ -181,6 +187,15 @@ def test_groups_that_no_usual_way_makes_are_asked_for(net, capsys):
     ours.load_state_dict(torch.load("ours.pt", weights_only=True))
     theirs = adamw.state[net.down.bias]["exp_avg"]
     assert torch.equal(ours.state[net.down.bias]["exp_avg"], theirs)
+
+
+def test_two_ways_to_make_the_same_groups_are_one(net):
+    plain = Plain()
+    adamw = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    train(list(plain.parameters()), adamw)
+    torch.save(adamw.state_dict(), "adamw.pt")
+    convert("adamw.pt", "ours.pt", "--lr", 0.01, model="mine:Plain")
+    assert len(torch.load("ours.pt", weights_only=True)["state"]) == 1
 
 
 def test_what_exists_is_replaced_by_force_alone(net, capsys, tmp_path):

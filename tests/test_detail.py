@@ -48,6 +48,18 @@ def test_quantiles_are_those_of_the_formulas_scales(backend, options, proj):
             assert detail[name]["scales"][key] == pytest.approx(wanted, rel=1e-3)
 
 
+def test_a_sparse_projection_in_several_tiles_has_its_own_scales(backend):
+    """Of rank 260 a dense and a sparse projection lie at different places of Triton's workspace."""
+    p = parameter((300, 300), backend)
+    optimizer = recording([{"params": [("p", p)], "rank": 260, "proj": "sparse"}])
+    fill([p], backend)
+    optimizer.step()
+    told = optimizer.stats(detail=True)["detail"]["p"]["scales"]
+    s = scales_of(optimizer, p, p.grad, "channel", "sparse")
+    assert told["min"] == pytest.approx(float(s.min()), rel=1e-3)
+    assert told["max"] == pytest.approx(float(s.max()), rel=1e-3)
+
+
 def test_the_limiters_share_and_the_norm_are_the_steps_own(backend):
     """Gradients that grow from step to step by different factors: each is held or not by itself."""
     calm, wild = parameter((24, 16), backend), parameter((16, 24), backend, seed=1)
@@ -187,6 +199,16 @@ def test_a_loaded_state_begins_a_new_record():
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.stats(detail=True)["detail"] == {}
     optimizer.step()
+    assert next(iter(optimizer.stats(detail=True)["detail"].values()))["limited"] == 0.0
+
+
+def test_a_first_norm_is_no_held_one():
+    p, optimizer = plain()
+    p.grad.zero_()
+    optimizer.step()
+    p.grad.fill_(1.0)
+    optimizer.step()
+    assert optimizer.stats()["limited"] == 0
     assert next(iter(optimizer.stats(detail=True)["detail"].values()))["limited"] == 0.0
 
 
