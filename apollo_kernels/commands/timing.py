@@ -27,7 +27,7 @@ class Timing:
         kept = tuple(samples)
         if len(kept) == 1:
             return cls(kept[0], kept[0], kept[0], kept)
-        p20, *_, p80 = statistics.quantiles(kept, n=5)
+        p20, *_, p80 = statistics.quantiles(kept, n=5, method="inclusive")
         return cls(statistics.median(kept), p20, p80, kept)
 
 
