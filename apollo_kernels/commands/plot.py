@@ -15,8 +15,9 @@ from typing import Any
 from apollo_kernels.commands.output import matplotlib_figure, save_figure
 
 COLOURS = ("#C8553D", "#2A7F9E", "#7A9E3F", "#8A6BBE", "#4C566A", "#E0B04B", "#B5838D", "#5F9EA0")
-# What other logs call a column: those of Hugging Face's Trainer.
+# What other logs call a column: those of Hugging Face's Trainer, and of our callback in it.
 ALIASES = {"eval_loss": "validation", "learning_rate": "lr", "train_loss": "loss"}
+ALIASES |= {"apollo_limited": "limited", "apollo_update_norm": "update_norm"}
 Row = dict[str, Any]
 
 _EPILOG = """\
