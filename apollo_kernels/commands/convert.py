@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apollo_kernels import converters, keys, options, state
+from apollo_kernels import converters, keys, state
 from apollo_kernels.commands import groups as choices
 from apollo_kernels.commands import models
 from apollo_kernels.commands.output import write_whole
@@ -19,6 +20,9 @@ from apollo_kernels.optimizer import APOLLO, parts_of
 
 # Where checkpoints keep an optimizer's state: of many scripts, and of Lightning (a list).
 PLACES = ("optimizer", "optimizer_state_dict", "optim", "optimizer_states")
+# Of what a saved group may hold beside APOLLO's own keys, and which of those are in no group.
+OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
+OF_THE_OPTIMIZER = ("params", "seed", "backend", "max_grad_norm", "gradient_release")
 Names = list[list[str]]  # of the parameters of each group
 
 _DESCRIPTION = """\
@@ -201,9 +205,7 @@ def _groups_of_file(
     groups: Sequence[Mapping[str, Any]], names: Names, params: Mapping[str, nn.Parameter]
 ) -> list[dict[str, Any]]:
     """The file's own groups, with what of them APOLLO knows."""
-    known = (set(APOLLO([nn.Parameter(torch.zeros(1))]).defaults) | options.FOREIGN_KEYS) - {
-        "seed", "backend", "max_grad_norm", "gradient_release", "params", "param_names",
-    }  # fmt: skip
+    known = {*inspect.signature(APOLLO).parameters, *OF_SCHEDULERS} - set(OF_THE_OPTIMIZER)
     return [
         {**{key: value for key, value in group.items() if key in known},
          "params": [(name, params[name]) for name in called]}
