@@ -127,14 +127,17 @@ def _groupings(model: nn.Module, options: Any) -> Iterator[tuple[str, Names]]:
         yield options.groups, [[_name_in(called, p) for p in g["params"]] for g in groups]
         return
     yield "model.parameters()", [[name for name, _ in named]]
-    chosen = [[called[p] for p in group["params"]] for group in choices.chosen(model, options)]
+    made = choices.chosen(model, options)
+    chosen = [[called[p] for p in group["params"]] for group in made]
     yield "apollo(model)", chosen
-    low = set(chosen[0])
+    low = {name for names, group in zip(chosen, made, strict=True) if group.get("rank")
+           for name in names}  # fmt: skip
+    low_rank = [name for name, _ in named if name in low]
     dense = [name for name, _ in named if name not in low]
-    by_kind = [name for names in chosen[1:] for name in names]
+    by_kind = [name for names in chosen for name in names if name not in low]
     for rest in (dense, by_kind):
-        yield "low-rank and the rest", [chosen[0], rest]
-        yield "the rest and low-rank", [rest, chosen[0]]
+        yield "low-rank and the rest", [low_rank, rest]
+        yield "the rest and low-rank", [rest, low_rank]
     matrices = [name for name, p in named if p.dim() >= 2]
     vectors = [name for name, p in named if p.dim() < 2]
     yield "matrices and vectors", [matrices, vectors]
