@@ -249,7 +249,7 @@ class LowRankBatch(_Placed):
     def apply(self, hyper: Hyper, signals: Signals) -> None:
         self.plan.apply(self._hyper(hyper, signals), self._stream())
 
-    def scales(self, hyper: Hyper) -> list[Tensor | None]:
+    def scales(self, hyper: Hyper) -> list[Tensor]:
         return [s[:1] if hyper.scale_type == "tensor" else s for s in self._s]
 
 

@@ -90,9 +90,8 @@ class Detail:
         scales: dict[int, list[Tensor]] = {}  # of each parameter
         for work in plan.works:
             if work.low_rank:
-                pairs = zip(work.places, work.batch.scales(hyper), strict=True)
-                for index, s in ((place.index, s) for place, s in pairs if s is not None):
-                    scales.setdefault(index, []).append(s)
+                for place, s in zip(work.places, work.batch.scales(hyper), strict=True):
+                    scales.setdefault(place.index, []).append(s)
         parts: dict[torch.device, dict[Tensor, int]] = {}
         for index in sorted(scales):
             parts.setdefault(scales[index][0].device, {})[plan.owned[index]] = index

@@ -175,8 +175,8 @@ class LowRankBatch:
     def apply(self, hyper: Hyper, signals: Signals) -> None:
         _memory(self._bytes(hyper).apply, self.device)
 
-    def scales(self, hyper: Hyper) -> list[Tensor | None]:
-        return [None]
+    def scales(self, hyper: Hyper) -> list[Tensor]:
+        return [torch.empty((0,), device=self.device)]
 
 
 class DenseBatch:

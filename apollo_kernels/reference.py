@@ -484,7 +484,10 @@ class LowRankBatch:
         else:
             apply(w, x, coefficient, decay)
 
-    def scales(self, hyper: Hyper) -> list[Tensor | None]:
+    def scales(self, hyper: Hyper) -> list[Tensor]:
+        if self.used is None:  # as it is in a kernel's workspace
+            count = 1 if hyper.scale_type == "tensor" else len(self.w)
+            self.used = torch.zeros(count, dtype=self.item.exp_avg.dtype, device=self.w.device)
         return [self.used]
 
 

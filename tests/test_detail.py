@@ -180,6 +180,22 @@ def test_no_norm_is_told_where_none_is_kept():
     assert told["limited"] == 0.0
 
 
+@pytest.mark.parametrize("options", [{}, MINI], ids=["channel", "tensor"])
+def test_a_first_step_that_is_skipped_has_no_scales(backend, options):
+    p = parameter((24, 16), backend)
+    optimizer = recording([{"params": [p], "rank": 4, **options}])
+    fill([p], backend)
+    optimizer.found_inf = torch.ones((), device=backend.device)
+    optimizer.step()
+    (told,) = optimizer.stats(detail=True)["detail"].values()
+    zeros = dict.fromkeys(KEYS, 0.0)
+    assert told == {"scales": zeros, "update_norm": 0.0, "limited": 0.0}
+    optimizer.found_inf = None
+    optimizer.step()
+    (told,) = optimizer.stats(detail=True)["detail"].values()
+    assert told["scales"]["min"] > 0 and told["update_norm"] > 0 and told["limited"] == 0.0
+
+
 def test_a_skipped_step_leaves_the_record_of_the_one_before():
     p, optimizer = plain()
     optimizer.step()

@@ -278,7 +278,7 @@ class LowRankBatch(_Launcher):
             for tiling, items in self._applies:
                 apply.apply(tiling, rows, items.tensor, self._space, self._clock, hyper)
 
-    def scales(self, hyper: Hyper) -> list[Tensor | None]:
+    def scales(self, hyper: Hyper) -> list[Tensor]:
         rows = (self._sparse if hyper.distribution == "sparse" else self._dense).rows
         sizes = [min(row.channels, 1 if hyper.scale_type == "tensor" else row.channels)
                  for row in rows]  # fmt: skip
