@@ -36,6 +36,7 @@ COMMANDS = (
     Command("estimate", "apollo_kernels.estimate", "what a model's training takes in memory"),
     Command("bench", "apollo_kernels.commands.bench", "a step's time next to AdamW's"),
     Command("convert", "apollo_kernels.commands.convert", "other optimizers' states to APOLLO's"),
+    Command("run", "apollo_kernels.run", "a program that wants apollo_torch, with this package"),
     Command("plot", "apollo_kernels.commands.plot", "a training log as a picture"),
 )
 

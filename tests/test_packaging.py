@@ -74,9 +74,9 @@ def test_the_wheel_holds_the_native_module_the_types_and_the_licence(built):
     assert "apollo_kernels/py.typed" in names
     assert "apollo_kernels/triton_kernels/step.py" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
-    package = ROOT / "apollo_kernels"
-    modules = {str(p.relative_to(ROOT)) for p in package.rglob("*.py")}
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "apollo_kernels").rglob("*.py")}
     assert modules <= set(names)
+    assert any(n.startswith("apollo_kernels/as_apollo_torch/apollo_torch-") for n in names)
     (entry,) = (n for n in names if n.endswith("entry_points.txt"))
     wheel = zipfile.ZipFile(next(built.glob("*.whl")))
     assert "apollo-kernels = apollo_kernels.__main__:run" in wheel.read(entry).decode()
