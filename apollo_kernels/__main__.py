@@ -14,6 +14,7 @@ import argparse
 import importlib
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -53,11 +54,16 @@ Output is plain text; colours appear on a terminal only, and not where NO_COLOR 
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
+    """Tells a mistake in one line; a description that is one is wrapped."""
 
     def __init__(self, **options: Any):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**options)
+
+    def format_help(self) -> str:
+        if self.description and "\n" not in self.description:
+            self.description = textwrap.fill(self.description, 80)
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (usage: {self.prog} --help)\n")
@@ -75,6 +81,8 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         own = commands.add_parser(command.name, help=command.help)
         if command.name == asked:
             importlib.import_module(command.module).add_arguments(own)
+            if "exit codes" not in (own.epilog or ""):
+                own.epilog = f"{own.epilog or ''}\n\nexit codes: 0 done; 2 wrong input.".strip()
     return parser
 
 
