@@ -242,6 +242,7 @@ class LowRankBatch(_Placed):
             )
         super().__init__(plan, first.weight.device)
         self._q = {code: self.workspace[slice(*plan.q(code))] for code in DISTRIBUTIONS.values()}
+        self._s = [self.workspace[slice(*plan.s(i))] for i in range(len(items))]
         self._drawn = 0  # the distribution of the last projection
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
@@ -256,6 +257,9 @@ class LowRankBatch(_Placed):
 
     def apply(self, hyper: Hyper, signals: Signals) -> None:
         self.plan.apply(self._hyper(hyper, signals), self._stream())
+
+    def scales(self, hyper: Hyper) -> list[Tensor]:
+        return [s[:1] if hyper.scale_type == "tensor" else s for s in self._s]
 
 
 class PartBatch(LowRankBatch):
@@ -275,7 +279,7 @@ class PartBatch(LowRankBatch):
         self._own_r, self._own_q, self._own_s = (
             self.workspace[slice(*ends)] for ends in self.plan.own()
         )
-        self._scales = self.workspace[slice(*self.plan.s())]
+        self._scales = self.workspace[slice(*self.plan.scales())]
         self._owned.append(self._norms)
         if self.owners > 1:
             self._order, self._host_order = self._upload(

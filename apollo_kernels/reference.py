@@ -384,6 +384,7 @@ class LowRankBatch:
         self.r: Tensor | None = None
         self.q: Tensor | None = None
         self.coefficient: Tensor | None = None  # what each channel of X is multiplied with
+        self.used: Tensor | None = None  # s of the last step; kept for ``scales``
 
     def lend(self, gradients: Sequence[Tensor] | None) -> None:
         self.x = self.r = self.q = self.coefficient = None
@@ -455,6 +456,7 @@ class LowRankBatch:
     def _limit(self, s: Tensor, u2: float, factor: float, hyper: Hyper, signals: Signals) -> None:
         """The norm-growth limiter: what each channel is multiplied with; None for NaN or Inf."""
         item = self.item
+        self.used = s
         alpha = math.sqrt(hyper.scale)
         u = math.sqrt(u2) * (alpha if hyper.scale_front else 1.0)
         if not math.isfinite(u):
@@ -464,7 +466,7 @@ class LowRankBatch:
         if not hyper.disable_nl:
             growth, norm = limit(u, float(item.update_norm))
             item.update_norm.fill_(norm)
-        self.coefficient = s.mul_(hyper.step_size(self.t) * alpha * growth * factor)
+        self.coefficient = s * (hyper.step_size(self.t) * alpha * growth * factor)
         _count(signals, UPDATED, *([LIMITED] if growth < 1 else []))
 
     def apply(self, hyper: Hyper, signals: Signals) -> None:
@@ -482,6 +484,12 @@ class LowRankBatch:
         else:
             apply(w, x, coefficient, decay)
 
+    def scales(self, hyper: Hyper) -> list[Tensor]:
+        if self.used is None:  # as it is in a kernel's workspace
+            count = 1 if hyper.scale_type == "tensor" else len(self.w)
+            self.used = torch.zeros(count, dtype=self.item.exp_avg.dtype, device=self.w.device)
+        return [self.used]
+
 
 class PartBatch(LowRankBatch):
     """The part of a matrix that is on this rank (batch.PartBatch says what happens between verbs).
@@ -496,11 +504,11 @@ class PartBatch(LowRankBatch):
         self.sums: Tensor | None = None
         self.norms: Tensor | None = None
         self.s: Tensor | None = None
-        self.scales: Tensor | None = None  # of all channels here
+        self.s_here: Tensor | None = None  # of all channels here
 
     def lend(self, gradients: Sequence[Tensor] | None) -> None:
         super().lend(gradients)
-        self.sums = self.norms = self.s = self.scales = None
+        self.sums = self.norms = self.s = self.s_here = None
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
         super().project(hyper, signals)
@@ -518,9 +526,9 @@ class PartBatch(LowRankBatch):
             return
         factor = _whole_factor(hyper, signals)
         if hyper.scale_type == "channel":
-            self.scales, u2 = self._scaled(hyper, factor)
+            self.s_here, u2 = self._scaled(hyper, factor)
             if self.owners > 1:
-                self.s = _filled(self.scales, self.share)
+                self.s = _filled(self.s_here, self.share)
             sums = [u2]
         else:
             sums = self._squares(hyper, factor)
@@ -538,7 +546,7 @@ class PartBatch(LowRankBatch):
         return [*(float(norm.square()) for norm in norms), float(q.sum(dtype=torch.float64))]
 
     def receive_scales(self, s: Tensor) -> None:
-        self.scales = s.reshape(-1)[: len(self.w)]
+        self.s_here = s.reshape(-1)[: len(self.w)]
 
     def limit(self, hyper: Hyper, signals: Signals) -> None:
         if self.skipped:
@@ -548,10 +556,10 @@ class PartBatch(LowRankBatch):
         if hyper.scale_type != "channel":
             r2, n2, q = sums
             ratio = math.sqrt(n2) / (math.sqrt(r2) + TINY)
-            self.scales = torch.tensor([ratio], dtype=dtype, device=self.norms.device)
+            self.s_here = torch.tensor([ratio], dtype=dtype, device=self.norms.device)
             sums = [ratio * ratio * q]
-        assert self.scales is not None
-        self._limit(self.scales, sums[0], _whole_factor(hyper, signals), hyper, signals)
+        assert self.s_here is not None
+        self._limit(self.s_here, sums[0], _whole_factor(hyper, signals), hyper, signals)
 
 
 def _filled(t: Tensor, size: int) -> Tensor:

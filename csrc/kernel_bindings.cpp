@@ -225,12 +225,18 @@ void bind_kernels(py::module_& module) {
           },
           "Begin and end in the workspace of R and q, as an owner is sent them, and of its s.")
       .def(
-          "s", [](const PlacedLowRank& p) { return py::make_tuple(p.s_begin(), p.s_end()); },
+          "scales", [](const PlacedLowRank& p) { return py::make_tuple(p.s_begin(), p.s_end()); },
           "Begin and end in the workspace of s of all channels.")
       .def(
           "write_scale_order",
           [](const PlacedLowRank& p, uintptr_t to) { p.write_scale_order(pointer<int64_t>(to)); },
           "int64 for each of s: its place in s of all owners, one after the other.")
+      .def(
+          "s",
+          [](const PlacedLowRank& p, size_t matrix) {
+            return py::make_tuple(p.s_begin(matrix), p.s_end(matrix));
+          },
+          py::arg("matrix"), "Begin and end of a matrix's scales in the workspace.")
       .def("project", verb<PlacedLowRank>(&LowRankPlan::project, "project"), unlocked)
       .def("send", verb<PlacedLowRank>(&LowRankPlan::send, "send"), unlocked)
       .def("scale_parts", verb<PlacedLowRank>(&LowRankPlan::scale_parts, "scale"), unlocked)

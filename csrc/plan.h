@@ -67,6 +67,10 @@ class LowRankPlan {
   int64_t own_s_end() const { return own_s_begin() + own_.s_size; }
   void write_scale_order(int64_t* order) const;
 
+  // s of a matrix after `scale`: of its channels or, with one scale per tensor, in the first place.
+  int64_t s_begin(size_t matrix) const { return s_begin() + rows().at(matrix).s; }
+  int64_t s_end(size_t matrix) const { return s_begin(matrix) + rows().at(matrix).channels; }
+
   void write_table(void* table) const;
   void write_maps(int32_t* maps) const;
 
