@@ -124,10 +124,10 @@ def in_buckets(size, *arguments):
             return run(*arguments), counted.calls
 
 
-def recorded(groups, mesh):
+def recorded(groups, mesh, dtype="float64"):
     """What ``stats(detail=True)`` tells on this rank after gradients that grow and shrink."""
     with torch.no_grad():
-        case = Case(groups, "float64", mesh)
+        case = Case(groups, dtype, mesh)
         case.optimizer.record_detail = True
         for step, factor in enumerate((1.0, 30.0, 0.1, 0.1, 9.0)):
             case.step(step, factor)
