@@ -168,11 +168,11 @@ class PartBatch(Batch, Protocol):
     Widths are equal on all owners, and how a batch uses them is its own affair.
 
     sums: [owners, width], after ``project``: this part's share of R and q, for each owner those of
-        its channels. None where there is one owner, or the step is skipped.
+        its channels. None where there is one owner, or a host knows that the step is skipped.
     norms: float64, 1D, after ``scale``: sums over this rank's own channels, matrix by matrix.
-        Before ``limit`` they become sums over all ranks. None where the step is skipped.
-    s: [width], after ``scale``: the scales of this owner's channels. None where there is one
-        owner, one scale for all channels, or the step is skipped.
+        Before ``limit`` they become sums over all ranks. None as ``sums`` where it is skipped.
+    s: [width], after ``scale``: the scales of this owner's channels. None as ``sums``, and where
+        there is one scale for all channels.
     """
 
     sums: Tensor | None

@@ -269,25 +269,22 @@ class Builder:
         self._join(taker, item, Place(index, copied=copied), stand_ins, stand_ins, view)
 
     def works(self) -> list[Work]:
-        made = []
-        for (cls, taker, _, spread), family in self.families.items():
-            for entries in _buckets(family):
-                items, low_rank = [e.item for e in entries], cls is LowRank
-                batch = (
-                    taker.build(items, separate=self.separate)
-                    if low_rank
-                    else taker.build_dense(items)
-                )
-                loaded = [s for e in entries for s in e.loaded]
-                stored = [s for e in entries for s in e.stored]
-                places, sums = [e.place for e in entries], sum(e.sums for e in entries)
-                made.append(
-                    Work(
-                        batch, low_rank, self.device, taker.BY_ADDRESS, places, loaded, stored,
-                        spread, sums,
-                    )
-                )  # fmt: skip
-        return made
+        return [
+            self._work(entries, taker, cls is LowRank, spread)
+            for (cls, taker, _, spread), family in self.families.items()
+            for entries in _buckets(family)
+        ]
+
+    def _work(
+        self, entries: list[_Entry], taker: ModuleType, low_rank: bool, spread: Spread
+    ) -> Work:
+        items = [e.item for e in entries]
+        batch = taker.build(items, separate=self.separate) if low_rank else taker.build_dense(items)
+        loaded = [s for e in entries for s in e.loaded]
+        stored = [s for e in entries for s in e.stored]
+        places, sums = [e.place for e in entries], sum(e.sums for e in entries)
+        by_address = taker.BY_ADDRESS
+        return Work(batch, low_rank, self.device, by_address, places, loaded, stored, spread, sums)
 
 
 def _buckets(entries: list[_Entry]) -> list[list[_Entry]]:

@@ -179,10 +179,8 @@ class _Own:
         rows, tiles = [], []
         every = zip(items, projected, layouts, self.places, scales, strict=True)
         for item, row, layout, (r, q), s in every:
-            channels, tile = (
-                len(item.exp_avg),
-                max(16, min(128, triton.next_power_of_2(layout.rank))),
-            )
+            channels = len(item.exp_avg)
+            tile = max(16, min(128, triton.next_power_of_2(layout.rank)))
             r_tiles = max(1, triton.cdiv(layout.rank, tile))
             rows.append(row._replace(
                 channels=channels, chunks=1, q_parts=1, r_tiles=r_tiles, partial=begin + r,
@@ -196,10 +194,11 @@ class _Own:
 
     def order(self, layouts: Sequence[tables.Layout]) -> Tensor:
         """For every channel here, where its scale stands in those of all owners."""
-        found, before = [torch.empty(0, dtype=torch.int64)], 0
+        found, before = [torch.empty(0, dtype=torch.int64, device="cpu")], 0
         for share, layout in zip(self.shares, layouts, strict=True):
             c = torch.arange(layout.channels, dtype=torch.int64, device="cpu")
-            found.append(c // max(share, 1) * sum(self.shares) + before + c % max(share, 1))
+            owner, own = c // max(share, 1), c % max(share, 1)
+            found.append(owner * sum(self.shares) + before + own)
             before += share
         return torch.cat(found)
 
