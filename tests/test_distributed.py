@@ -434,6 +434,20 @@ def test_a_model_under_fully_shard_trains_as_on_one_process(group, world, mesh, 
         close(found, expected)
 
 
+def test_kernels_train_a_model_under_fully_shard(group):
+    """As PyTorch does in float32; with gradient release, bit for bit as without."""
+    runs = [("torch", False, {}), ("cuda", False, {}), ("cuda", True, {})]
+    if reason := conftest.why_not(*conftest.PLACES["cuda"]):
+        pytest.skip(reason)
+    found = [
+        group.run(2, sharded.on, place, sharded.narrow_fsdp, range(5), *own) for place, *own in runs
+    ]
+    for pytorch, kernels, released in zip(*found, strict=True):
+        assert kernels[2] == {"cuda"} and pytorch[2] == {"reference"}
+        close(kernels, pytorch, 1e-4)
+        close(released, kernels, 0)
+
+
 def test_gradient_release_under_fully_shard_gives_the_bits_of_the_normal_mode(group):
     """Its hooks run when gradients have been reduced, in the same order on all ranks."""
     normal = group.run(2, sharded.fsdp, (2,), range(5), {})
