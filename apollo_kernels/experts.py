@@ -33,3 +33,8 @@ def are_weights(shape: Sequence[int], name: str) -> bool:
     own = name.split()[0].rsplit(".", 1)[-1].lower()
     several = shape[0] > 1 or "expert" in name.lower()
     return several and min(shape[1:]) > 1 and not any(word in own for word in _NO_WEIGHT)
+
+
+def look_like(shape: Sequence[int], name: str) -> bool:
+    """Whether a parameter of ``shape``, called ``name``, is several matrices by all of that."""
+    return count_matrices(shape, name) and are_weights(shape, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from apollo_kernels import experts, flat, heads, names, options
 
 _EMBEDDINGS = "embedding", "output head"  # reasons of what ``embeddings`` is about
-_LINEAR = ("linear", "all-linear", "all_linear")  # the same, as PEFT and transformers call it
+LINEAR = ("linear", "all-linear", "all_linear")  # the same, as PEFT and transformers call it
 
 
 @dataclass
@@ -166,8 +167,10 @@ def describe(choices: list[Choice]) -> str:
         decay = "yes" if c.decay else "no"
         lines.append(f"{c.name:<{width}}  {shape:<16}{step:<10}{decay:<7}{c.reason}")
     for kind in ("low-rank", "dense"):
-        sizes = [c.parameter.numel() for c in choices if c.low_rank == (kind == "low-rank")]
-        lines.append(f"{kind}: {len(sizes)} parameters, {sum(sizes):,} weights")
+        some = [c for c in choices if c.low_rank == (kind == "low-rank")]
+        matrices = sum(math.prod(c.parameter.shape[: c.batch_dims]) for c in some)
+        number = f"{len(some)} parameters" + (f" ({matrices} matrices)" * (matrices > len(some)))
+        lines.append(f"{kind}: {number}, {sum(c.parameter.numel() for c in some):,} weights")
     return "\n".join(lines)
 
 
@@ -177,7 +180,7 @@ def _advice(
     """What memory_report() would say of the groups, by the names of the parameters."""
     from apollo_kernels import memory, state  # not above: they know int8 weights, which know us
 
-    movable = {c.parameter for c in choices if c.reason in _EMBEDDINGS and targets in _LINEAR}
+    movable = {c.parameter for c in choices if c.reason in _EMBEDDINGS and targets in LINEAR}
     rest = {"rank": None, "batch_dims": 0, "proj_type": "std", "dense_state": "float32"}
     rest["scale_type"] = "channel"
     whole = [{**rest, **group} for group in groups]
@@ -199,7 +202,7 @@ def _choose(
     described = " ".join([name, *(type(module).__name__ for module, _ in owners)])
     batch_dims = int(not is_filter and experts.count_matrices(p.shape, described))
     low_rank, reason = _judge(name, p, owners, targets, embeddings, head)
-    stacked = batch_dims and targets in _LINEAR and reason not in _EMBEDDINGS
+    stacked = batch_dims and targets in LINEAR and reason not in _EMBEDDINGS
     if stacked and experts.are_weights(p.shape, described):
         low_rank, reason = True, type(owners[0][0]).__name__
     if low_rank and batch_dims:
@@ -227,7 +230,7 @@ def _judge(
         return target is not None, f"name has {target!r}" if target else "no target in its name"
     if targets == "all":
         return True, "targets='all'"
-    if targets not in _LINEAR:
+    if targets not in LINEAR:
         found = re.search(targets, name) is not None
         return found, f"name {'matches' if found else 'does not match'} {targets!r}"
     modules = [module for module, _ in owners]
