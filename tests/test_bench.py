@@ -330,3 +330,19 @@ def test_memory_runs_that_were_not_made_again_are_kept(tmp_path):
     rows = memory_run.kept(path, [{"run": first}])
     assert rows == [{"run": first}, {"run": second, "batch": "old"}]
     assert memory_run.kept(path, [{"run": second}]) == [{"run": second}]
+
+
+def test_the_traffic_of_many_ranks_is_counted_from_the_shapes():
+    """down_proj [8, 24] alone is cut along its contracted side: C 24, rank 4, over 4 ranks."""
+    import communication
+
+    model = communication.Model(hidden=8, mlp=24, layers=1, keys=8, vocabulary=16, shards=4)
+    found = {name: (*rest, report) for name, *rest, report in communication.count(model, 8, 4)}
+    shards, replicas, report = found["HSDP"]
+    assert (shards, replicas) == (4, 2)
+    assert report.traffic.reduce_scatter == 24 * (4 + 1) * 4
+    assert report.traffic.all_gather == 24 * 4
+    flags, norms = 2 * 4 * 8, 7 * 8  # by dimension of the mesh, and for each matrix
+    assert report.traffic.all_reduce == flags + norms
+    assert report.shard_traffic == 3 * 2 * model.weights()
+    assert found["FSDP2"][:2] == (8, 1)
