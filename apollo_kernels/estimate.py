@@ -436,7 +436,10 @@ def _moments(
     norm = ((4 + 2 * size) * h + 4) * tokens
     attention = (2 * size * (q + kv) + 4 * a.heads) * tokens  # q, k, v, output; log-sum-exp
     mlp = 4 * size * f * tokens  # gate, its SiLU, up, their product
-    mlp += 2 * size * h * a.routed * tokens  # each expert's tokens, gathered, and what it answers
+    if a.experts:  # each one's tokens, gathered, and what it answers, before they are weighed
+        mlp += size * h * (2 * a.routed + bool(a.shared_mlp)) * tokens
+    if a.head_norms:
+        attention += ((4 + size) * (q + kv) + 4 * (a.heads + a.kv_heads)) * tokens
     layer = 2 * norm + attention + mlp
     kept = size * h * tokens if checkpointing else layer  # per layer, from forward to backward
     stream = size * h * tokens  # the gradient that travels down

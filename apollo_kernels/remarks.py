@@ -71,7 +71,7 @@ def of_all(
     if any(state.layout_of(p, groups[i]) for i in ranked for p in groups[i]["params"]):
         return
     for i in ranked:
-        if "rank" not in given[i] and (places := range(len(groups[i]["params"]))):
+        if places := range(len(groups[i]["params"])):
             yield _without_matrix(groups[i], places, partial(name_of, i))
 
 

@@ -22,12 +22,12 @@ KINDS = {  # the config's class, and what it adds
 }  # fmt: skip
 
 
-def of_transformers(kind):
+def of_transformers(kind, **sizes):
     """A causal language model of transformers of this kind, the same at each call."""
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **KINDS[kind])
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **KINDS[kind], **sizes})
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 

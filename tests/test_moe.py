@@ -116,14 +116,18 @@ def test_a_resumed_mixture_continues_bit_for_bit(made):
 # ---- what counts as experts ----------------------------------------------------------------------
 
 
+class Filter(nn.Conv1d):
+    """A convolution under another name."""
+
+
 class Shapes(nn.Module):
     """What has three dimensions in models of transformers, beside a linear layer."""
 
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(8, 8)
-        self.conv = nn.Conv1d(4, 6, 3)
-        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
+        self.conv, self.filter = nn.Conv1d(8, 4, 3), Filter(8, 4, 3)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 4, 3))
         self.weights = nn.Parameter(torch.zeros(4, 8, 6))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
         self.position_embeddings = nn.Parameter(torch.zeros(4, 9, 8))
@@ -151,8 +155,15 @@ def test_filters_and_cut_sides_stay_one_matrix_wherever_they_are_asked_for(targe
     }  # fmt: skip
     groups = param_groups(Shapes(), rank=2, targets=targets)
     assert [g["batch_dims"] for g in groups if "rank" in g] == [0, 1]
-    whole = {n for n in groups[0]["param_names"] if "conv" in n or "normed" in n or "heads" in n}
-    assert {"conv.weight", "heads", "normed.parametrizations.weight.original1"} <= whole
+    whole = {
+        n for n in groups[0]["param_names"] if n.startswith(("conv", "filter", "normed", "heads"))
+    }
+    assert {
+        "conv.weight",
+        "filter.weight",
+        "heads",
+        "normed.parametrizations.weight.original1",
+    } <= whole
 
 
 def test_batch_dims_is_set_by_param_groups_and_not_for_all():
@@ -201,6 +212,40 @@ def test_the_estimate_counts_experts_as_the_optimizer_does(kind, tmp_path):
         assert (rows[mode].weights, rows[mode].state) == (report.weight_bytes, report.state_bytes)
 
 
+def kept_for_backward(model, tokens):
+    """Bytes that autograd keeps of the layers, without the weights."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t  # alive, so that no address comes twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = model.model(input_ids=torch.zeros(1, tokens, dtype=torch.long))
+    sizes = {a: t.untyped_storage().nbytes() for a, t in kept.items() if a not in own}
+    return sum(sizes.values()), out
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "Qwen3Moe"])
+def test_the_estimate_counts_what_a_mixture_keeps_for_backward(kind):
+    """Per layer; transformers 5 with grouped_mm. The rest are the few numbers of the routers."""
+    pytest.importorskip("transformers", minversion="5.10")
+    wide = {"hidden_size": 128, "intermediate_size": 160}
+    if kind != "Mixtral":
+        wide["moe_intermediate_size"] = 96
+    found, said = [], []
+    for layers in (1, 3):
+        model = mixture.of_transformers(kind, num_hidden_layers=layers, **wide).to(torch.bfloat16)
+        found.append(kept_for_backward(model, 256)[0])
+        a, (mode, *_) = estimate.of_config(model.config), estimate.MODES
+        weights = estimate._weights(estimate.on_meta(a), mode, None, a.hidden)
+        (moment, *_) = estimate._moments(a, weights, mode, 256, torch.bfloat16, False, "")
+        assert moment[0] == "loss"
+        said.append(moment[2])
+    assert said[1] - said[0] == pytest.approx(found[1] - found[0], rel=0.05)
+
+
 def test_mixtral_8x7b_takes_two_gigabytes_of_state_under_mini():
     """As AdamW's moments in float32 its experts took 361 GB."""
     module = estimate.on_meta(estimate.architecture("8x7b"))
@@ -213,6 +258,7 @@ def test_mixtral_8x7b_takes_two_gigabytes_of_state_under_mini():
     assert rows["AdamW, bf16 moments"].state == 4 * 46_702_792_704
     expected = 8 * dense + 4 * (experts + attention)
     assert rows["APOLLO-Mini"].state == pytest.approx(expected, rel=1e-5)
+    assert rows["Q-APOLLO-Mini, gradient release"].weights > 2 * layers * 8 * 3 * h * f
     for name, row in rows.items():  # quantize_ leaves experts, so it is no advice
         assert not ("release" in name and "quantize_" in estimate.advice(row)), name
 
