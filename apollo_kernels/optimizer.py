@@ -63,7 +63,7 @@ class _Runtime:
         self.compiled = library.Store()
         self.grad_norm: Tensor | None = None
         self.warned: set[str] = set()
-        self.given: list[set[str]] = []  # the keys that each group came with
+        self.given: list[set[str]] | None = None  # the keys of groups, while the optimizer is made
         self.flat = flat.Memory()
 
     def forget(self) -> None:
@@ -185,8 +185,10 @@ class APOLLO(torch.optim.Optimizer):
                 "take apollo_kernels.apollo(model), or model.named_parameters()"
             )
         self._runtime = _Runtime()
+        self._runtime.given = given = []
         super().__init__(params, defaults)
-        for remark in remarks.of_all(self.param_groups, self._runtime.given, self._name_of):
+        self._runtime.given = None
+        for remark in remarks.of_all(self.param_groups, given, self._name_of):
             self._warn_once(remark)
         if gradient_release:
             self._release()
@@ -240,9 +242,11 @@ class APOLLO(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self._runtime.flat.add(added)
-        self._runtime.given.append(given)
-        name_of = partial(self._name_of, len(self.param_groups) - 1)
-        for remark in remarks.of_group(added, given, name_of):
+        if self._runtime.given is not None:  # what there is to say comes for all groups together
+            self._runtime.given.append(given)
+            return
+        index = len(self.param_groups) - 1
+        for remark in remarks.of_added(added, given, index, self._name_of):
             self._warn_once(remark)
 
     def _check_added(self, index: int) -> None:

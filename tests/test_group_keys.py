@@ -9,7 +9,7 @@ import torch
 from helpers import fill, parameter, refuses, train
 from torch import nn
 
-from apollo_kernels import APOLLO, APOLLOAdamW, apollo, apollo_mini, param_groups
+from apollo_kernels import APOLLO, APOLLOAdamW, apollo, apollo_mini, options, param_groups
 
 
 def bare(*shape):
@@ -58,6 +58,13 @@ def test_keys_of_others_pass_and_survive_a_state_dict():
     for found in (optimizer, other, copy.deepcopy(other)):
         assert {k: found.param_groups[0][k] for k in FOREIGN} == FOREIGN
     assert param_groups(nn.Linear(8, 8), rank=4, lr_scale=2.0)[0]["lr_scale"] == 2.0
+
+
+def test_all_arguments_are_known_as_a_group_s_or_the_optimizer_s():
+    known = set(APOLLO([bare()], rank=4).defaults)
+    assert known == options.GROUP_KEYS | set(options.OPTIMIZER_KEYS)
+    for key in (*FOREIGN, *known):
+        options.check_names([key] if key not in options.OPTIMIZER_KEYS else [])
 
 
 @pytest.mark.parametrize("key", ["seed", "backend", "max_grad_norm", "gradient_release"])

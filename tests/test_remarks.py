@@ -103,6 +103,18 @@ def test_matrices_of_lora_whose_side_is_no_longer_than_the_rank_are_told(rank):
     assert said(lambda: APOLLO([{"params": lora, "rank": 7}]))[0] == []
 
 
+def test_a_few_matrices_below_the_rank_beside_many_others_are_nothing_to_tell():
+    """As routers, or keys and values of few heads: less than a tenth of the weights."""
+    router, w = ("router", bare(8, 64)), ("w", bare(64, 80))
+    assert said(lambda: APOLLO([router, w], rank=16))[0] == []
+    assert "'router'" in remark(lambda: APOLLO([router, ("w", bare(64, 64))], rank=16))
+    groups = [{"params": [router], "rank": 16}, {"params": [w], "rank": 4}]
+    texts, optimizer = said(lambda: APOLLO(groups))
+    assert texts == []
+    added = {"params": [("lora_A", bare(8, 64))], "rank": 8}  # later groups are taken by themselves
+    assert "'lora_A'" in remark(lambda: optimizer.add_param_group(added))
+
+
 def test_many_names_are_counted():
     params = [(f"p{i}", bare(4, 4)) for i in range(9)]
     text = remark(lambda: APOLLO(params, rank=4))
