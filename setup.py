@@ -75,8 +75,16 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["apollo_kernels", "apollo_kernels.triton_kernels"],
-    package_data={"apollo_kernels": ["py.typed"]},
+    packages=[
+        "apollo_kernels",
+        "apollo_kernels.as_apollo_torch",  # a folder for sys.path, see standin.py
+        "apollo_kernels.integrations",
+        "apollo_kernels.triton_kernels",
+    ],
+    package_data={
+        "apollo_kernels": ["py.typed"],
+        "apollo_kernels.as_apollo_torch": ["*.dist-info/METADATA"],
+    },
     ext_modules=[Extension("apollo_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )
