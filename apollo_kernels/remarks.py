@@ -69,7 +69,11 @@ def _of_group(group: Group, given: Collection[str], called: Callable[[int], str]
         yield _without_matrix(group, range(len(params)), called)
     elif flat:
         yield _without_matrix(group, flat, called)
-    cubes = [i for i, p in enumerate(params) if experts.count_matrices(p.shape)]
+    cubes = [
+        i
+        for i, p in enumerate(params)
+        if p.dim() == 3 and experts.count_matrices(p.shape, called(i))
+    ]
     if cubes and "batch_dims" not in given and group["batch_dims"] == 0:
         yield (
             f"{_listed(cubes, called)}: three dimensions, stepped as one matrix, the first x the "

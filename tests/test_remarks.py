@@ -129,6 +129,8 @@ def test_three_dimensions_without_batch_dims_are_told():
     text = remark(lambda: APOLLO([{"params": params, "rank": 4}]))
     assert "parameter 'experts.w1' (0 of group 0): three dimensions" in text
     assert "batch_dims=1" in text and "'w'" not in text
+    many = [("experts.w1", bare(32, 16, 8))]  # more of them than rows and columns
+    assert "'experts.w1'" in remark(lambda: APOLLO([{"params": many, "rank": 4}]))
 
 
 @pytest.mark.parametrize("keys", [{"batch_dims": 1}, {"batch_dims": 0}], ids=str)
