@@ -77,6 +77,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=[
         "apollo_kernels",
+        "apollo_kernels.commands",
         "apollo_kernels.as_apollo_torch",  # a folder for sys.path, see standin.py
         "apollo_kernels.integrations",
         "apollo_kernels.triton_kernels",
