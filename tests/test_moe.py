@@ -3,6 +3,7 @@
 Under fully_shard: test_distributed.py.
 """
 
+import argparse
 import copy
 import io
 
@@ -14,6 +15,8 @@ from restatement import key_of_matrix, key_of_name
 from torch import nn
 
 from apollo_kernels import APOLLO, apollo, apollo_mini, estimate, param_groups, state
+from apollo_kernels.__main__ import main
+from apollo_kernels.commands import bench
 from apollo_kernels.groups import choose_parameters
 
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -261,6 +264,18 @@ def test_mixtral_8x7b_takes_two_gigabytes_of_state_under_mini():
     assert rows["Q-APOLLO-Mini, gradient release"].weights > 2 * layers * 8 * 3 * h * f
     for name, row in rows.items():  # quantize_ leaves experts, so it is no advice
         assert not ("release" in name and "quantize_" in estimate.advice(row)), name
+
+
+def test_the_command_line_knows_mixtures(capsys):
+    pytest.importorskip("transformers", minversion="5.0")
+    assert main(["groups", "8x7b", "--mini"]) == 0
+    table = capsys.readouterr().out
+    assert "8x28672x4096" in table and "8 matrices; MixtralExperts" in table
+    assert "1: rank 1 tensor, stacks of 8" in table
+    asked = argparse.Namespace(model="8x7b", layers=2, rank=None, rounds=None)
+    layer = bench._model(asked).layer
+    assert layer.count((28672, 4096)) == layer.count((4096, 14336)) == 8
+    assert layer.count((4096, 4096)) == layer.count((1024, 4096)) == 2
 
 
 @pytest.mark.parametrize("change, piece", [

@@ -1,6 +1,7 @@
 """Nothing is silent: what is hardly meant so warns, once and by name; what is meant does not."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from apollo_kernels import APOLLO, APOLLOAdamW, apollo, param_groups
+from apollo_kernels.commands import check
 
 pytestmark = pytest.mark.filterwarnings("default")  # conftest.py ignores most of them elsewhere
 
@@ -55,6 +57,12 @@ def test_a_rank_of_none_says_that_adamw_is_meant():
     assert said(lambda: APOLLO([given, {"params": [bare()]}]))[0] == []
     assert said(lambda: APOLLO(apollo(model(), rank=4)))[0] == []
     assert said(lambda: APOLLO(model().parameters(), rank=4))[0] == []
+
+
+def test_the_check_of_the_command_line_means_adamw():
+    case = next(case for case in check.CASES if case.name == "AdamW")
+    call = functools.partial(check.follows_the_formula, case, "torch", torch.device("cpu"))
+    assert said(call)[0] == []
 
 
 def test_it_is_told_once_and_copies_and_later_groups_add_nothing():
