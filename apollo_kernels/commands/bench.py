@@ -94,7 +94,8 @@ def command(options: Any) -> str:
         raced = contest.race(model, every, dtype, device, options.rounds)
     rows = [{"model": model.name, "dtype": dtype_name, **row} for row in raced]
     card = timing.card_name(device)
-    title = f"{card}: {estimate.SHORT.get(model.name, model.name)}, {model.layers} layers, {dtype_name}"
+    name = estimate.SHORT.get(model.name, model.name)
+    title = f"{card}: {name}, {model.layers} layers, {dtype_name}"
     if options.csv:
         write_csv(rows, options.csv)
     if options.png:
