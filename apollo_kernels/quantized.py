@@ -298,10 +298,10 @@ def quantize_(
     if not isinstance(targets, str):
         targets = list(targets)
     owners = _owners(model)
-    for name, p in model.named_parameters():
-        if is_sharded(p):
+    for name, shard in model.named_parameters():
+        if is_sharded(shard):
             raise ValueError(
-                f"parameter {name!r} is a DTensor, placed as {p.placements!r}: int8 weights do not "
+                f"parameter {name!r} is a DTensor, {tuple(shard.shape)}: int8 weights do not "
                 "go with FSDP2 or tensor parallelism yet"
             )
     explicit = not isinstance(targets, str) or targets not in (*LINEAR, "all")
@@ -346,11 +346,11 @@ def refuse_lost(model: nn.Module) -> None:
     """Raises ValueError if weights of ``model`` were int8 and fully_shard has made shards of plain
     numbers of them: it copies parameters into tensors of its own."""
     for path, module in model.named_modules():
-        hooked = _write_state in module._state_dict_hooks.values()
-        if hooked and is_sharded(getattr(module, "weight", None)):
+        weight = getattr(module, "weight", None)
+        if _write_state in module._state_dict_hooks.values() and is_sharded(weight):
             raise ValueError(
                 f"parameter {f'{path}.weight'.lstrip('.')!r} was int8, and fully_shard has made "
-                f"{module.weight.dtype} shards of it. int8 weights do not go with FSDP2 yet: use "
+                f"shards of plain numbers of it. int8 weights do not go with FSDP2 yet: use "
                 "DistributedDataParallel for them, or leave quantize_ out"
             )
 
