@@ -10,6 +10,7 @@ and keeps nothing of it; APOLLO's step updates the codes (reference.py).
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -22,7 +23,8 @@ from torch.utils._pytree import tree_map_only
 
 from apollo_kernels import int8
 from apollo_kernels._version import __version__
-from apollo_kernels.groups import choose_parameters
+from apollo_kernels.distributed import is_sharded
+from apollo_kernels.groups import LINEAR, choose_parameters
 
 _aten = torch.ops.aten
 _PART = {"cpu": 2**20}  # weights widened at a time: bounds the temporaries
@@ -288,7 +290,7 @@ def quantize_(
     Raises
         ValueError: for a group size that cannot be; for targets that match nothing; with its name,
             for a target that cannot be int8 (three dimensions, another kind of layer, float64,
-            not finite). Nothing is changed then.
+            not finite), and for a model whose parameters are DTensors. Nothing is changed then.
     """
     whole = isinstance(group_size, Integral) and not isinstance(group_size, bool)
     if not whole or group_size < int8.SMALLEST_GROUP or group_size & (group_size - 1):
@@ -296,8 +298,15 @@ def quantize_(
     if not isinstance(targets, str):
         targets = list(targets)
     owners = _owners(model)
-    explicit = not isinstance(targets, str) or targets not in ("linear", "all")
+    for name, shard in model.named_parameters():
+        if is_sharded(shard):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor, {tuple(shard.shape)}: int8 weights do not "
+                "go with FSDP2 or tensor parallelism yet"
+            )
+    explicit = not isinstance(targets, str) or targets not in (*LINEAR, "all")
     chosen: dict[str, Tensor] = {}
+    left: list[str] = []
     for choice in choose_parameters(model, targets, embeddings, frozen=True):
         p = choice.parameter
         if not choice.low_rank or isinstance(p, Int8Weight):
@@ -307,11 +316,15 @@ def quantize_(
             chosen[choice.name] = p
         elif explicit:
             raise ValueError(f"{choice.name} cannot be int8: {reason}")
+        elif choice.batch_dims:
+            left.append(choice.name)
     if not chosen and not any(isinstance(p, Int8Weight) for p in owners):
         raise ValueError(f"targets={targets!r} matches no weight of nn.Linear or nn.Embedding")
     for name, p in chosen.items():
         if not _finite(p):
             raise ValueError(f"{name} cannot be int8: it holds NaN or Inf")
+    if left:
+        warnings.warn(f"experts stay as they are, not int8: {', '.join(left)}", stacklevel=3)
     for p in chosen.values():
         _set(p, quantized(p.detach(), int(group_size)), owners[p])
         for module, _ in owners[p]:
@@ -327,6 +340,19 @@ def dequantize_(model: nn.Module) -> list[str]:
     for p in found.values():
         _set(p, p.dequantize(), owners[p])
     return list(found)
+
+
+def refuse_lost(model: nn.Module) -> None:
+    """Raises ValueError if weights of ``model`` were int8 and fully_shard has made shards of plain
+    numbers of them: it copies parameters into tensors of its own."""
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if _write_state in module._state_dict_hooks.values() and is_sharded(weight):
+            raise ValueError(
+                f"parameter {f'{path}.weight'.lstrip('.')!r} was int8, and fully_shard has made "
+                f"shards of plain numbers of it. int8 weights do not go with FSDP2 yet: use "
+                "DistributedDataParallel for them, or leave quantize_ out"
+            )
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:

@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 
+import processes
 import pytest
 import torch
 from conftest import running
@@ -437,6 +438,16 @@ def test_what_cannot_be_int8_is_refused_and_nothing_changes():
     refused("up.weight cannot be int8: it is torch.float64", targets="up.weight")
 
 
+def test_experts_that_stay_as_they_are_are_told():
+    model = nn.Module()
+    model.up, model.experts = nn.Linear(16, 16), nn.Module()
+    model.experts.w = nn.Parameter(torch.zeros(2, 16, 16))
+    with pytest.warns(UserWarning, match="experts stay as they are, not int8: experts.w") as caught:
+        assert quantize_(model) == ["up.weight"]
+    assert caught[0].filename == __file__
+    assert apollo_kernels.apollo(model, rank=4)[1]["param_names"] == ["experts.w"]
+
+
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}])
 def test_an_embedding_that_would_need_more_is_refused(options):
     with pytest.raises(NotImplementedError, match=r"neither max_norm \(.*\) nor sparse"):
@@ -838,3 +849,28 @@ def test_a_compiled_step_breaks_the_graph_and_steps(backend):
     torch.compile(traced.step, backend="eager")()
     assert torch.equal(p.codes, q.codes)
     assert changed(stored_state(eager), stored_state(traced)) == set()
+
+
+def shards_after_or_before(rank):
+    """What is said where int8 weights and fully_shard meet, in either order."""
+    from torch.distributed.fsdp import fully_shard
+
+    said = []
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))
+    apollo_kernels.quantize_(model)
+    fully_shard(model)
+    with pytest.raises(ValueError) as error:
+        apollo_kernels.apollo(model, rank=4)
+    said.append(str(error.value))
+    model = fully_shard(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)))
+    with pytest.raises(ValueError) as error:
+        apollo_kernels.quantize_(model)
+    said.append(str(error.value))
+    apollo_kernels.apollo(model, rank=4)  # without int8 it is taken
+    return said
+
+
+def test_int8_weights_are_not_lost_in_silence_under_fully_shard():
+    ((after, before),) = processes.run(shards_after_or_before, world=1)
+    assert "'0.weight' was int8" in after and "DistributedDataParallel" in after
+    assert "'0.weight' is a DTensor" in before
