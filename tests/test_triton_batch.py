@@ -368,7 +368,7 @@ def test_neither_dtype_nor_address_decides_where_a_sparse_projection_cuts_k(rank
         g = torch.zeros(512 * 8192 + 64, dtype=dtype)[offset : offset + 512 * 8192]
         g = g.view(512, 8192) if rows else g.view(8192, 512)
         layout = table.layout(low_rank(g, g, rows, rank))
-        return sparse.split(layout, sparse.choose(layout, False))
+        return sparse.split(layout, sparse.choose(layout, False), layout.k)
 
     cuts = {cut(dtype, offset) for dtype in DTYPES for offset in (0, 1)}
     assert len(cuts) == 1 and cuts.pop()[1] > 1

@@ -232,7 +232,7 @@ def test_stochastic_rounding_takes_the_contract_s_bits(stride, rows):
 def test_a_long_contracted_side_is_cut_into_chunks(rows, rank, distribution):
     item = low_rank(*data((3, 4100) if rows else (4100, 3)), rows, rank)
     layout = table.layout(item)
-    assert project.split(layout, project.choose(layout, False)) == (1536, 3)
+    assert project.split(layout, project.choose(layout, False), layout.k) == (1536, 3)
     h = hyper(scale_type="tensor", distribution=distribution)
     check_step([item], h, rtol=2e-3 if distribution == "gaussian" else 1e-5)
 
