@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Developers test what nvcc makes, wherever it is; users' default is in setup.py.
+export APOLLO_KERNELS_CUDA ?= nvcc
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
 .PHONY: help demo test test-ptx test-sanitizers test-mutants lint format bench kernel-report gpu-check wheel clean
