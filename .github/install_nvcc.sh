@@ -7,6 +7,6 @@ for python in /opt/python/cp312-cp312/bin/python python3; do
 done
 "$python" -m pip install --quiet --target "$1" \
     nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \
-    nvidia-cuda-runtime==13.0.96
+    nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
 ln -sfn lib "$1/nvidia/cu13/lib64"  # where nvcc.profile looks
 "$1/nvidia/cu13/bin/nvcc" --version
