@@ -300,16 +300,23 @@ def any_sharded(params: Iterable[Tensor]) -> bool:
 
 def axes_of(params: Iterable[Tensor]) -> list[tuple[Any, str]]:
     """All process groups that parameters are placed on, in the order of the parameters, and the
-    kind of device that each communicates from."""
+    kind of device that flags should lie on to cross each: see ``_flags_on``."""
     meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p))  # type: ignore[attr-defined]
     return list(
         dict.fromkeys(
-            (mesh.get_group(i), mesh.device_type)
+            (mesh.get_group(i), _flags_on(mesh.get_group(i), mesh.device_type))
             for mesh in meshes
             for i in range(mesh.ndim)
             if mesh.size(i) > 1
         )
     )
+
+
+def _flags_on(group: Any, device: str) -> str:
+    """The CPU if a group can send from there: then hosts wait for each other, and not for their
+    devices, which may still be busy with backward."""
+    backends = torch.distributed.get_backend_config(group).split(",")
+    return "cpu" if any(b.startswith("cpu:") for b in backends) else device
 
 
 def agreed(

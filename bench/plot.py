@@ -112,50 +112,70 @@ def _legend(path: Path) -> list[tuple[str, str]]:
     return [(MARKS[backend], f"measured, {backend} back end") for backend in found]
 
 
-def convergence(runs: list[tuple[str, str, int, str, bool, list[Any]]], path: Path) -> None:
-    """Final losses over the rank, as differences to AdamW's at the same seed: one dot per seed, a
-    line through the means; Mini, which has no rank to choose, as a line across. Each of ``runs``:
-    label, optimizer, rank, proj, whether it is the published package, and its results."""
-    colors = {"random": OURS, "rademacher": "#7A9E3F", "sparse": "#8A6BBE"}
-    names = {
-        "random": "APOLLO, gaussian",
-        "rademacher": "APOLLO, signs",
-        "sparse": "APOLLO, sparse",
+def convergence(
+    runs: list[tuple[str, str, int, str, str | None, bool, list[Any]]], path: Path
+) -> None:
+    """Final losses as differences to AdamW's at the same seed, one dot per seed. On the left over
+    the rank, a line through the means; on the right all optimizers, best mean on top. Each of
+    ``runs``: label, optimizer, rank, proj, rival, whether weights are int8, and its results."""
+    adamw = next(run for run in runs if run[1] == "adamw")
+    base = {result["settings"]["seed"]: result["curve"][-1][1] for result in adamw[-1]}
+    gaps = {
+        label: [r["curve"][-1][1] - base[r["settings"]["seed"]] for r in results if r["curve"]]
+        for label, *_, results in runs
     }
-    adamw = [run for run in runs if run[1] == "adamw"]
-    base = {result["settings"]["seed"]: result["curve"][-1][1] for result in adamw[0][-1]}
-    series: dict[tuple[str, str], list[tuple[int, list[float]]]] = {}
-    figure, axes = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
     mean = sum(base.values()) / len(base)
-    axes.axhline(0.0, color="#4C566A", ls="--", lw=1.6, label=f"AdamW (mean {mean:.3f})")
-    for label, optimizer, rank, proj, published, results in runs:
-        gaps = [r["curve"][-1][1] - base[r["settings"]["seed"]] for r in results]
-        if optimizer == "apollo" and gaps:
-            name = "apollo_torch, gaussian" if published else names[proj]
-            color = PUBLISHED if published else colors[proj]
-            series.setdefault((name, color), []).append((rank, gaps))
-        elif optimizer != "adamw" and gaps:
-            gap = sum(gaps) / len(gaps)
-            axes.axhline(gap, color=OTHER, ls=":", lw=1.6, label=label.split(",")[0])
+    tall = max(4.6, 0.28 * len(runs) + 1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13.0, tall), layout="constrained")
+    left.axhline(0.0, color="#4C566A", ls="--", lw=1.6, label=f"AdamW (mean {mean:.3f})")
+    _over_ranks(left, runs, gaps)
+    _all_of_them(right, runs, gaps)
+    figure.suptitle("Same batches, one dot per seed", fontweight="bold")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+PROJECTIONS = {
+    "random": ("APOLLO, gaussian", OURS),
+    "rademacher": ("APOLLO, signs", "#7A9E3F"),
+    "sparse": ("APOLLO, sparse", "#8A6BBE"),
+}
+
+
+def _over_ranks(axes: Any, runs: list[Any], gaps: dict[str, list[float]]) -> None:
+    series: dict[tuple[str, str], list[tuple[int, list[float]]]] = {}
+    for label, optimizer, rank, proj, rival, int8, _ in runs:
+        if optimizer == "apollo" and not int8 and rival in (None, "apollo_torch"):
+            line = PROJECTIONS[proj] if rival is None else ("apollo_torch, gaussian", PUBLISHED)
+            series.setdefault(line, []).append((rank, gaps[label]))
     for number, ((name, color), points) in enumerate(series.items()):
-        shift = 2 ** (
-            0.06 * (number - (len(series) - 1) / 2)
-        )  # so that dots do not hide each other
+        # so that dots do not hide each other
+        shift = 2 ** (0.06 * (number - (len(series) - 1) / 2))
         points = sorted(points)
-        means = [sum(gaps) / len(gaps) for _, gaps in points]
+        means = [sum(found) / len(found) for _, found in points]
         axes.plot([rank * shift for rank, _ in points], means, color=color, lw=1.6, label=name)
-        for rank, gaps in points:
-            axes.plot([rank * shift] * len(gaps), gaps, "o", color=color, ms=4.5, alpha=0.75)
+        for rank, found in points:
+            axes.plot([rank * shift] * len(found), found, "o", color=color, ms=4.5, alpha=0.75)
     ranks = sorted({rank for points in series.values() for rank, _ in points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.minorticks_off()
-    axes.set(
-        xlabel="rank",
-        ylabel="validation loss, to AdamW's at the same seed (nats)",
-        title="Same batches, one dot per seed",
-    )
+    axes.set(xlabel="rank", ylabel="validation loss, to AdamW's at the same seed (nats)")
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _all_of_them(axes: Any, runs: list[Any], gaps: dict[str, list[float]]) -> None:
+    rivals = {label: rival for label, _, _, _, rival, *_ in runs}
+    means = {label: sum(found) / len(found) for label, found in gaps.items() if found}
+    names = sorted(means, key=means.__getitem__, reverse=True)
+    axes.axvline(0.0, color="#4C566A", ls="--", lw=1.6)
+    for place, name in enumerate(names):
+        known = rivals[name]
+        color = OURS if known is None else PUBLISHED if known == "apollo_torch" else OTHER
+        color = "#4C566A" if name == "AdamW" else color
+        axes.plot(gaps[name], [place] * len(gaps[name]), "o", color=color, ms=4.5, alpha=0.75)
+        axes.plot([means[name]], [place], "|", color=color, ms=13, mew=2)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set(xlabel="validation loss, to AdamW's at the same seed (nats)")
+    axes.grid(alpha=0.25)

@@ -4,6 +4,7 @@ table and a picture. And the sweep that its learning rates come from."""
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
@@ -46,7 +47,7 @@ def demo_settings(options: argparse.Namespace, optimizer: str, **changes: object
 
 
 def demo(options: argparse.Namespace) -> None:
-    """Trains the four in turn, prints the table and writes the PNG and the CSV logs."""
+    """Trains the four in turn; prints the table, and writes it, the PNG and the CSV logs."""
     begin, out = time.perf_counter(), options.out
     data = load_data(tuple(options.data or ()), options.seq_len or 256)
     runs = {}
@@ -60,6 +61,7 @@ def demo(options: argparse.Namespace) -> None:
     rows = [summary(LABELS[name], run) for name, run in runs.items()]
     print_table(rows)
     print(verdict(rows))
+    (out / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
     picture = out / "pretrain.png"
     draw(runs, rows, picture)
     print(f"\n{picture}, {out}/*.csv; {time.perf_counter() - begin:.0f} s in all")

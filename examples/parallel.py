@@ -38,7 +38,7 @@ class Processes:
             cuda = device.startswith("cuda")
             if cuda:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            _start("cpu:gloo,cuda:nccl" if cuda else "gloo")
             self.started = True
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
         if mode == "hsdp" and self.world % 2:
@@ -135,10 +135,26 @@ class Processes:
         return json.loads(content["rest"])
 
 
+def _start(backend: str) -> None:
+    """The process group, with a part of torchrun's store for each start of the processes: after one
+    was killed the others would still find its address there."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, rank, world = next(distributed.rendezvous("env://"))
+    store = distributed.PrefixStore(f"start {attempt}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
+def _complete(path: Path) -> list[Path]:
+    return [folder for folder in path.glob("step-*") if (folder / ".metadata").is_file()]
+
+
+def has_checkpoint(path: Path) -> bool:
+    return bool(_complete(path))
+
+
 def newest(path: Path) -> Path:
     """The last checkpoint that was written to its end."""
-    whole = [folder for folder in path.glob("step-*") if (folder / ".metadata").is_file()]
-    if not whole:
+    if not (whole := _complete(path)):
         raise Stop(f"--resume: no complete checkpoint in {str(path)!r}")
     return max(whole, key=lambda folder: int(folder.name.removeprefix("step-")))
 

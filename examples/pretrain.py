@@ -6,19 +6,21 @@
     torchrun --nproc-per-node 2 examples/pretrain.py --parallel fsdp2 --save runs/cut
 
 A run that was killed and is resumed continues to the bit on one machine: batches are a function of
-(seed, step), and the checkpoint holds the rest.
+(seed, step), and the checkpoint holds the rest. With ``torchrun --max-restarts N`` a run whose
+process has died goes on by itself from its last checkpoint in --save.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from parallel import MODES, Processes
+from parallel import MODES, Processes, has_checkpoint
 from training import (
     DENSE_LEARNING_RATE,
     LEARNING_RATES,
@@ -102,6 +104,13 @@ def resumed_settings(options: argparse.Namespace, content: dict) -> Settings:
     return Settings(**{**saved, "data": tuple(saved["data"])})
 
 
+def was_restarted(options: argparse.Namespace) -> bool:
+    """Whether torchrun has started these processes again, after one of them died, and there is a
+    checkpoint to go on from; with none the run begins anew."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and options.save is not None and has_checkpoint(options.save)
+
+
 def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise Stop(f"--resume: no such file: {str(path)!r}")
@@ -121,6 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         processes = Processes(options.parallel, options.device or settings_of(options).device)
         content = None
+        if options.parallel and was_restarted(options):
+            options.resume = options.save
         if options.resume:
             read = processes.read_rest if options.parallel else load_checkpoint
             content = read(options.resume)

@@ -1,6 +1,6 @@
 """What the Python blocks of README.md and docs/ may use without making it (tests/test_docs.py).
 
-A page's blocks run one after the other in one namespace, which begins with the names of ``names()``:
+A page's blocks run one after the other in one namespace, which begins with what ``names()`` gives:
 a small model whose layers are called as LLaMA's, some data, and a checkpoint of apollo_torch.
 """
 

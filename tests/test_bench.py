@@ -150,6 +150,50 @@ def test_convergence_keeps_finished_runs_and_repeats_changed_ones(tmp_path, monk
     assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sweep_goes_on_until_losses_rise_on_both_sides(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    import convergence
+    import training
+
+    tried = []
+
+    def train(entry, settings, data):
+        tried.append(settings.lr)
+        loss = (settings.lr - 0.016) ** 2 if settings.lr < 0.02 else float("nan")
+        curve = [(2, loss)] if loss == loss else []  # as a run that ended in NaN leaves it
+        return {"settings": convergence.as_json(settings), "curve": curve}
+
+    monkeypatch.setattr(convergence, "train", train)
+    monkeypatch.setitem(convergence.rivals.RIVALS, "Muon", (2e-3, None, "torch"))
+    entry = convergence.Entry("Muon", "apollo", 4, rival="Muon")
+    trainer = convergence.Trainer(training.Settings(steps=2), None, tmp_path, 1, None)
+    assert trainer.sweep([entry], 0) == {entry: 8}
+    assert tried == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
+    assert trainer.sweep([entry], 0) == {entry: 8} and len(tried) == 6  # they were kept
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Muon"])
+def test_a_rival_steps_the_matrices_and_adamw_all_else(name):
+    pytest.importorskip("transformers")
+    import rivals
+    import training
+
+    if not rivals.installed(name):
+        pytest.skip("this PyTorch has none")
+    settings = training.Settings(preset="micro", lr=1e-3, dense_lr=2e-3)
+    model = training.build_model(settings)
+    optimizer = rivals.build(name)(settings, model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 1e-3]
+    optimizer.step()
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert set(optimizer.state) == set(model.parameters())
+    theirs = {len(state) for p, state in optimizer.state.items() if p.dim() == 1}
+    assert theirs == {3}  # AdamW's for norms: step and two moments
+
+
 def test_kernel_report_reads_registers_spills_and_instructions(tmp_path):
     import kernel_report
 
@@ -330,3 +374,19 @@ def test_memory_runs_that_were_not_made_again_are_kept(tmp_path):
     rows = memory_run.kept(path, [{"run": first}])
     assert rows == [{"run": first}, {"run": second, "batch": "old"}]
     assert memory_run.kept(path, [{"run": second}]) == [{"run": second}]
+
+
+def test_the_traffic_of_many_ranks_is_counted_from_the_shapes():
+    """down_proj [8, 24] alone is cut along its contracted side: C 24, rank 4, over 4 ranks."""
+    import communication
+
+    model = communication.Model(hidden=8, mlp=24, layers=1, keys=8, vocabulary=16, shards=4)
+    found = {name: (*rest, report) for name, *rest, report in communication.count(model, 8, 4)}
+    shards, replicas, report = found["HSDP"]
+    assert (shards, replicas) == (4, 2)
+    assert report.traffic.reduce_scatter == 24 * (4 + 1) * 4
+    assert report.traffic.all_gather == 24 * 4
+    flags, norms = 2 * 4 * 8, 7 * 8  # by dimension of the mesh, and for each matrix
+    assert report.traffic.all_reduce == flags + norms
+    assert report.shard_traffic == 3 * 2 * model.weights()
+    assert found["FSDP2"][:2] == (8, 1)

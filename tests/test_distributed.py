@@ -405,6 +405,17 @@ def test_a_plain_state_dict_of_whole_tensors_is_cut_where_it_is_loaded(group):
                 assert helpers.same(found[key], value), key
 
 
+@pytest.mark.parametrize("backends, place", [
+    ("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda"), ("cpu:gloo", "cpu"),
+])  # fmt: skip
+def test_flags_cross_from_the_cpu_where_a_group_can(monkeypatch, backends, place):
+    """So that the host does not wait for the device before each step."""
+    from apollo_kernels import distributed
+
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: backends)
+    assert distributed._flags_on(object(), "cuda") == place
+
+
 # ---- what a step sends ---------------------------------------------------------------------------
 
 

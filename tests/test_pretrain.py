@@ -5,15 +5,18 @@ It runs in this process, where its imports cost nothing, but for one run that is
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
+from apollo_kernels import APOLLO, apollo
 from apollo_kernels.release import Release
 
 pytest.importorskip("transformers")
@@ -291,16 +294,84 @@ def test_a_run_goes_on_on_another_number_of_processes(group, alone, text, tmp_pa
     assert losses_in(log) == pytest.approx(alone("apollo"), rel=1e-4)
 
 
-def test_torchrun_starts_it(text, tmp_path):
-    """The command of the script's own text, on two processes."""
-    log = tmp_path / "log.csv"
+def children(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
+def test_torchrun_goes_on_after_a_worker_was_killed(group, text, tmp_path):
+    """The command of the script's own text, on two processes: losses to the bit, as if nothing
+    had happened."""
+    import sharded
+
+    common = [*TOGETHER, "--parallel", "fsdp2", "--steps", "30", "--data", str(text)]
+    whole = [*common, "--csv", str(tmp_path / "whole.csv")]
+    assert group.run(2, sharded.pretrain, str(ROOT / "examples"), whole) == [0, 0]
+
+    log, folder = tmp_path / "log.csv", tmp_path / "run"
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(ROOT / "examples" / "pretrain.py"), *TOGETHER]
-    command += ["--parallel", "fsdp2", "--steps", "2", "--data", str(text), "--csv", str(log)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 2: loss") == 1
-    assert len(losses_in(log)) == 2
+    command += ["--max-restarts", "1", "--nproc-per-node", "2"]
+    command += [str(ROOT / "examples" / "pretrain.py"), *common, "--csv", str(log)]
+    command += ["--save", str(folder), "--save-every", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as it:
+        deadline = time.monotonic() + 60
+        while not any(folder.glob("step-*/.metadata")):
+            assert it.poll() is None and time.monotonic() < deadline, it.communicate()[1]
+            time.sleep(0.002)
+        os.kill(int(children(it.pid)[-1]), signal.SIGKILL)
+        said, errors = it.communicate(timeout=120)
+    assert it.returncode == 0, errors
+    assert said.count("step 30: loss") == 1
+    begun = [int(step) for step in re.findall(r"(\d+)/30 \[00:00<\?", errors)]  # of the bars
+    assert begun[0] == 0 and len(begun) == 2 and begun[1] > 0, errors
+    assert losses(log) == losses(tmp_path / "whole.csv")
+
+
+def killed_in_its_second_save(rank, path, moment):
+    """Trains two steps and saves after each; rank 1, or the one that writes the metadata, is killed
+    with the data of the second checkpoint on the disk. Returns nothing: no rank gets so far."""
+    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.fsdp import fully_shard
+
+    sys.path.insert(0, str(ROOT / "examples"))
+    import parallel
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
+    optimizer = APOLLO(apollo(fully_shard(model), rank=4), lr=1e-2)
+    processes = parallel.Processes("fsdp2", "cpu")
+    original = getattr(FileSystemWriter, moment)
+
+    def die(*arguments, **more):
+        if moment == "write_data":
+            original(*arguments, **more).wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for step in (1, 2):
+        model(torch.ones(4, 8)).square().sum().backward()
+        optimizer.step()
+        if step == 2 and rank == (moment == "write_data"):
+            setattr(FileSystemWriter, moment, die)
+        processes.save(path, model, optimizer, {"step": step})
+        if step == 1 and rank == 0:
+            (path / "first").write_bytes((path / "step-1" / "__0_0.distcp").read_bytes())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("moment", ["write_data", "finish"])
+def test_a_process_killed_in_a_save_leaves_the_checkpoint_before_it(run, tmp_path, moment):
+    import parallel
+
+    with pytest.raises(AssertionError, match=r"ended with -9"):
+        processes.run(killed_in_its_second_save, tmp_path, moment)
+    assert (tmp_path / "step-2").is_dir()  # it had begun
+    assert parallel.newest(tmp_path) == tmp_path / "step-1"
+    assert (tmp_path / "step-1" / "__0_0.distcp").read_bytes() == (tmp_path / "first").read_bytes()
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
+    optimizer = APOLLO(apollo(model, rank=4), lr=1e-2)
+    assert parallel.Processes(None, "cpu").restore(tmp_path, model, optimizer) == {"step": 1}
+    assert all(int(state["step"]) == 1 for state in optimizer.state.values())
 
 
 def test_parallel_needs_torchrun(run, monkeypatch):
