@@ -1,6 +1,7 @@
 """What SECURITY.md promises: no unrestricted unpickling, no shared folders, pinned actions."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -12,8 +13,11 @@ SHIPPED = sorted(
     for folder in ("apollo_kernels", "triton", "bench", "examples")
     for path in (ROOT / folder).rglob("*.py")
 )
-# The one place that may unpickle anything, behind allow_unsafe_pickle=True.
-UNSAFE = {"apollo_kernels/converters.py"}
+# What may unpickle anything, and the name that a user has to say True to before.
+OPT_INS = {
+    "apollo_kernels/converters.py": "allow_unsafe_pickle",  # of load_apollo_torch
+    "apollo_kernels/commands/convert.py": "unsafe",  # --allow-unsafe-pickle
+}
 
 
 def calls(path):
@@ -24,26 +28,34 @@ def calls(path):
 
 
 def unrestricted(path):
-    """Lines that load a file or a string with anything but weights_only=True."""
+    """Calls that load a file or a string with anything but weights_only=True."""
     found = []
     for name, call in calls(path):
         keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
         loads = name == "torch.load" and keywords.get("weights_only") != "True"
         if loads or re.fullmatch(r"(c?pickle|dill|joblib|marshal|shelve)\.(loads?|open)", name):
-            found.append(call.lineno)
+            found.append(call)
     return found
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_no_file_is_unpickled_but_by_the_named_opt_in(path):
-    if path.relative_to(ROOT).as_posix() not in UNSAFE:
-        assert unrestricted(path) == []
+def test_no_file_is_unpickled_but_by_a_named_opt_in(path):
+    opt_in = OPT_INS.get(path.relative_to(ROOT).as_posix())
+    guarded = {
+        (call.lineno, call.col_offset)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.If) and opt_in and ast.unparse(node.test) == opt_in
+        for part in node.body
+        for call in ast.walk(part)
+        if isinstance(call, ast.Call)
+    }
+    assert [c.lineno for c in unrestricted(path) if (c.lineno, c.col_offset) not in guarded] == []
 
 
-def test_the_opt_in_is_the_only_unrestricted_load_of_its_file_and_is_guarded():
-    (line,) = unrestricted(ROOT / "apollo_kernels/converters.py")
-    before = (ROOT / "apollo_kernels/converters.py").read_text().splitlines()[:line]
-    assert any("if allow_unsafe_pickle:" in text for text in before[-4:])
+def test_the_opt_in_of_the_package_is_off_unless_it_is_said():
+    from apollo_kernels import load_apollo_torch
+
+    assert inspect.signature(load_apollo_torch).parameters["allow_unsafe_pickle"].default is False
 
 
 def test_the_package_compiles_nothing_and_keeps_no_files_in_temporary_folders():
