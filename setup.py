@@ -169,9 +169,13 @@ class CMakeBuild(build_ext):
 # A checkout without symbolic links (Windows' default) has a text file where the link should be.
 linked = (ROOT / "apollo_kernels" / "triton_kernels").is_dir()
 setup(
-    packages=["apollo_kernels", "apollo_kernels.triton_kernels"],
+    packages=[
+        "apollo_kernels",
+        "apollo_kernels.integrations",
+        "apollo_kernels.triton_kernels",
+    ],
     package_dir={} if linked else {"apollo_kernels.triton_kernels": "triton"},
-    package_data={"apollo_kernels": ["py.typed"]},
+    package_data={"apollo_kernels": ["py.typed", "as_apollo_torch/*", "as_apollo_torch/*/*"]},
     ext_modules=[Extension("apollo_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

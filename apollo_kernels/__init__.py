@@ -16,6 +16,7 @@ from apollo_kernels.groups import apollo, apollo_mini, param_groups
 from apollo_kernels.optimizer import APOLLO, APOLLOAdamW
 from apollo_kernels.philox import projection_matrix
 from apollo_kernels.quantized import Int8Weight, dequantize_, quantize_
+from apollo_kernels.standin import install_as_apollo_torch
 
 __all__ = [
     "APOLLO",
@@ -25,6 +26,7 @@ __all__ = [
     "apollo",
     "apollo_mini",
     "dequantize_",
+    "install_as_apollo_torch",
     "load_apollo_torch",
     "param_groups",
     "projection_matrix",

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from apollo_kernels import estimate, info
+from apollo_kernels import run as run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,14 +19,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="machine-readable")
     planned = commands.add_parser("estimate", help="what a model's training takes in memory")
     estimate.add_arguments(planned)
+    run_command.add_arguments(commands.add_parser("run", help="a program that wants apollo_torch"))
     options = parser.parse_args(arguments)
-    if options.command == "estimate":
-        try:
+    try:
+        if options.command == "run":
+            return run_command.command(options)
+        if options.command == "estimate":
             print(estimate.command(options))
-        except ValueError as error:
-            print(f"estimate: {error}", file=sys.stderr)
-            return 2
-        return 0
+            return 0
+    except ValueError as error:
+        print(f"{options.command}: {error}", file=sys.stderr)
+        return 2
     collected = info.collect()
     print(json.dumps(collected, indent=2) if options.json else info.as_text(collected))
     return 0

@@ -112,7 +112,11 @@ class APOLLO(torch.optim.Optimizer):
         seed: of all projections; equal on every rank of a data-parallel group.
         backend: "auto", "cuda", "triton" or "torch"; ``python -m apollo_kernels info`` explains.
         maximize: ascend.
-        foreach, fused: accepted for compatibility; every back end batches as it can.
+        foreach: accepted for compatibility; every back end batches as it can.
+        fused: with True torch.amp.GradScaler leaves it to the step to divide by its scale and to
+            skip what is infinite, as with torch's fused optimizers: no gradient is read for it, and
+            nobody waits for the device. Otherwise it unscales ``p.grad`` before the step, which
+            clipping by another hand (Lightning's, say) needs. Nothing else depends on it.
         capturable: keep lr and step on the device (CUDA graphs); needs a kernel back end there.
         differentiable: refused.
         stochastic_rounding: bf16 matrices in low-rank groups are rounded up or down by chance, so
@@ -135,7 +139,6 @@ class APOLLO(torch.optim.Optimizer):
     """
 
     _runtime: _Runtime
-    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
 
     def __init__(
         self,
@@ -187,6 +190,12 @@ class APOLLO(torch.optim.Optimizer):
     def max_grad_norm(self, value: float | None) -> None:
         options.check_max_grad_norm(value, self.defaults["gradient_release"])
         self.defaults["max_grad_norm"] = value
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler hands over grad_scale and found_inf instead of unscaling ``p.grad``.
+        With gradient release there is none to unscale, and ``step`` refuses what is handed over."""
+        return bool(self.defaults["fused"]) or self.gradient_release
 
     @property
     def grad_norm(self) -> Tensor | None:

@@ -193,11 +193,11 @@ def inf_on_one_rank():
     return before, skipped, case.result()
 
 
-def scaled(mesh, steps, infinite):
+def scaled(mesh, steps, infinite, fused):
     """fully_shard under a GradScaler, with an infinite loss on rank 1 at one step: contents
     after each step, and the scale."""
     net = sharded_model(mesh).float()
-    optimizer = optimizer_of(net)
+    optimizer = optimizer_of(net, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     rank, world = distributed.get_rank(), distributed.get_world_size()
     seen = []

@@ -256,8 +256,9 @@ def test_a_found_inf_skips_every_write_of_a_clipped_step(backend):
     assert optimizer.stats() == stats
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
-def test_grad_scaler_end_to_end(backend, unscale):
+def test_grad_scaler_end_to_end(backend, unscale, fused):
     """As in torch's own recipe, with and without ``unscale_`` before the step."""
     if backend.device.type != "cpu":
         pytest.skip("the scaler's part is the same on every device")
@@ -265,7 +266,7 @@ def test_grad_scaler_end_to_end(backend, unscale):
     model, twin = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)
     twin.load_state_dict(model.state_dict())
     options = {"lr": 0.01, "rank": 4}
-    optimizer = APOLLO(model.parameters(), max_grad_norm=0.1, **options)
+    optimizer = APOLLO(model.parameters(), max_grad_norm=0.1, fused=fused, **options)
     plain = APOLLO(twin.parameters(), **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     for step in range(5):

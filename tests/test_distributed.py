@@ -324,8 +324,9 @@ def test_gradient_release_under_fully_shard_gives_the_bits_of_the_normal_mode(gr
         close(found, expected, 0)
 
 
-def test_a_grad_scaler_skips_the_step_of_all_ranks_together(group):
-    answers = group.run(2, sharded.scaled, (2,), 3, 1)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_skips_the_step_of_all_ranks_together(group, fused):
+    answers = group.run(2, sharded.scaled, (2,), 3, 1, fused)
     for seen, scale in answers:
         assert scale == 512.0
         compare(seen[1], seen[0], 0)

@@ -69,6 +69,32 @@ def test_a_tensor_lr_is_read_at_each_compiled_step(backend):
     assert changed(*results) == set()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_s_compiled_steps_skip_and_unscale_as_its_eager_ones(backend, fused):
+    """The scale grows at every step, and one of them has an Inf."""
+    results = []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        params, optimizer = make(backend, fused=fused)
+        scaler = torch.amp.GradScaler(backend.device.type, init_scale=2.0**10, growth_interval=1)
+        for i in range(4):
+            fill(params, backend, i)
+            scale = scaler.scale(torch.ones((), device=backend.device))
+            for p in params:
+                p.grad.mul_(scale)
+            if i == 2:
+                params[0].grad[0, 0] = float("inf")
+            if i == 1 and compiled:
+                optimizer.step = torch.compile(optimizer.step, backend="aot_eager")
+            scaler.step(optimizer)
+            scaler.update()
+        results.append((snapshot(optimizer), optimizer.stats(), scaler.get_scale()))
+    assert changed(results[0][0], results[1][0]) == set()
+    assert results[0][1:] == results[1][1:]
+    assert results[0][1]["nonfinite"] == 0 and results[0][2] == 2.0**12
+    assert all(int(own["step"]) == 3 for own in optimizer.state.values())
+
+
 def test_the_first_step_may_be_a_compiled_one(backend):
     """It makes the state and the counters too, and ``stats()`` counts from it on."""
     _, compiled = run(backend, 0)

@@ -1,5 +1,7 @@
 """No NaN or Inf ever enters a weight, a moment or the limiter; GradScaler's contract."""
 
+import pickle
+
 import pytest
 import torch
 from helpers import changed, parameter, randn, snapshot
@@ -203,13 +205,34 @@ def test_grad_scale_equals_the_unscaled_gradient(backend, shape, rank, maximize)
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_a_grad_scaler_leaves_its_scale_to_the_step_if_fused(backend, fused):
+    """As with torch's own optimizers; else p.grad is unscaled for whoever clips it before the step
+    (Lightning's mixed precision refuses to clip what the step unscales)."""
+    p, optimizer = make(backend, (6, 4), fused=fused)
+    model = torch.nn.Parameter(torch.zeros(5, device=backend.device))
+    theirs = torch.optim.AdamW([model], fused=fused)
+    ours = getattr(optimizer, "_step_supports_amp_scaling", False)
+    assert ours == getattr(theirs, "_step_supports_amp_scaling", False) == bool(fused)
+    scaler = torch.amp.GradScaler(backend.device.type, init_scale=2.0**10)
+    optimizer.zero_grad()
+    scaler.scale(p.sum()).backward()
+    scaler.step(optimizer)
+    assert float(p.grad[0, 0]) == (1024.0 if fused else 1.0)
+    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+    copied = pickle.loads(pickle.dumps(optimizer))
+    assert copied._step_supports_amp_scaling == bool(fused)
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
-def test_grad_scaler_end_to_end(backend, unscale):
+def test_grad_scaler_end_to_end(backend, unscale, fused):
     model = torch.nn.Linear(8, 4, device=backend.device)
     twin = torch.nn.Linear(8, 4, device=backend.device)
     twin.load_state_dict(model.state_dict())
     options = {"lr": 0.01, "rank": 4}
-    optimizer, plain = APOLLO(model.parameters(), **options), APOLLO(twin.parameters(), **options)
+    optimizer = APOLLO(model.parameters(), fused=fused, **options)
+    plain = APOLLO(twin.parameters(), **options)
     scaler = torch.amp.GradScaler(backend.device.type, init_scale=2.0**10, growth_interval=3)
     for step in range(8):
         x = randn((16, 8), backend, seed=step)

@@ -72,8 +72,9 @@ def test_the_wheel_holds_the_native_module_the_types_and_the_licence(built):
     assert "apollo_kernels/py.typed" in names
     assert "apollo_kernels/triton_kernels/step.py" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
-    modules = {f"apollo_kernels/{p.name}" for p in (ROOT / "apollo_kernels").glob("*.py")}
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "apollo_kernels").rglob("*.py")}
     assert modules <= set(names)
+    assert any(n.startswith("apollo_kernels/as_apollo_torch/apollo_torch-") for n in names)
 
 
 @pytest.mark.parametrize("which", ["wheel", "installed"])  # `make test` installs it with kernels

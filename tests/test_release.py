@@ -466,6 +466,15 @@ def test_a_scaler_that_comes_later_is_refused_at_step(backend):
     refuses(optimizer, optimizer.step, RuntimeError, "GradScaler")
 
 
+def test_a_scaler_that_comes_later_asks_the_step_and_not_for_gradients(backend):
+    """They are gone when it would unscale them, with and without ``fused``."""
+    net, optimizer = released(backend)
+    train(net, optimizer, range(1))
+    scaler = torch.amp.GradScaler(backend.device.type)
+    scaler.scale(net.loss(1)).backward()
+    refuses(optimizer, lambda: scaler.step(optimizer), RuntimeError, "GradScaler")
+
+
 @pytest.mark.parametrize("used", [False, True])
 def test_a_scaler_that_does_nothing_is_no_obstacle(backend, used):
     net, optimizer = released(backend)
