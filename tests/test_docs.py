@@ -15,6 +15,8 @@ from typing import NamedTuple
 import docs_prelude
 import pytest
 
+from apollo_kernels import estimate
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
@@ -81,3 +83,21 @@ def test_no_block_is_overlooked():
     for page in PAGES:
         fences = re.findall(r"^\s*(?:```|~~~)\s*\{?\.?py", page.read_text(), re.MULTILINE)
         assert len(fences) == len(blocks_of(page)), page
+
+
+def test_the_figures_of_8b_on_24_gb_are_the_estimate_s():
+    page = (ROOT / "docs/8b-on-24gb.md").read_text()
+    for sequence, modes in {
+        256: [
+            "AdamW, float32 moments", "APOLLO-Mini", "APOLLO-Mini, gradient release, embeddings",
+            "Q-APOLLO-Mini, gradient release",
+        ],
+        2048: ["APOLLO-Mini, gradient release, embeddings"],
+    }.items():  # fmt: skip
+        found = estimate.estimate("8b", batch=1, sequence=sequence, checkpointing=[True])
+        by_mode = {e.mode: e for e in found}
+        for mode in modes:
+            e = by_mode[mode]
+            assert f"{e.peak / 1e9:.1f}" in page, mode
+            if sequence == 256:
+                assert f"{e.weights / 1e9:.1f} + {e.state / 1e9:.2f}" in page, mode
