@@ -171,6 +171,8 @@ linked = (ROOT / "apollo_kernels" / "triton_kernels").is_dir()
 setup(
     packages=[
         "apollo_kernels",
+        "apollo_kernels.commands",
+        "apollo_kernels.as_apollo_torch",  # a folder for sys.path, see standin.py
         "apollo_kernels.integrations",
         "apollo_kernels.triton_kernels",
     ],

@@ -145,6 +145,10 @@ class Batch(Protocol):
     def apply(self, hyper: Hyper, signals: Signals) -> None:
         """The weights."""
 
+    def scales(self, hyper: Hyper) -> list[Tensor]:
+        """s of each item at the last step that was not skipped, [C] or [1], or zeros if all were.
+        The next step may write into these tensors. Nobody waits for the device."""
+
     def set_gradients(self, addresses: Sequence[int]) -> bool:
         """The gradients have moved and nothing else has changed: a new table, and the same maps.
 

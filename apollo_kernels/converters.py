@@ -1,4 +1,11 @@
-"""Reads optimizer state written by apollo_torch (the published package) into ours."""
+"""Reads optimizer state that others wrote, the published package apollo_torch before all, as ours.
+
+AdamW and GaLore keep moments in another space than ours: of the gradient X [C, K] itself, or of its
+projection on singular vectors. Both are M and V of Y with X = Y U^T, where U is the identity or the
+singular vectors, and ours are those of R = X P^T = Y (P U)^T. So M goes through (P U)^T, which is
+exact as long as P has not changed, and V through its square, which is V's expectation if entries of
+Y are uncorrelated. It is a start that knows how large gradients are, and not the same run.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +21,7 @@ from torch import Tensor
 
 from apollo_kernels import options
 from apollo_kernels.optimizer import APOLLO, parts_of
+from apollo_kernels.philox import parameter_key, projection_matrix
 from apollo_kernels.state import check_step, layout_of
 
 
@@ -119,11 +127,98 @@ def _moment(key: str, value: Any, name: str) -> Tensor:
     return value.detach().float()
 
 
+# ---- states that are not of a random projection --------------------------------------------------
+
+_PUBLISHED = ("apollo_torch", "galore_torch")
+
+
+def kind_of(states: Mapping[Any, Any]) -> str:
+    """Who wrote these states: "apollo_torch", "galore_torch", "apollo_kernels" or "AdamW".
+
+    Raises
+        ValueError: if it was none of them, or nobody yet.
+    """
+    own = [state for state in states.values() if isinstance(state, Mapping)]
+    for state in own:
+        if "projector" in state:
+            package = type(state["projector"]).__module__.split(".")[0]
+            if package in _PUBLISHED:
+                return package
+            raise ValueError(f"a projector of {package!r} is not known, only {_PUBLISHED}")
+    if any("update_norm" in state or "exp_avg_unit" in state for state in own):
+        return "apollo_kernels"
+    if any("exp_avg" in state and "exp_avg_sq" in state for state in own):
+        return "AdamW"
+    keys = sorted({str(key) for state in own for key in state})
+    raise ValueError(f"no state of AdamW, GaLore or APOLLO: it holds {keys or 'nothing'}")
+
+
+def from_another_space(
+    optimizer: APOLLO, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], name: str
+) -> dict[str, Any]:
+    """The state of ``p`` from AdamW's or GaLore's; in the projection of the step that comes next.
+
+    Raises
+        ValueError: for moments of another shape, and numbers that cannot be right.
+    """
+    moments = {key: _moment(key, saved.get(key), name) for key in ("exp_avg", "exp_avg_sq")}
+    if bool((moments["exp_avg_sq"] < 0).any()):
+        raise ValueError(f"exp_avg_sq of {name} holds negative numbers")
+    step = check_step(saved.get("step"), name)
+    layout = layout_of(p, group)
+    basis = saved.get("projector")
+    if layout is None and basis is not None:
+        raise ValueError(f"{name} was projected by GaLore, and its group has no rank here")
+    if layout is None:
+        return {**moments, "step": step, "seed": optimizer.key_of(p)}
+    k = layout.n if layout.rows else layout.m
+    u = None if basis is None else _basis(basis, layout.rows, k, name)
+    width = k if u is None else u.shape[1]
+    shape = (layout.m, width) if layout.rows else (width, layout.n)
+    expected = tuple(p.shape) if u is None else (*layout.batch, *shape)
+    if any(tuple(m.shape) != expected for m in moments.values()):
+        raise ValueError(
+            f"the moments of {name} have shape {tuple(moments['exp_avg'].shape)}, which does not "
+            f"fit a parameter of shape {tuple(p.shape)}"
+        )
+    key = optimizer.key_of(p)
+    made: dict[str, list[Tensor]] = {"exp_avg": [], "exp_avg_sq": []}
+    epoch = step // group["update_proj_gap"]
+    distribution = options.PROJECTIONS[group["proj"]]
+    for i in range(layout.matrices):
+        own = parameter_key(key, i) if layout.batch else key
+        a = projection_matrix(own, epoch, layout.rank, k, distribution).float()
+        a = (a if u is None else a @ u).t()
+        for kind, through in (("exp_avg", a), ("exp_avg_sq", a.square())):
+            y = moments[kind].reshape(layout.matrices, *shape)[i]
+            made[kind].append((y if layout.rows else y.t()) @ through)
+    state: dict[str, Any] = {
+        kind: torch.stack(m).reshape(layout.moments) for kind, m in made.items()
+    }
+    norm = torch.zeros(layout.batch, dtype=torch.float32, device="cpu")  # unset
+    return {**state, "step": step, "update_norm": norm, "seed": key}
+
+
+def _basis(projector: Any, rows: bool, k: int, name: str) -> Tensor:
+    """U [K, r] of GaLore's projector: it keeps U^T where it contracts columns."""
+    ortho = getattr(projector, "ortho_matrix", None)
+    if not isinstance(ortho, Tensor) or ortho.dim() != 2:
+        raise ValueError(f"the projector of {name} holds no matrix (proj_type 'full' is not known)")
+    u = _moment("ortho_matrix", ortho, name)
+    u = u.t() if rows else u
+    if u.shape[0] != k:
+        raise ValueError(
+            f"the projector of {name} has shape {tuple(ortho.shape)}, which does not fit a "
+            f"contracted side of {k}"
+        )
+    return u
+
+
 class _Unpickler(pickle.Unpickler):
-    """Reads apollo_torch's objects as bare namespaces, so that the package need not be there."""
+    """Reads the published packages' objects as bare namespaces, so that they need not be there."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "apollo_torch":  # the module tells an SVD
+        if module.split(".")[0] in _PUBLISHED:  # the module tells an SVD
             return type(name, (SimpleNamespace,), {"__module__": module})
         return super().find_class(module, name)
 

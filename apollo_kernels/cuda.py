@@ -233,6 +233,7 @@ class LowRankBatch(_Placed):
             )
         super().__init__(plan, first.weight.device)
         self._q = {code: self.workspace[slice(*plan.q(code))] for code in DISTRIBUTIONS.values()}
+        self._s = [self.workspace[slice(*plan.s(i))] for i in range(len(items))]
         self._drawn = 0  # the distribution of the last projection
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
@@ -247,6 +248,9 @@ class LowRankBatch(_Placed):
 
     def apply(self, hyper: Hyper, signals: Signals) -> None:
         self.plan.apply(self._hyper(hyper, signals), self._stream())
+
+    def scales(self, hyper: Hyper) -> list[Tensor]:
+        return [s[:1] if hyper.scale_type == "tensor" else s for s in self._s]
 
 
 class DenseBatch(_Placed):

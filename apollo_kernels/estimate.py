@@ -518,15 +518,11 @@ def chart(found: Sequence[Estimate], title: str, path: str | Path) -> None:
     Raises
         ValueError: if matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--png needs matplotlib (pip install matplotlib)") from None
+    from apollo_kernels.commands.output import matplotlib_figure, save_figure
+
     kinds = list(dict.fromkeys(e.checkpointing for e in found))
     rows = max(sum(e.checkpointing == kind for e in found) for kind in kinds)
-    figure = Figure(figsize=(9, (1.1 + 0.42 * rows) * len(kinds) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = matplotlib_figure("--png", figsize=(9, (1.1 + 0.42 * rows) * len(kinds) + 0.6))
     widest = max(e.peak for e in found) / 1e9
     panels = figure.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0]
     for axes, checkpointed in zip(panels, kinds, strict=True):
@@ -551,10 +547,7 @@ def chart(found: Sequence[Estimate], title: str, path: str | Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(PARTS), frameon=False)
     figure.suptitle(title, fontweight="bold")
-    try:
-        figure.savefig(path, dpi=130, format="png")
-    except OSError as error:
-        raise ValueError(f"--png {path}: {error.strerror or error}") from None
+    save_figure(figure, path)
 
 
 def command(options: Any) -> str:
@@ -574,6 +567,16 @@ def command(options: Any) -> str:
 
 
 def add_arguments(parser: Any) -> None:
+    parser.description = (
+        "What one training step takes at its peak, before anything runs: weights, gradients, "
+        "optimizer state and activations, for AdamW, 8-bit Adam, GaLore and the modes of this "
+        "package; what dominates, what would make it smaller, and which cards it fits on. Nothing "
+        "is downloaded, and no GPU is needed."
+    )
+    parser.epilog = """examples:
+  python -m apollo_kernels estimate 7b
+  python -m apollo_kernels estimate ./my-model/config.json --batch 4 --sequence 4096
+  python -m apollo_kernels estimate 8b --checkpointing on --png 8b.png"""
     parser.add_argument("model", help=f"{', '.join([*SHORT])}, or the path of a config.json")
     parser.add_argument("--batch", type=int, default=1, help="sequences per micro-batch")
     parser.add_argument("--sequence", type=int, default=2048, help="tokens per sequence")

@@ -175,6 +175,9 @@ class LowRankBatch:
     def apply(self, hyper: Hyper, signals: Signals) -> None:
         _memory(self._bytes(hyper).apply, self.device)
 
+    def scales(self, hyper: Hyper) -> list[Tensor]:
+        return [torch.empty((0,), device=self.device)]
+
 
 class DenseBatch:
     """One dense parameter; it keeps no gradient."""

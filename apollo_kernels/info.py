@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 from pathlib import Path
@@ -85,3 +86,16 @@ def as_text(info: dict[str, Any]) -> str:
             lines.append(f"  {entry['error']}")
         lines += [f"  not {name}: {reason}" for name, reason in entry["rejected"].items()]
     return "\n".join(lines)
+
+
+def add_arguments(parser: Any) -> None:
+    parser.description = (
+        "Versions, devices, and for each device the back end that runs and why no other does: what "
+        "a report of a problem should begin with."
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def command(options: Any) -> str:
+    collected = collect()
+    return json.dumps(collected, indent=2) if options.json else as_text(collected)

@@ -27,6 +27,7 @@ from apollo_kernels import (
     backends,
     checks,
     clipping,
+    detail,
     distributed,
     flat,
     keys,
@@ -66,6 +67,7 @@ class _Runtime:
         self.grad_norm: Tensor | None = None
         self.warned: set[str] = set()
         self.flat = flat.Memory()
+        self.detail: detail.Detail | None = None
 
     def forget(self) -> None:
         """Plans, and with them the state that they own."""
@@ -74,6 +76,8 @@ class _Runtime:
             self.release.forget_plans()
         self.states = [], []
         self.compiled.plans.clear()
+        if self.detail is not None:
+            self.detail.forget()
 
 
 class _Seen(NamedTuple):
@@ -302,8 +306,10 @@ class APOLLO(torch.optim.Optimizer):
 
     def _breaks_graph(self) -> bool:
         """The operator of a compiled step knows neither int8 weights nor narrow moments nor
-        DTensors: that step breaks the graph."""
+        DTensors, and keeps no record: that step breaks the graph."""
         groups = self.param_groups
+        if self.record_detail:
+            return True
         params = [p for group in groups for p in group["params"]]
         narrow = any(group["dense_state"] != "float32" for group in groups)
         return narrow or any(isinstance(p, Int8Weight) or is_sharded(p) for p in params)
@@ -340,6 +346,9 @@ class APOLLO(torch.optim.Optimizer):
 
         with plan.without_autocast(signals):
             norm = plan.run(parts, signals_of, self.max_grad_norm)
+            if self._runtime.detail is not None:
+                for stepped, _, hyper in parts:
+                    self._runtime.detail.keep(stepped, hyper)
         self._runtime.grad_norm = norm
 
     def _hyper(self, index: int, group: dict[str, Any]) -> Hyper:
@@ -699,20 +708,63 @@ class APOLLO(torch.optim.Optimizer):
 
         return measure(self.param_groups, state_of, clips=self.max_grad_norm is not None)
 
-    def stats(self) -> dict[str, int]:
+    @property
+    def record_detail(self) -> bool:
+        """Whether steps leave a record for ``stats(detail=True)``; it may be set at any time.
+
+        A step then copies the scales of all low-rank matrices, 4 bytes per channel, which stay on
+        the device, and compares the limiter's norms: a few launches more per group, and no wait.
+        """
+        return self._runtime.detail is not None
+
+    @record_detail.setter
+    def record_detail(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"record_detail must be True or False, got {value!r}")
+        if value != self.record_detail:
+            self._runtime.detail = detail.Detail() if value else None
+
+    def stats(self, detail: bool = False) -> dict[str, Any]:
         """What has happened since construction, counted per matrix and step; waits for the GPU.
 
         A rank counts every matrix that it holds a part of, even an empty one.
 
+        Args
+            detail: also tell of each low-rank parameter; ``record_detail`` must have been set.
         Returns
             parameters: that have state;  updates: applied;  limited: held by the norm-growth
             limiter;  nonfinite: skipped, or for dense parameters partly skipped, for NaN or Inf.
+            With ``detail`` also detail, by the parameter's name (its shape and key if it has none).
+            scales: quantiles of the last step's scale factors s over all channels on this rank, by
+            the keys min, p10, p50, p90 and max; NaN after a gradient with NaN.
+            update_norm: the norm of the last update that was applied, before the learning rate and
+            Adam's bias correction, with alpha and the limiter in it; None under ``disable_nl``,
+            which keeps no norm.
+            limited: the share of the steps since the first recorded one that the limiter held.
+        Raises
+            RuntimeError: for ``detail`` without a record.
         """
         total = [0, 0, 0]
         for counters in self._runtime.counters.values():
             total = [a + b for a, b in zip(total, counters.tolist(), strict=True)]
         kinds = ("updates", "limited", "nonfinite")
-        return {"parameters": len(self.state), **dict(zip(kinds, total, strict=True))}
+        found = {"parameters": len(self.state), **dict(zip(kinds, total, strict=True))}
+        return {**found, "detail": self._detail()} if detail else found
+
+    def _detail(self) -> dict[str, dict[str, Any]]:
+        if self._runtime.detail is None:
+            raise RuntimeError(
+                "stats(detail=True) needs a record: set optimizer.record_detail = True before the "
+                "steps that it is to tell of"
+            )
+        called: dict[Tensor, Callable[[], str]] = {}
+        for group in self.param_groups:
+            for p, name in zip(group["params"], names.all_of(group), strict=True):
+                called[p] = partial(self._title_of, p, name)
+        return self._runtime.detail.read(called)
+
+    def _title_of(self, p: Tensor, name: str) -> str:
+        return name or f"{'x'.join(map(str, p.shape))} key {self.state[p]['seed']:016x}"
 
 
 class APOLLOAdamW(APOLLO):

@@ -384,6 +384,7 @@ class LowRankBatch:
         self.r: Tensor | None = None
         self.q: Tensor | None = None
         self.coefficient: Tensor | None = None  # what each channel of X is multiplied with
+        self.used: Tensor | None = None  # s of the last step; kept for ``scales``
 
     def lend(self, gradients: Sequence[Tensor] | None) -> None:
         self.x = self.r = self.q = self.coefficient = None
@@ -455,6 +456,7 @@ class LowRankBatch:
     def _limit(self, s: Tensor, u2: float, factor: float, hyper: Hyper, signals: Signals) -> None:
         """The norm-growth limiter: what each channel is multiplied with; None for NaN or Inf."""
         item = self.item
+        self.used = s
         alpha = math.sqrt(hyper.scale)
         u = math.sqrt(u2) * (alpha if hyper.scale_front else 1.0)
         if not math.isfinite(u):
@@ -464,7 +466,7 @@ class LowRankBatch:
         if not hyper.disable_nl:
             growth, norm = limit(u, float(item.update_norm))
             item.update_norm.fill_(norm)
-        self.coefficient = s.mul_(hyper.step_size(self.t) * alpha * growth * factor)
+        self.coefficient = s * (hyper.step_size(self.t) * alpha * growth * factor)
         _count(signals, UPDATED, *([LIMITED] if growth < 1 else []))
 
     def apply(self, hyper: Hyper, signals: Signals) -> None:
@@ -481,6 +483,12 @@ class LowRankBatch:
             cpu.apply(w, x, coefficient, decay)
         else:
             apply(w, x, coefficient, decay)
+
+    def scales(self, hyper: Hyper) -> list[Tensor]:
+        if self.used is None:  # as it is in a kernel's workspace
+            count = 1 if hyper.scale_type == "tensor" else len(self.w)
+            self.used = torch.zeros(count, dtype=self.item.exp_avg.dtype, device=self.w.device)
+        return [self.used]
 
 
 class PartBatch(LowRankBatch):

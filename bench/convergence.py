@@ -26,11 +26,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import bench_step
 import measure
 import rivals
 import torch
 import training  # of examples/, which rivals has put on the path
+
+from apollo_kernels.commands import contest
 
 Losses = dict[float, float]  # of a sweep: factor of the learning rate -> final loss
 FARTHEST = 32  # times the rate that a sweep begins at
@@ -114,7 +115,7 @@ def train(entry: Entry, settings: training.Settings, data: tuple[Any, Any]) -> d
         "label": entry.label,
         "settings": as_json(settings),
         "environment": measure.environment(torch.device(settings.device)),
-        "state_mb": bench_step.state_bytes(run.optimizer) / 1e6,
+        "state_mb": contest.state_bytes(run.optimizer) / 1e6,
         "curve": curve,
     }
 

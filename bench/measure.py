@@ -2,79 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import ctypes
 import datetime
 import itertools
 import json
 import platform
-import statistics
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 import apollo_kernels
+from apollo_kernels.commands.output import Progress, cell, table
+from apollo_kernels.commands.timing import (
+    Timing,
+    card_name,
+    default_device,
+    keep_freed_memory,
+    once,
+    synchronize,
+)
+
+__all__ = ["Progress", "Timing", "card_name", "default_device", "keep_freed_memory", "once"]
+__all__ += ["synchronize", "table"]
 
 ROOT = Path(__file__).parent.parent
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds: median, 20th and 80th percentile, and the samples themselves."""
-
-    median: float
-    p20: float
-    p80: float
-    samples: tuple[float, ...]
-
-    @classmethod
-    def of(cls, samples: Iterable[float]) -> Timing:
-        kept = tuple(samples)
-        if len(kept) == 1:
-            return cls(kept[0], kept[0], kept[0], kept)
-        p20, *_, p80 = statistics.quantiles(kept, n=5)
-        return cls(statistics.median(kept), p20, p80, kept)
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed: else page faults of temporaries are what a CPU times, and
-    the more so for the peers, which make more of them."""
-    with contextlib.suppress(OSError, AttributeError):  # another libc
-        libc = ctypes.CDLL("libc.so.6")
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2**30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def once(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call: on a GPU between two events, on a CPU by the clock."""
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def cold(
@@ -102,14 +57,6 @@ def _command(*words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def card_name(device: torch.device) -> str:
-    """A name that can be a folder's: nvidia-h200, cpu-x86_64."""
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
-    )
-    return "-".join(name.lower().replace("_", " ").split()).replace("cpu-x86-64", "cpu-x86_64")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -152,33 +99,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / (timing.median * 1e-3)
 
 
-class Progress:
-    """A bar on stderr, where tqdm is installed; else a line that counts."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done = what, total, 0
-        try:
-            from tqdm import tqdm
-        except ModuleNotFoundError:
-            self.bar = None
-        else:
-            self.bar = tqdm(desc=what, total=total, mininterval=1.0, leave=False)
-
-    def update(self, count: int = 1) -> None:
-        self.done += count
-        if self.bar is not None:
-            self.bar.update(count)
-        elif sys.stderr.isatty():
-            print(f"\r{self.what}: {self.done}/{self.total}", end="", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
 def write(
     folder: Path, stem: str, rows: list[dict[str, Any]], device: torch.device, **more: Any
 ) -> None:
@@ -193,26 +113,7 @@ def write(
     (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Aligned columns; text to the left, numbers to the right."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(key)) for key in keys] for row in rows]
-    numeric = [any(isinstance(row.get(key), (int, float)) for row in rows) for key in keys]
-    widths = [max(len(key), *(len(c[i]) for c in cells)) for i, key in enumerate(keys)]
-    lines = []
-    for line in [keys, *cells]:
-        aligned = zip(line, widths, numeric, strict=True)
-        lines.append("  ".join(t.rjust(w) if right else t.ljust(w) for t, w, right in aligned))
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def markdown(rows: list[dict[str, Any]]) -> str:
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [keys, ["---"] * len(keys), *([_cell(row.get(k)) for k in keys] for row in rows)]
+    lines = [keys, ["---"] * len(keys), *([cell(row.get(k)) for k in keys] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -179,3 +179,59 @@ def _all_of_them(axes: Any, runs: list[Any], gaps: dict[str, list[float]]) -> No
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set(xlabel="validation loss, to AdamW's at the same seed (nats)")
     axes.grid(alpha=0.25)
+
+
+def scale_ratio(
+    series: dict[int, list[tuple[list[int], list[float]]]],
+    matrices: dict[int, list[float]],
+    side: int,
+    redraws: list[int],
+    path: Path,
+) -> None:
+    """Scale factors by rank over the steps; the full-rank ones as multiples of them; and a dot per
+    matrix beside sqrt(n / r). ``series``: of each rank (0: full) steps and values of the scale and
+    of the ratio's p10, median and p90; ``matrices``: each matrix's ratio; ``redraws``: steps that
+    begin with new projections."""
+    ranks = [rank for rank in series if rank]
+    shades = plt.get_cmap("viridis")
+    colors = {rank: shades(0.85 * i / max(1, len(ranks) - 1)) for i, rank in enumerate(ranks)}
+    colors[0] = "#4C566A"
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    for rank, (scale, low, center, high) in series.items():
+        share = f"n/{side // rank}" if rank and side % rank == 0 else str(rank)
+        label = f"r = {share}" if rank else "full rank"
+        left.plot(*scale, color=colors[rank], lw=1.6, label=label)
+        if rank:
+            middle.fill_between(low[0], low[1], high[1], color=colors[rank], alpha=0.13, lw=0)
+            middle.plot(*center, color=colors[rank], lw=1.6)
+            predicted = math.sqrt(side / rank)
+            middle.axhline(predicted, color=colors[rank], lw=1.1, ls="--")
+            spots = matrices[rank]
+            places = [predicted * 1.01 ** (i - len(spots) / 2 + 0.5) for i in range(len(spots))]
+            right.plot(places, spots, "o", color=colors[rank], ms=4, alpha=0.75)
+    left.set_yscale("log")
+    left.set(xlabel="step", ylabel="scale factor, median over channels", title="s by rank")
+    left.legend(frameon=False, fontsize=9)
+    middle.set(xlabel="step", title="full rank over rank r; dashed: sqrt(n / r)")
+    ends = [0.85 * math.sqrt(side / max(ranks)), 1.18 * math.sqrt(side / min(ranks))]
+    right.plot(ends, ends, color=OTHER, lw=1.2, ls="--", label="equal", zorder=0)
+    right.set(xlabel="sqrt(n / r)", ylabel="measured", title="one dot per matrix")
+    right.legend(frameon=False, fontsize=9)
+    values = [math.sqrt(side / rank) for rank in ranks]
+    for axes in (middle, right):
+        axes.set_yscale("log")
+        axes.set_yticks(values, [f"{value:.3g}" for value in values])
+        axes.minorticks_off()
+    right.set_xscale("log")
+    right.set_xticks(values, [f"{value:.3g}" for value in values])
+    right.minorticks_off()
+    for step in redraws:
+        for axes in (left, middle):
+            axes.axvline(step, color=OTHER, lw=1, ls=":", zorder=0)
+        middle.annotate("new projections", (step, middle.get_ylim()[0]), xytext=(-4, 4),
+                        textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.25)
+    figure.suptitle(f"Theorem A.4 on a small run, n = {side}", fontweight="bold")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

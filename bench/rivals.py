@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peers
 import torch
+
+from apollo_kernels.commands import peers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import training

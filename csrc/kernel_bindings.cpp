@@ -202,6 +202,12 @@ void bind_kernels(py::module_& module) {
             return py::make_tuple(p.q_begin(), p.q_end(distribution));
           },
           py::arg("distribution"), "Begin and end of all squared channel norms in the workspace.")
+      .def(
+          "s",
+          [](const PlacedLowRank& p, size_t matrix) {
+            return py::make_tuple(p.s_begin(matrix), p.s_end(matrix));
+          },
+          py::arg("matrix"), "Begin and end of a matrix's scales in the workspace.")
       .def("project", verb<PlacedLowRank>(&LowRankPlan::project, "project"), unlocked)
       .def("scale", verb<PlacedLowRank>(&LowRankPlan::scale, "scale"), unlocked)
       .def("apply", verb<PlacedLowRank>(&LowRankPlan::apply, "apply"), unlocked);

@@ -47,6 +47,10 @@ class LowRankPlan {
   int64_t q_begin() const { return parts_begin() + parts_size_; }
   int64_t q_end(int distribution) const { return q_begin() + layout(distribution).q_size; }
 
+  // s of a matrix after `scale`: of its channels or, with one scale per tensor, in the first place.
+  int64_t s_begin(size_t matrix) const { return s_begin() + rows().at(matrix).s; }
+  int64_t s_end(size_t matrix) const { return s_begin(matrix) + rows().at(matrix).channels; }
+
   void write_table(void* table) const;
   void write_maps(int32_t* maps) const;
 

@@ -92,6 +92,7 @@ APOLLO_DEVICE void limit_update(const Matrix& p, const Launch& launch, Record& r
   if (h.tensor_scale) {
     s = sqrt(sums[1]) / (sqrt(sums[0]) + kTiny);
     u2 = s * s * sums[2];
+    if (p.channels > 0) launch.workspace[p.s] = float(s);  // for whoever wants to know
   }
   const float alpha = float(sqrt(h.scale));
   const float u = float(sqrt(u2)) * (h.scale_front ? alpha : 1.0f);

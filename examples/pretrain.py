@@ -65,7 +65,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--save", type=Path, metavar="FILE", help="write checkpoints here")
     add("--save-every", type=int, default=100, metavar="STEPS")
     add("--resume", type=Path, metavar="FILE", help="go on from a checkpoint")
-    add("--log", "--csv", type=Path, metavar="CSV", help="torchrun lets only --csv through")
+    add(
+        "--log",
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="CSV, or JSON lines if it ends in .jsonl; torchrun lets only --csv through",
+    )
+    add("--detail", action="store_true", help="log scales, update norms and the limiter too, for "
+        "python -m apollo_kernels plot")  # fmt: skip
     add("--gradient-release", action="store_true", help="step in backward, and hold few gradients")
     add("--parallel", choices=MODES, help="under torchrun; checkpoints are folders then, which "
         "any number of processes resumes from")  # fmt: skip
@@ -77,6 +85,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
     if options.gradient_release and (options.demo or options.sweep):
         parser.error("--gradient-release is for a run of one optimizer")
+    if options.detail and (options.demo or options.sweep):
+        parser.error("--detail is for a run of one optimizer")
     if options.parallel and (options.demo or options.sweep):
         parser.error("--parallel is for a run of one optimizer")
     return options
@@ -143,6 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
             run.restore_parts(options.resume)
         elif content:
             run.restore(content)
+        if options.detail:  # no setting either
+            run.record_detail()
         pretrain(run, options.save, options.save_every, options.log)
         last = run.log[-1]
         if processes.first:

@@ -7,10 +7,12 @@ import json
 import math
 import os
 import signal
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import corpus
 import torch
@@ -41,6 +43,8 @@ LEARNING_RATES = {"adamw": 5e-4, "apollo": 5e-3, "apollo-mini": 5e-3, "sgd": 0.1
 # between the curves is the matrices' optimizer alone.
 DENSE_LEARNING_RATE = 1e-2
 LOG_FIELDS = ("step", "loss", "validation", "lr", "step_ms", "tokens_per_s")
+# With --detail also, in the rows that have a validation loss; what they mean tells Run.seen_inside.
+DETAIL_FIELDS = ("update_norm", "limited", "scale_p10", "scale_p50", "scale_p90")
 
 
 @dataclass
@@ -88,7 +92,8 @@ class Run:
         self.optimizer = (build or build_optimizer)(settings, model)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.lr_factor)
         self.step = 0
-        self.log: list[dict[str, float]] = []
+        self.log: list[dict[str, Any]] = []
+        self.told = (0, 0)  # the step, and what the limiter had held, at the last look inside
 
     def lr_factor(self, step: int) -> float:
         """Linear warm-up, then a cosine to a tenth (paper, Appendix A.4)."""
@@ -107,6 +112,27 @@ class Run:
         if not isinstance(self.optimizer, apollo_kernels.APOLLO):
             raise Stop(f"--gradient-release: {self.settings.optimizer} has none; take apollo")
         self.optimizer.attach(self.model)
+
+    def record_detail(self) -> None:
+        """From now on rows with a validation loss also tell what APOLLO has done inside."""
+        if not isinstance(self.optimizer, apollo_kernels.APOLLO):
+            raise Stop(f"--detail: {self.settings.optimizer} has none; take apollo")
+        self.optimizer.record_detail = True
+        self.told = self.step, self.optimizer.stats()["limited"]
+
+    def seen_inside(self) -> dict[str, Any]:
+        """Of all low-rank matrices: the norm of their updates together, the share that the limiter
+        held since the last look, medians of the quantiles of s; and ``detail``, each for itself."""
+        stats = self.optimizer.stats(detail=True)
+        each = stats["detail"].values()
+        norms = [told["update_norm"] or 0.0 for told in each]
+        row = {"update_norm": math.hypot(*norms)}
+        steps, held = self.step - self.told[0], stats["limited"] - self.told[1]
+        self.told = self.step, stats["limited"]
+        row["limited"] = held / max(1, steps * len(norms))
+        for level in ("p10", "p50", "p90"):
+            row[f"scale_{level}"] = statistics.median(told["scales"][level] for told in each)
+        return {**row, "detail": stats["detail"]}
 
     def train_step(self) -> None:
         s, begin = self.settings, time.perf_counter()
@@ -128,6 +154,8 @@ class Run:
         row.update(step_ms=1e3 * (end - before), tokens_per_s=tokens.numel() / (end - begin))
         if self.step % s.eval_every == 0 or self.step == s.steps:
             row["validation"] = self.validate()
+            if getattr(self.optimizer, "record_detail", False):
+                row.update(self.seen_inside())
         self.log.append(row)
 
     @torch.no_grad()
@@ -244,14 +272,19 @@ def build_optimizer(settings: Settings, model: torch.nn.Module) -> torch.optim.O
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
-def write_log(path: Path, rows: list[dict[str, float]]) -> None:
+def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
+    """JSON lines if the file is called so, else CSV, which has no place for ``detail``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    known = [{k: v for k, v in row.items() if v == v} for row in rows]  # no NaN
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, LOG_FIELDS)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: "" if v != v else v for k, v in row.items()})
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in known)
+        else:
+            detailed = DETAIL_FIELDS if any("limited" in row for row in rows) else ()
+            writer = csv.DictWriter(file, LOG_FIELDS + detailed, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(known)
     temporary.replace(path)
 
 

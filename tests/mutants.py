@@ -292,6 +292,11 @@ CUDA = [
         "test_kernels.py::test_a_long_contracted_side_is_split_and_summed[torch.float32-16]",
     ),
     Mutant(
+        "the scale of a tensor is not told", "csrc/scale.cuh",
+        "launch.workspace[p.s] = float(s);", "(void)0;",
+        "test_detail.py::test_quantiles_are_those_of_the_formulas_scales[cuda-tensor-random]",
+    ),
+    Mutant(
         "clip does not reach R", "csrc/scale.cuh",
         "      r[e] *= clip;\n", "",
         "test_cuda_batch.py::test_clip_multiplies_r_and_q_and_the_step[8]",

@@ -104,6 +104,16 @@ def on_backend(place, *arguments):
         return case.result(), took
 
 
+def recorded(groups, mesh):
+    """What ``stats(detail=True)`` tells on this rank after gradients that grow and shrink."""
+    with torch.no_grad():
+        case = Case(groups, "float64", mesh)
+        case.optimizer.record_detail = True
+        for step, factor in enumerate((1.0, 30.0, 0.1, 0.1, 9.0)):
+            case.step(step, factor)
+        return case.optimizer.stats(detail=True)["detail"]
+
+
 def compiled(groups, mesh):
     """A step inside of torch.compile, which it breaks out of: what two of them come to."""
     with torch.no_grad():

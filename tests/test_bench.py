@@ -65,7 +65,7 @@ def test_matrices_are_the_papers():
 
 
 def test_state_bytes_counts_tensors_inside_of_objects():
-    from bench_step import state_bytes
+    from apollo_kernels.commands.contest import state_bytes
 
     class Projector:
         def __init__(self):
@@ -78,7 +78,7 @@ def test_state_bytes_counts_tensors_inside_of_objects():
 
 
 def test_a_peer_that_breaks_says_so_and_ours_raises():
-    from bench_step import Contest
+    from apollo_kernels.commands.contest import Contest
 
     def broken(ps):
         raise ValueError("no such thing")
@@ -148,6 +148,43 @@ def test_convergence_keeps_finished_runs_and_repeats_changed_ones(tmp_path, monk
     assert "| AdamW |" in table
     assert "| APOLLO, sparse, rank 4 |" in table
     assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scale_ratio_follows_the_optimizers_own_scales_and_writes_its_files(tmp_path, monkeypatch):
+    """At the optimizer's own rank, n / 4, the shadow has the optimizer's scale factors."""
+    pytest.importorskip("transformers")
+    import scale_ratio
+
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(32, 127)) * 200)
+    told = []
+
+    def report(points, *rest):
+        told.extend(points)
+        return original(points, *rest)
+
+    original, original_run = scale_ratio.report, scale_ratio.training.Run
+    runs = []
+
+    def recorded(*arguments):
+        runs.append(original_run(*arguments))
+        runs[0].optimizer.record_detail = True
+        return runs[0]
+
+    monkeypatch.setattr(scale_ratio, "report", report)
+    monkeypatch.setattr(scale_ratio.training, "Run", recorded)
+    words = ["--preset", "micro", "--steps", 8, "--data", text, "--ranks", 2, 8, "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["scale_ratio.py", *map(str, words)])
+    scale_ratio.main()
+    detail = runs[0].optimizer.stats(detail=True)["detail"]
+    last = {p.matrix: p.scale for p in told if p.rank == 8 and p.step == 8}
+    assert len(last) == len(detail) == 7
+    for name, scale in last.items():
+        assert scale == pytest.approx(detail[name]["scales"]["p50"], rel=1e-4)
+    table = (tmp_path / "scale_ratio.md").read_text()
+    assert "| 8 | 4 | 2 |" in table
+    assert (tmp_path / "scale_ratio.csv").read_text().count("\n") == 3
+    assert (tmp_path / "scale_ratio.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_sweep_goes_on_until_losses_rise_on_both_sides(tmp_path, monkeypatch):

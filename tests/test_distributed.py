@@ -232,6 +232,28 @@ def test_dense_shards_are_bit_for_bit_those_of_one_process(group, dense_state):
         assert own[0, "exp_avg"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_each_rank_tells_of_its_channels_and_of_the_whole_update(group, scale_type):
+    """p0's contracted side is cut, p1's channels are: there a rank knows the scales of its own."""
+    own = {"rank": 4, "scale_type": scale_type}
+    groups = [(own, [(8, 6)], ["1"]), (own, [(9, 5)], ["0"])]
+    whole = sharded.recorded(groups, None)
+    assert 0 < whole["p0"]["limited"] < 1
+    ranks = group.run(2, sharded.recorded, groups, (2,))
+    for name in ("p0", "p1"):
+        for found in ranks:
+            for key in ("update_norm", "limited"):
+                assert found[name][key] == pytest.approx(whole[name][key], rel=1e-9)
+        least, most = (
+            extreme(found[name]["scales"][key] for found in ranks)
+            for extreme, key in ((min, "min"), (max, "max"))
+        )
+        assert least == pytest.approx(whole[name]["scales"]["min"], rel=1e-9)
+        assert most == pytest.approx(whole[name]["scales"]["max"], rel=1e-9)
+    for found in ranks:
+        assert found["p0"]["scales"] == pytest.approx(whole["p0"]["scales"], rel=1e-9)
+
+
 def test_a_compiled_step_breaks_its_graph_at_shards(group):
     groups = [(low_rank(), [TALL, WIDE], "0")]
     expected = sharded.run(groups, "float64", None, range(2), 1.0, {})

@@ -173,6 +173,33 @@ def test_a_graph_replays_across_a_redraw_with_another_lr(kernels):
         assert optimizer.state[p]["step"] == twin.state[q]["step"] == 8
 
 
+def test_a_record_waits_for_nothing_and_is_kept_by_a_graph(kernels):
+    ps, optimizer = model(kernels, capturable=True)
+    twins, twin = model(kernels)
+    for own in (optimizer, twin):
+        own.record_detail = True
+        own.step()  # makes what the record is kept in
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    twin.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for factor in (9.0, 0.1, 30.0):
+        for p, q in zip(ps, twins, strict=True):
+            p.grad.mul_(factor)
+            q.grad.mul_(factor)
+        graph.replay()
+        twin.step()
+    told, expected = (list(own.stats(detail=True)["detail"].values()) for own in (optimizer, twin))
+    assert told == expected
+    assert any(0 < own["limited"] < 1 for own in told)
+
+
 def test_a_side_stream_orders_the_step(kernels):
     ps, optimizer = model(kernels)
     twins, twin = model(kernels)

@@ -75,6 +75,9 @@ def test_the_wheel_holds_the_native_module_the_types_and_the_licence(built):
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "apollo_kernels").rglob("*.py")}
     assert modules <= set(names)
     assert any(n.startswith("apollo_kernels/as_apollo_torch/apollo_torch-") for n in names)
+    (entry,) = (n for n in names if n.endswith("entry_points.txt"))
+    wheel = zipfile.ZipFile(next(built.glob("*.whl")))
+    assert "apollo-kernels = apollo_kernels.__main__:run" in wheel.read(entry).decode()
 
 
 @pytest.mark.parametrize("which", ["wheel", "installed"])  # `make test` installs it with kernels

@@ -4,9 +4,12 @@ It runs in this process, where its imports cost nothing, but for one run that is
 """
 
 import csv
+import json
+import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -105,6 +108,37 @@ def test_a_run_that_breaks_off_and_is_resumed_has_the_same_losses_to_the_bit(
     run("--resume", saved, "--save", saved, "--log", log)
     assert losses(log) == losses(whole)
     assert [int(row[0]) for row in losses(log)] == list(range(1, 15))
+
+
+@pytest.mark.parametrize("optimizer", ["apollo", "apollo-mini"])
+def test_detail_logs_what_apollo_does_inside_and_changes_no_loss(run, optimizer, text, tmp_path):
+    common = ["--optimizer", optimizer, *MICRO, "--data", text, "--steps", 10]
+    plain, table, lines = (tmp_path / name for name in ("plain.csv", "log.csv", "log.jsonl"))
+    run(*common, "--log", plain)
+    run(*common, "--log", table, "--detail")
+    run(*common, "--log", lines, "--detail")
+    assert losses(plain) == losses(table)
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [row["step"] for row in rows if "detail" in row] == [4, 8, 10]
+    last = rows[-1]
+    assert len(last["detail"]) == 7
+    each = list(last["detail"].values())
+    assert last["update_norm"] == pytest.approx(math.hypot(*(e["update_norm"] for e in each)))
+    assert last["scale_p50"] == statistics.median(e["scales"]["p50"] for e in each)
+    # Of 10 steps the first cannot be held: what was held, told twice, by interval and over all.
+    held = sum(row["limited"] * (b - a) for row, a, b in
+               zip((rows[3], rows[7], rows[9]), (0, 4, 8), (4, 8, 10), strict=True))  # fmt: skip
+    assert 7 * held == pytest.approx(9 * sum(e["limited"] for e in each)) and held > 0
+    with open(table, newline="") as file:
+        (row,) = [row for row in csv.DictReader(file) if row["step"] == "10"]
+    assert float(row["update_norm"]) == last["update_norm"]
+    assert float(row["limited"]) == last["limited"]
+    assert "update_norm" not in plain.read_text()
+
+
+def test_detail_is_for_apollo(run, text):
+    said = run("--optimizer", "adamw", *MICRO, "--data", text, "--detail", code=1)
+    assert "--detail: adamw has none" in said
 
 
 @pytest.mark.parametrize("optimizer", ["apollo", "apollo-mini"])

@@ -384,8 +384,9 @@ def test_a_kernel_bound_by_memory_is_predicted_near_its_floor_and_another_is_not
 
 
 def test_a_cards_own_steps_stand_beside_the_predicted_ones(tmp_path, monkeypatch):
-    import peers
     import predictions
+
+    from apollo_kernels.commands import peers
 
     def row(optimizer, ms=None, **changes):
         found = {"model": "7b", "dtype": "bfloat16", "optimizer": optimizer, "layers": "32/32"}

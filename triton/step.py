@@ -278,6 +278,13 @@ class LowRankBatch(_Launcher):
             for tiling, items in self._applies:
                 apply.apply(tiling, rows, items.tensor, self._space, self._clock, hyper)
 
+    def scales(self, hyper: Hyper) -> list[Tensor]:
+        rows = (self._sparse if hyper.distribution == "sparse" else self._dense).rows
+        sizes = [min(row.channels, 1 if hyper.scale_type == "tensor" else row.channels)
+                 for row in rows]  # fmt: skip
+        pairs = zip(rows, sizes, strict=True)
+        return [self._space[row.scales : row.scales + size] for row, size in pairs]
+
 
 class DenseBatch(_Launcher):
     """Dense parameters that take their step together: batch.DenseBatch on Triton's kernels."""

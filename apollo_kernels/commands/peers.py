@@ -1,4 +1,4 @@
-"""The optimizers that bench_step.py times: ours on every back end, and each peer that is installed.
+"""The optimizers that are timed: ours on every back end, and each peer that is installed.
 
 A back end joins by its name in apollo_kernels.backends.BACKENDS; a peer by an entry in ``peers``.
 """
@@ -41,7 +41,8 @@ def _published(package: str, module: str) -> Any:
     if importlib.util.find_spec("transformers") is None:  # they only check torch's version there
         for name in ("transformers", "transformers.utils", "transformers.utils.versions"):
             sys.modules.setdefault(name, types.ModuleType(name))
-        sys.modules["transformers.utils.versions"].require_version = lambda *_: None
+        checks: Any = sys.modules["transformers.utils.versions"]
+        checks.require_version = lambda *_: None
     return importlib.import_module(f"{package}.{module}")
 
 
@@ -106,14 +107,19 @@ def peers(rank: int, device: torch.device, compiled: bool = False) -> dict[str, 
         elif device.type != "cuda":
             found[name] = "needs a GPU"
         else:
-            found[name] = lambda ps, place=place: importlib.import_module(place).AdamW8bit(ps)
+            found[name] = functools.partial(_eight_bit, place)
     return found
+
+
+def _eight_bit(module: str, ps: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    made: torch.optim.Optimizer = importlib.import_module(module).AdamW8bit(ps)
+    return made
 
 
 def _compiled(build: Build) -> Build:
     def make(ps: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        optimizer = build(ps)
-        optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]
-        return optimizer
+        optimizer: Any = build(ps)
+        optimizer.step = torch.compile(optimizer.step)
+        return optimizer  # type: ignore[no-any-return]
 
     return make
