@@ -177,7 +177,10 @@ setup(
         "apollo_kernels.triton_kernels",
     ],
     package_dir={} if linked else {"apollo_kernels.triton_kernels": "triton"},
-    package_data={"apollo_kernels": ["py.typed", "as_apollo_torch/*", "as_apollo_torch/*/*"]},
+    package_data={
+        "apollo_kernels": ["py.typed"],
+        "apollo_kernels.as_apollo_torch": ["*.dist-info/METADATA"],
+    },
     ext_modules=[Extension("apollo_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

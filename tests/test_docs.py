@@ -15,7 +15,7 @@ from typing import NamedTuple
 import docs_prelude
 import pytest
 
-from apollo_kernels import estimate
+from apollo_kernels import __main__, estimate
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -101,3 +101,9 @@ def test_the_figures_of_8b_on_24_gb_are_the_estimate_s():
             assert f"{e.peak / 1e9:.1f}" in page, mode
             if sequence == 256:
                 assert f"{e.weights / 1e9:.1f} + {e.state / 1e9:.2f}" in page, mode
+
+
+def test_the_page_of_the_command_line_has_every_command():
+    page = (ROOT / "docs/command-line.md").read_text()
+    named = re.findall(r"^\| `([a-z]+)[ `]", page, re.MULTILINE)
+    assert sorted(named) == sorted(command.name for command in __main__.COMMANDS)
