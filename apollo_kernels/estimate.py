@@ -35,7 +35,11 @@ CARDS = {  # GB that a run may use: what is left of the card's GiB is for the co
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder as LLaMA has it: attention with rotary positions, gated MLP, RMS norms."""
+    """A decoder as LLaMA has it: attention with rotary positions, gated MLP, RMS norms.
+
+    With ``experts``, each MLP is that many gated ones of size ``expert_mlp``, of which a token
+    takes ``routed``, and a shared one of size ``shared_mlp`` if that is not 0.
+    """
 
     hidden: int
     mlp: int
@@ -46,10 +50,21 @@ class Architecture:
     head_size: int = 0  # 0: hidden / heads
     tied: bool = False
     attention_bias: bool = False
+    experts: int = 0
+    routed: int = 0
+    expert_mlp: int = 0  # 0: mlp
+    shared_mlp: int = 0
+    head_norms: bool = False  # of queries and keys, as Qwen3 has them
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
         object.__setattr__(self, "head_size", self.head_size or self.hidden // self.heads)
+        object.__setattr__(self, "expert_mlp", self.expert_mlp or self.mlp)
+
+    @property
+    def width(self) -> int:
+        """Of the MLPs that one token goes through, together."""
+        return self.routed * self.expert_mlp + self.shared_mlp if self.experts else self.mlp
 
 
 PRESETS = {  # the paper's Table 11, and published models of the same kind
@@ -60,6 +75,7 @@ PRESETS = {  # the paper's Table 11, and published models of the same kind
     "llama-7b": Architecture(4096, 11008, 32, 32),
     "llama-13b": Architecture(5120, 13824, 40, 40),
     "llama-3-8b": Architecture(4096, 14336, 32, 32, 128256, 8),
+    "mixtral-8x7b": Architecture(4096, 14336, 32, 32, 32000, 8, experts=8, routed=2),
 }
 SHORT = {name.rsplit("-", 1)[1]: name for name in PRESETS}  # 7b, 8b, ...
 
@@ -102,9 +118,7 @@ def of_config(config: Any, where: str = "config") -> Architecture:
         value = found[key]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{where}: {name} must be a whole number above 0, got {value!r}")
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if config.get(name):
-            raise ValueError(f"{where}: {name}={config[name]}: experts are not supported")
+    found.update(_experts_of(config, where))
     for key, name in (("kv_heads", "num_key_value_heads"), ("head_size", "head_dim")):
         value = config.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
@@ -117,8 +131,41 @@ def of_config(config: Any, where: str = "config") -> Architecture:
         )
     found["tied"] = bool(config.get("tie_word_embeddings", False))
     kind = config.get("model_type", "llama")
-    found["attention_bias"] = bool(config.get("attention_bias", kind == "qwen2"))
+    found["attention_bias"] = bool(config.get("attention_bias", kind in ("qwen2", "qwen2_moe")))
+    found["head_norms"] = kind in ("qwen3", "qwen3_moe")
     return Architecture(**found)
+
+
+# model_type: what calls the size of an expert. How many there are has several names.
+_MIXTURES = {
+    "mixtral": "intermediate_size",
+    "qwen2_moe": "moe_intermediate_size",
+    "qwen3_moe": "moe_intermediate_size",
+}
+_NUMBERS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def _experts_of(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The experts of a config, if it has any."""
+    number = next((name for name in _NUMBERS if config.get(name)), None)
+    if number is None:
+        return {}
+    kind = config.get("model_type")
+    if kind not in _MIXTURES:
+        raise ValueError(
+            f"{where}: {number}={config[number]}: experts are not supported for "
+            f"model_type={kind!r}, but for {', '.join(_MIXTURES)}"
+        )
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise ValueError(f"{where}: layers with and without experts in turn are not supported")
+    names = {"experts": number, "routed": "num_experts_per_tok", "expert_mlp": _MIXTURES[kind]}
+    if kind == "qwen2_moe":
+        names["shared_mlp"] = "shared_expert_intermediate_size"
+    for name in names.values():
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{where}: {name} must be a whole number above 0, got {value!r}")
+    return {key: config[name] for key, name in names.items()}
 
 
 class _Attention(nn.Module):
@@ -129,14 +176,38 @@ class _Attention(nn.Module):
         self.k_proj = nn.Linear(a.hidden, shared, a.attention_bias)
         self.v_proj = nn.Linear(a.hidden, shared, a.attention_bias)
         self.o_proj = nn.Linear(inner, a.hidden, False)
+        if a.head_norms:
+            self.q_norm, self.k_norm = _Norm(a.head_size), _Norm(a.head_size)
 
 
 class _Mlp(nn.Module):
+    def __init__(self, hidden: int, size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, size, False)
+        self.up_proj = nn.Linear(hidden, size, False)
+        self.down_proj = nn.Linear(size, hidden, False)
+
+
+class _Router(nn.Module):
     def __init__(self, a: Architecture):
         super().__init__()
-        self.gate_proj = nn.Linear(a.hidden, a.mlp, False)
-        self.up_proj = nn.Linear(a.hidden, a.mlp, False)
-        self.down_proj = nn.Linear(a.mlp, a.hidden, False)
+        self.weight = nn.Parameter(torch.empty(a.experts, a.hidden))
+
+
+class _Experts(nn.Module):
+    def __init__(self, a: Architecture):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(a.experts, 2 * a.expert_mlp, a.hidden))
+        self.down_proj = nn.Parameter(torch.empty(a.experts, a.hidden, a.expert_mlp))
+
+
+class _Mixture(nn.Module):
+    def __init__(self, a: Architecture):
+        super().__init__()
+        self.gate, self.experts = _Router(a), _Experts(a)
+        if a.shared_mlp:
+            self.shared_expert = _Mlp(a.hidden, a.shared_mlp)
+            self.shared_expert_gate = nn.Linear(a.hidden, 1, False)
 
 
 class _Norm(nn.Module):
@@ -148,7 +219,8 @@ class _Norm(nn.Module):
 class _Layer(nn.Module):
     def __init__(self, a: Architecture):
         super().__init__()
-        self.self_attn, self.mlp = _Attention(a), _Mlp(a)
+        self.self_attn = _Attention(a)
+        self.mlp = _Mixture(a) if a.experts else _Mlp(a.hidden, a.mlp)
         self.input_layernorm = _Norm(a.hidden)
         self.post_attention_layernorm = _Norm(a.hidden)
 
@@ -240,11 +312,12 @@ def _weights(module: nn.Module, mode: Mode, rank: int | None, hidden: int) -> li
 def _weight(name: str, p: Tensor, group: dict[str, Any], mode: Mode) -> _Weight:
     layout = state.layout_of(p, group)
     weight = gradient = p.numel() * p.element_size()
-    int8 = mode.int8 and layout is not None  # quantize_ and the low-rank group choose alike
+    # quantize_ and the low-rank group choose alike, but for experts, which it leaves.
+    int8 = mode.int8 and layout is not None and not layout.batch
     if int8:
         weight = p.numel() + 4 * p.shape[0] * -(-p.shape[1] // INT8_GROUP)
     rounded = fake.int8_format(p.shape[1], INT8_GROUP) if int8 else ""
-    workspace = 0
+    workspace = 0  # of one matrix: experts are stepped one after the other
     if mode.ours and layout is not None:
         channels, k = (layout.m, layout.n) if layout.rows else (layout.n, layout.m)
         workspace = fake.low_rank_bytes(channels, k, layout.rank, p.dtype, rounded=rounded).most
@@ -263,7 +336,8 @@ def _state(p: Tensor, group: dict[str, Any], mode: Mode) -> int:
     layout = state.layout_of(p, group)
     if mode.rule == "galore" and layout is not None:  # two moments of R, and the stored projector
         short, long = sorted((layout.m, layout.n))
-        return int(mode.moments * 2 * long * layout.rank) + p.element_size() * layout.rank * short
+        projector = p.element_size() * layout.rank * short
+        return layout.matrices * (int(mode.moments * 2 * long * layout.rank) + projector)
     small = p.numel() < 4096  # which 8-bit Adam keeps in float32
     return int(2 * p.numel() * (4 if small and mode.moments < 2 else mode.moments))
 
@@ -283,6 +357,7 @@ class Estimate:
     activations: int
     workspace: int
     moment: str
+    experts: int = 0  # per layer
 
     @property
     def parts(self) -> dict[str, int]:
@@ -316,7 +391,7 @@ def advice(e: Estimate) -> str:
     if ours and e.gradients == e.weights == max(e.parts.values()):
         return "gradient_release=True: a few gradients live at a time"
     if e.dominant == "weights":
-        if e.mode.startswith("Q-"):
+        if e.mode.startswith("Q-") or (e.experts and "release" in e.mode):
             return "nothing smaller is left: a smaller model, or sharding"
         if not ours:
             return "APOLLO, whose weights can be int8 (quantize_) and whose gradients are released"
@@ -354,13 +429,17 @@ def _moments(
     Backward goes from the head down to the embedding: saved activations fall while gradients grow,
     both linearly, so that the peak is at either end. With gradient release none grow.
     """
-    h, f, v, size = a.hidden, a.mlp, a.vocabulary, dtype.itemsize
+    h, f, v, size = a.hidden, a.width, a.vocabulary, dtype.itemsize
     q, kv = a.heads * a.head_size, a.kv_heads * a.head_size
     # A norm keeps x in float32, x in the weight's dtype before it is multiplied (in float32 that is
     # one more tensor), its result, and the variance.
     norm = ((4 + 2 * size) * h + 4) * tokens
     attention = (2 * size * (q + kv) + 4 * a.heads) * tokens  # q, k, v, output; log-sum-exp
     mlp = 4 * size * f * tokens  # gate, its SiLU, up, their product
+    if a.experts:  # each one's tokens, gathered, and what it answers, before they are weighed
+        mlp += size * h * (2 * a.routed + bool(a.shared_mlp)) * tokens
+    if a.head_norms:
+        attention += ((4 + size) * (q + kv) + 4 * (a.heads + a.kv_heads)) * tokens
     layer = 2 * norm + attention + mlp
     kept = size * h * tokens if checkpointing else layer  # per layer, from forward to backward
     stream = size * h * tokens  # the gradient that travels down
@@ -372,7 +451,8 @@ def _moments(
     def gradient(some: list[_Weight]) -> int:
         return sum(w.gradient for w in some)
 
-    one, down, embedding = part(".0."), part(".0.mlp.down_proj"), part("embed_tokens")
+    one, embedding = part(".0."), part("embed_tokens")
+    down = [w for w in part(".0.mlp.") if "down_proj" in w.name]
     if not one or not down or not embedding:
         raise ValueError("the module has no parameters named as LLaMA's: embed_tokens, down_proj")
     head = part("lm_head") or embedding  # tied
@@ -434,7 +514,8 @@ def estimate(
 
     Args
         model: as ``architecture`` takes it; or a module, on the meta device too, of a LLaMA kind
-            with a Hugging Face ``config``.
+            with a Hugging Face ``config``. Mixtral and Qwen-MoE count: their experts are matrices
+            of the low-rank group, and activations those of transformers' grouped_mm.
         ddp: "buckets" or "views", under DistributedDataParallel without or with
             gradient_as_bucket_view; modes with gradient release do not run there.
         rank: of APOLLO and GaLore; by default a quarter of the hidden size (APOLLO: at most 256).
@@ -466,7 +547,7 @@ def estimate(
             found.append(
                 Estimate(
                     mode.name, checkpointed, fixed[0], gradients, fixed[1], activations, workspace,
-                    when,
+                    when, a.experts,
                 )
             )  # fmt: skip
     return found
@@ -559,6 +640,8 @@ def command(options: Any) -> str:
         dtype=dtype, ddp=options.ddp, checkpointing=kinds,
     )  # fmt: skip
     title = f"{options.model}, batch {options.batch} x {options.sequence}, {options.dtype}"
+    if (a := architecture(options.model)).experts:
+        title += f"\n{a.experts} experts per layer, {a.routed} per token: each a low-rank matrix"
     if options.png:
         chart(found, title, options.png)
     if options.json:

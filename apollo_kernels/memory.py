@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from apollo_kernels import distributed, names
+from apollo_kernels import distributed, experts, names
 from apollo_kernels import state as states
 from apollo_kernels.batch import compute_dtype
 from apollo_kernels.distributed import local
@@ -74,13 +74,15 @@ class MemoryReport:
         total = GroupMemory("total", 0, 0, self.weight_bytes, self.state_bytes, self.adamw_bytes)
         total.parameters = sum(g.parameters for g in self.groups)
         total.elements = sum(g.elements for g in self.groups)
+        rows = [*self.groups, total]
+        width = max(22, *(len(g.name) + 1 for g in rows))
         lines = [
-            f"{'group':<22}{'tensors':>8}{'weights':>17}"
+            f"{'group':<{width}}{'tensors':>8}{'weights':>17}"
             f"{'weight MB':>13}{'state MB':>13}{'AdamW MB':>13}"
         ]
-        for g in [*self.groups, total]:
+        for g in rows:
             sizes = (g.weight_bytes, g.state_bytes, g.adamw_bytes)
-            line = f"{g.name:<22}{g.parameters:>8}{g.elements:>17,}"
+            line = f"{g.name:<{width}}{g.parameters:>8}{g.elements:>17,}"
             lines.append(line + "".join(f"{size / 1e6:>13,.3f}" for size in sizes))
         if self.traffic is not None:
             lines.append(
@@ -156,7 +158,8 @@ def _count_traffic(
 def _kind(p: Tensor, group: Mapping[str, Any]) -> str:
     stored_as = states.dense_state(p, group)
     if stored_as is None:
-        return f"rank {group['rank']} {group['scale_type']}"
+        stacks = f", stacks of {local(p).shape[0]}" if group["batch_dims"] else ""
+        return f"rank {group['rank']} {group['scale_type']}{stacks}"
     return "dense AdamW" if stored_as == "float32" else f"dense AdamW {stored_as}"
 
 
@@ -193,9 +196,13 @@ def _advise(
             report.savings.append(Saving(option, saved, named))
 
     if low_rank is not None:
-        matrices = {p for _, p, group, _ in dense if group["rank"] is None and p.dim() > 1}
-        moved = matrices if movable is None else matrices & set(movable)
+        matrices = {p: name for name, p, g, _ in dense if g["rank"] is None and p.dim() > 1}
+        stacks = {p for p, name in matrices.items() if experts.look_like(p.shape, name)}
+        moved = matrices.keys() - stacks
+        moved = moved if movable is None else moved & set(movable)
         weigh("embeddings=True", {**low_rank, "batch_dims": 0}, moved)
+        option = f"a group with rank {low_rank['rank']} and batch_dims=1"
+        weigh(option, {**low_rank, "batch_dims": 1}, stacks)
     for stored_as in DENSE_STATES[1:]:
         weigh(f'dense_state="{stored_as}"', {"dense_state": stored_as})
 

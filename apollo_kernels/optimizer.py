@@ -35,6 +35,7 @@ from apollo_kernels import (
     names,
     options,
     plan,
+    remarks,
     state,
 )
 from apollo_kernels.batch import Hyper, Signals
@@ -43,9 +44,6 @@ from apollo_kernels.memory import MemoryReport, measure
 from apollo_kernels.quantized import Int8Weight
 from apollo_kernels.release import Release, once_per_step, refuse_model
 from apollo_kernels.state import as_step
-
-# Of the optimizer, not of its groups.
-_OWN_DEFAULTS = ("seed", "backend", "max_grad_norm", "gradient_release")
 
 # What of a group decides its plan, and what of it decides its Hyper; lr is looked at by itself.
 _structure = itemgetter("rank", "proj_type", "batch_dims", "capturable", "dense_state")
@@ -66,6 +64,7 @@ class _Runtime:
         self.compiled = library.Store()
         self.grad_norm: Tensor | None = None
         self.warned: set[str] = set()
+        self.given: list[set[str]] | None = None  # the keys of groups, while the optimizer is made
         self.flat = flat.Memory()
         self.detail: detail.Detail | None = None
 
@@ -94,7 +93,8 @@ class APOLLO(torch.optim.Optimizer):
     """Approximated gradient scaling for memory-efficient LLM optimization (arXiv 2412.05270).
 
     Parameters with two or more dimensions in a group with ``rank`` take APOLLO's step; all others
-    take decoupled AdamW. ``apollo_kernels.param_groups`` makes the groups of a model.
+    take decoupled AdamW. ``apollo_kernels.param_groups`` makes the groups of a model. Keys of a
+    group that belong to somebody else (``lr_scale``, ``wd_mult``) stay in it and are not read.
 
     Args
         params: parameters, with names or without, or groups; a group may override every argument
@@ -102,7 +102,8 @@ class APOLLO(torch.optim.Optimizer):
         lr: learning rate, a float or a 1-element tensor.
         betas, eps: of Adam, on the projected gradient.
         weight_decay: decoupled, as in AdamW.
-        rank: rows of the random projection; clamped to the contracted side. None: dense AdamW.
+        rank: rows of the random projection; clamped to the contracted side. None: dense AdamW,
+            with a warning if no group has a rank, and none has "rank": None of its own.
         proj: "random" (the same as "gaussian"), "rademacher" (signs), or "sparse": one sign per
             contracted index, for a cost that does not grow with the rank (take it from rank 16 on).
         scale_type: "channel", or "tensor" for APOLLO-Mini.
@@ -139,7 +140,11 @@ class APOLLO(torch.optim.Optimizer):
         gradient_release: each parameter is stepped inside of backward as soon as its gradient is
             complete, and the gradient is freed; ``step()`` ends the step (see ``attach``).
     Errors
-        ValueError: names the argument, or the key of the group, and its value.
+        ValueError: names the argument, or the key of the group, and its value. A key that nearly is
+            one of ours raises, too.
+    Warnings
+        UserWarning, once and with names, for what is hardly meant so: no rank at all, a rank where
+        there is no matrix or where it saves nothing, three dimensions without ``batch_dims``.
     """
 
     _runtime: _Runtime
@@ -180,8 +185,18 @@ class APOLLO(torch.optim.Optimizer):
         backends.check_name(backend, "backend")
         options.check_max_grad_norm(max_grad_norm, gradient_release)
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        options.make_plain(defaults)
+        if isinstance(params, torch.nn.Module):
+            raise ValueError(
+                f"params must be parameters or groups, got the module {type(params).__name__}: "
+                "take apollo_kernels.apollo(model), or model.named_parameters()"
+            )
         self._runtime = _Runtime()
+        self._runtime.given = given = []
         super().__init__(params, defaults)
+        self._runtime.given = None
+        for remark in remarks.of_all(self.param_groups, given, self._name_of):
+            self._warn_once(remark)
         if gradient_release:
             self._release()
 
@@ -210,7 +225,11 @@ class APOLLO(torch.optim.Optimizer):
     # ---- parameter groups ------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; keys that are missing take the optimizer's defaults, unknown ones raise."""
+        """Adds a group; keys that are missing take the optimizer's defaults.
+
+        Unknown keys stay where they are, for whoever put them there, unless they are close to one
+        of ours: then they raise, since nobody would read them.
+        """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group)}")
         group = dict(param_group)
@@ -219,20 +238,14 @@ class APOLLO(torch.optim.Optimizer):
             group.setdefault("proj_type", group.pop("projection_type"))
             group.pop("projection_type", None)
         _refuse_duplicates_in(group)
-        known = set(self.defaults) - set(_OWN_DEFAULTS)
-        if unknown := set(group) - known - options.FOREIGN_KEYS:
-            raise ValueError(
-                f"unknown key {', '.join(map(repr, sorted(unknown)))} in parameter group "
-                f"{len(self.param_groups)}; known keys are {sorted(known)}"
-            )
+        options.check_names(group, f" in parameter group {len(self.param_groups)}")
+        options.make_plain(group)
         options.check_group({**self.defaults, **group})
-        for key in options.INTEGERS:  # torch.load(weights_only=True) refuses NumPy's
-            if group.get(key) is not None:
-                group[key] = int(group[key])
+        given = set(group)
         names.complete(group, self.param_groups)
         super().add_param_group(group)
         added = self.param_groups[-1]
-        for key in _OWN_DEFAULTS:
+        for key in options.OPTIMIZER_KEYS:
             added.pop(key, None)
         try:
             self._check_added(len(self.param_groups) - 1)
@@ -242,7 +255,12 @@ class APOLLO(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self._runtime.flat.add(added)
-        self._warn_about_rank(added)
+        if self._runtime.given is not None:  # what there is to say comes for all groups together
+            self._runtime.given.append(given)
+            return
+        index = len(self.param_groups) - 1
+        for remark in remarks.of_added(added, given, index, self._name_of):
+            self._warn_once(remark)
 
     def _check_added(self, index: int) -> None:
         group = self.param_groups[index]
@@ -257,17 +275,6 @@ class APOLLO(torch.optim.Optimizer):
                     f"APOLLO does not support complex parameters; one of shape {tuple(p.shape)} in "
                     f"group {index} is {p.dtype}"
                 )
-
-    def _warn_about_rank(self, group: Mapping[str, Any]) -> None:
-        rank = group["rank"]
-        layouts = [layout for p in group["params"] if (layout := state.layout_of(p, group))]
-        if any(layout.rank < rank and layout.m and layout.n for layout in layouts):
-            self._warn_once(f"rank {rank} is clamped to the contracted side")
-        if layouts and group["scale_type"] == "channel" and rank < 4:
-            self._warn_once(
-                f"scale_type='channel' with rank {rank} trains badly: the ratio of two norms over "
-                "so few entries is ill-conditioned; take rank 4 or more, or scale_type='tensor'"
-            )
 
     def _warn_once(self, text: str) -> None:
         if text not in self._runtime.warned:
@@ -359,12 +366,13 @@ class APOLLO(torch.optim.Optimizer):
         except KeyError as error:
             raise ValueError(f"key {error} is missing{where}") from None
         values = tuple(tuple(v) if isinstance(v, list) else v for v in values)  # lists may change
-        if index in known and known[index][0] == values:
+        if index in known and _equal(known[index][0], values):
             options.check_lr(lr, where)
             if known[index][1].lr is lr:
                 return known[index][1]
         else:
             options.check_group(group, where)
+        options.make_plain(group)
         known[index] = values, options.hyper_of(group)
         return known[index][1]
 
@@ -572,18 +580,19 @@ class APOLLO(torch.optim.Optimizer):
                 key = keys.new_key(seed, name, where.position, len(places), taken)
                 own["seed"] = key
                 taken.add(key)
-                self._warn_of_sharing(p, key)
+                self._warn_of_sharing(p, key, where)
 
-    def _warn_of_sharing(self, p: Tensor, key: int) -> None:
+    def _warn_of_sharing(self, p: Tensor, key: int, where: checks.Place) -> None:
         """Once per process, and not from within a trace."""
         if keys.told or torch.compiler.is_compiling() or not keys.claim(self._runtime, key, p):
             return
         keys.told = True
         warnings.warn(
             f"two optimizers of this process have parameters of shape {tuple(p.shape)} with one "
-            "key, and so with the same projections. If both are of one model, make the groups "
-            "with apollo_kernels.param_groups(model), or give parameters with their names in the "
-            "whole model, as model.named_parameters() does; or else set another seed",
+            f"key, and so with the same projections: {self._name_of(*where[:2])} is one. If both "
+            "are of one model, make the groups with apollo_kernels.param_groups(model), or give "
+            "parameters with their names in the whole model, as model.named_parameters() does; or "
+            "else set another seed",
             stacklevel=_levels_to_the_caller(),
         )
 
@@ -611,6 +620,12 @@ class APOLLO(torch.optim.Optimizer):
         index, place, position = places[p]
         name, seed = names.of(self.param_groups[index], place), self.defaults["seed"]
         return keys.new_key(seed, name, position, len(places), self._taken_keys())
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; numbers of NumPy's in the groups become Python's, which any load reads."""
+        for group in self.param_groups:
+            options.make_plain(group)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict(); what does not fit raises ValueError before any change.
@@ -660,6 +675,8 @@ class APOLLO(torch.optim.Optimizer):
             return made  # torch's own check says so
         for index, saved_group in enumerate(groups):
             group = {**self.defaults, **saved_group}
+            options.make_plain(group)
+            self._check_saved_rank(index, saved_group)
             options.check_group(group, f" (group {index} of the loaded state)")
             params = self.param_groups[index]["params"]
             for place, (p, i) in enumerate(zip(params, saved_group["params"], strict=True)):
@@ -676,7 +693,38 @@ class APOLLO(torch.optim.Optimizer):
                 own = state.converted(p, group, saved, name)
                 state.check(p, group, own, lambda name=name: name)  # type: ignore[misc]
                 made.append((p, own))
+        self._warn_of_equal_keys(made)
         return made
+
+    def _check_saved_rank(self, index: int, saved: Mapping[str, Any]) -> None:
+        """A loaded group brings its options, and with them low-rank steps may end."""
+        group = self.param_groups[index]
+        places = [i for i, p in enumerate(group["params"]) if state.layout_of(p, group)]
+        if saved.get("rank") is not None or not places:
+            return
+        where, what = f"group {index} of the loaded state", self._name_of(index, places[0])
+        if "rank" not in saved:
+            raise ValueError(
+                f"{where} has no 'rank', so that another optimizer wrote it, AdamW perhaps, while "
+                f"{what} has rank {group['rank']} here. Its moments are no projected ones: begin "
+                "with a fresh state, or load it into groups without a rank to go on with AdamW"
+            )
+        self._warn_once(
+            f"{where} has rank None, which is loaded with it: {what} had rank {group['rank']} and "
+            "takes AdamW's step from now on, as all of its group"
+        )
+
+    def _warn_of_equal_keys(self, loaded: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
+        """They come from states that separate optimizers gave to parameters without names."""
+        places, first = self._places(), dict[Any, Tensor]()
+        for p, own in loaded:
+            made = own.get("seed"), p.shape
+            if made[0] is not None and first.setdefault(made, p) is not p:
+                one, other = (self._name_of(*places[q][:2]) for q in (first[made], p))
+                self._warn_once(
+                    f"{other} has the key of {one} in the loaded state, and so its projections"
+                )
+                return
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -686,7 +734,7 @@ class APOLLO(torch.optim.Optimizer):
         self.defaults.update({**older, **self.defaults})
         for group in self.param_groups:  # of an older version: fill what it did not know
             for key, value in self.defaults.items():
-                if key not in _OWN_DEFAULTS:
+                if key not in options.OPTIMIZER_KEYS:
                     group.setdefault(key, value)
             names.number_all(group)
         for p, own in self.state.items():
@@ -702,6 +750,8 @@ class APOLLO(torch.optim.Optimizer):
 
         Of sharded parameters it counts what this rank holds, and ``traffic`` what a step sends.
         """
+        for index, group in enumerate(self.param_groups):
+            options.check_group(group, f" (parameter group {index})")
 
         def state_of(p: Tensor, group: dict[str, Any]) -> Mapping[str, Any]:
             return self.state.get(p) or state.zeros(p, group, "meta")
@@ -803,6 +853,14 @@ def _refuse_duplicates_in(group: dict[str, Any]) -> None:
                     f"a parameter of shape {tuple(p.shape)} stands twice in a parameter group, at "
                     f"{places[id(p)]} and at {place}"
                 )
+
+
+def _equal(values: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    """Whether two tuples of settings are; not where one cannot be a setting, as an array."""
+    try:
+        return bool(values == others)
+    except (RuntimeError, ValueError):
+        return False
 
 
 def _levels_to_the_caller() -> int:

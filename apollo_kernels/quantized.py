@@ -10,6 +10,7 @@ and keeps nothing of it; APOLLO's step updates the codes (reference.py).
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from apollo_kernels import int8
 from apollo_kernels._version import __version__
-from apollo_kernels.groups import choose_parameters
+from apollo_kernels.groups import LINEAR, choose_parameters
 
 _aten = torch.ops.aten
 _PART = {"cpu": 2**20}  # weights widened at a time: bounds the temporaries
@@ -296,8 +297,9 @@ def quantize_(
     if not isinstance(targets, str):
         targets = list(targets)
     owners = _owners(model)
-    explicit = not isinstance(targets, str) or targets not in ("linear", "all")
+    explicit = not isinstance(targets, str) or targets not in (*LINEAR, "all")
     chosen: dict[str, Tensor] = {}
+    left: list[str] = []
     for choice in choose_parameters(model, targets, embeddings, frozen=True):
         p = choice.parameter
         if not choice.low_rank or isinstance(p, Int8Weight):
@@ -307,11 +309,15 @@ def quantize_(
             chosen[choice.name] = p
         elif explicit:
             raise ValueError(f"{choice.name} cannot be int8: {reason}")
+        elif choice.batch_dims:
+            left.append(choice.name)
     if not chosen and not any(isinstance(p, Int8Weight) for p in owners):
         raise ValueError(f"targets={targets!r} matches no weight of nn.Linear or nn.Embedding")
     for name, p in chosen.items():
         if not _finite(p):
             raise ValueError(f"{name} cannot be int8: it holds NaN or Inf")
+    if left:
+        warnings.warn(f"experts stay as they are, not int8: {', '.join(left)}", stacklevel=3)
     for p in chosen.values():
         _set(p, quantized(p.detach(), int(group_size)), owners[p])
         for module, _ in owners[p]:

@@ -17,12 +17,15 @@ if not HAS_GPU:  # decided when Triton is imported: its kernels run interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# Warnings that tests cause on purpose, all over: they clamp ranks, step twins that share keys, and
-# overflow where a kernel must keep what it has (NumPy tells of that inside of Triton's interpreter,
-# as a card does not).
+# Warnings that tests cause on purpose, all over: they clamp ranks, step twins that share keys, give
+# no rank, or one to vectors, take three dimensions as a matrix, and overflow where a kernel must
+# keep what it has (NumPy tells of that inside of Triton's interpreter, as a card does not).
 EXPECTED = [
     "ignore:two optimizers of this process:UserWarning",
     "ignore:rank .* is clamped:UserWarning",
+    "ignore:rank .* has no effect on:UserWarning",
+    "ignore:no group has a rank:UserWarning",
+    "ignore:.* three dimensions, stepped as one matrix:UserWarning",
     "ignore:(overflow|invalid value|divide by zero):RuntimeWarning:triton",
 ]
 

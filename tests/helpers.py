@@ -1,7 +1,5 @@
 """What many tests do: make parameters and gradients, look at what a step has changed."""
 
-import copy
-
 import pytest
 import torch
 
@@ -76,12 +74,12 @@ def _same_at(before, after, key):
 def refuses(optimizer, call, error=ValueError, match=""):
     """``call`` raises ``error``; weights, state and reports are as they were."""
     before, stats = snapshot(optimizer), optimizer.stats()
-    settings = copy.deepcopy([{**g, "params": None} for g in optimizer.param_groups])
+    settings = repr([{**g, "params": None} for g in optimizer.param_groups])  # tensors, too
     with pytest.raises(error, match=match):
         call()
     assert changed(before, snapshot(optimizer)) == set()
     assert optimizer.stats() == stats
-    assert [{**g, "params": None} for g in optimizer.param_groups] == settings
+    assert repr([{**g, "params": None} for g in optimizer.param_groups]) == settings
 
 
 def in_place(t):

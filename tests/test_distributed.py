@@ -5,6 +5,7 @@ import re
 
 import conftest
 import helpers
+import mixture
 import pytest
 import ranks
 import sharded
@@ -335,6 +336,15 @@ def test_a_model_under_fully_shard_trains_as_on_one_process(group, world, mesh, 
     expected = sharded.one_process(range(8), options)
     for found in group.run(world, sharded.fsdp, mesh, range(8), options):
         close(found, expected)
+
+
+@pytest.mark.parametrize("number", [4, 3])
+def test_experts_under_fully_shard_lie_on_ranks_and_train_as_on_one_process(group, number):
+    """Groups of param_groups; cut along the experts, also where one rank has one more."""
+    expected, _ = mixture.fsdp(number, None, range(6))
+    for found, cut in group.run(2, mixture.fsdp, number, (2,), range(6)):
+        assert cut == ["S(0)"] * 4  # a weight, both of its moments, the norms of its limiters
+        compare(found, expected, 1e-9)
 
 
 def test_gradient_release_under_fully_shard_gives_the_bits_of_the_normal_mode(group):

@@ -437,6 +437,16 @@ def test_what_cannot_be_int8_is_refused_and_nothing_changes():
     refused("up.weight cannot be int8: it is torch.float64", targets="up.weight")
 
 
+def test_experts_that_stay_as_they_are_are_told():
+    model = nn.Module()
+    model.up, model.experts = nn.Linear(16, 16), nn.Module()
+    model.experts.w = nn.Parameter(torch.zeros(2, 16, 16))
+    with pytest.warns(UserWarning, match="experts stay as they are, not int8: experts.w") as caught:
+        assert quantize_(model) == ["up.weight"]
+    assert caught[0].filename == __file__
+    assert apollo_kernels.apollo(model, rank=4)[1]["param_names"] == ["experts.w"]
+
+
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}])
 def test_an_embedding_that_would_need_more_is_refused(options):
     with pytest.raises(NotImplementedError, match=r"neither max_norm \(.*\) nor sparse"):

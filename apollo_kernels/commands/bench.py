@@ -65,7 +65,10 @@ def _model(options: Any) -> contest.Model:
     a = estimate.architecture(options.model)
     module = estimate.on_meta(a)
     chosen = [c for c in groups.choose_parameters(module) if c.low_rank]
-    shapes = [(c.parameter.shape[0], c.parameter.shape[1]) for c in chosen]
+    shapes: list[tuple[int, int]] = []  # of experts each
+    for c in chosen:
+        m, n = c.matrix
+        shapes += [(m, n)] * math.prod(c.parameter.shape[: c.batch_dims])
     for name in ("layers", "rank", "rounds"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -91,7 +94,8 @@ def command(options: Any) -> str:
         raced = contest.race(model, every, dtype, device, options.rounds)
     rows = [{"model": model.name, "dtype": dtype_name, **row} for row in raced]
     card = timing.card_name(device)
-    title = f"{card}: LLaMA-{model.name}, {model.layers} layers, {dtype_name}"
+    name = estimate.SHORT.get(model.name, model.name)
+    title = f"{card}: {name}, {model.layers} layers, {dtype_name}"
     if options.csv:
         write_csv(rows, options.csv)
     if options.png:

@@ -112,7 +112,8 @@ class Formula:
 
 def _optimizer(p: torch.nn.Parameter, backend: str, **options: Any) -> APOLLO:
     keys = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY, "update_proj_gap": GAP}
-    return APOLLO([("weight", p)], backend=backend, **{**keys, **options})
+    group = {"params": [("weight", p)], "rank": options.pop("rank", None)}
+    return APOLLO([group], backend=backend, **{**keys, **options})
 
 
 def _parameter(case: Case, device: torch.device) -> torch.nn.Parameter:

@@ -57,14 +57,11 @@ def chosen(model: nn.Module, options: Any) -> list[dict[str, Any]]:
     }  # fmt: skip
     if options.mini and options.rank is not None:
         raise ValueError("--mini has rank 1: leave --rank out")
-    try:
-        if options.mini:
-            return choosing.apollo_mini(model, **asked)
-        if options.rank is not None and options.rank < 1:
-            raise ValueError(f"--rank must be at least 1, got {options.rank}")
-        return choosing.apollo(model, rank=options.rank, **asked)
-    except re.error as error:
-        raise ValueError(f"--targets {targets[0]!r} is no regular expression: {error}") from None
+    if options.mini:
+        return choosing.apollo_mini(model, **asked)
+    if options.rank is not None and options.rank < 1:
+        raise ValueError(f"--rank must be at least 1, got {options.rank}")
+    return choosing.apollo(model, rank=options.rank, **asked)
 
 
 def rows(model: nn.Module, optimizer: APOLLO, options: Any) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ def build(name: str) -> nn.Module:
     """
     if name.lower() in estimate.PRESETS or name.lower() in estimate.SHORT:
         a = estimate.architecture(name)
-        return _of_config(_llama_config(a), name) if _transformers() else estimate.on_meta(a)
+        return _of_config(_config(a), name) if _transformers() else estimate.on_meta(a)
     path = Path(name)
     if path.is_dir():
         path = path / "config.json"
@@ -66,9 +66,11 @@ def _transformers() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def _llama_config(a: estimate.Architecture) -> dict[str, Any]:
+def _config(a: estimate.Architecture) -> dict[str, Any]:
+    experts = {"num_local_experts": a.experts, "num_experts_per_tok": a.routed}
     return {
-        "model_type": "llama", "hidden_size": a.hidden, "intermediate_size": a.mlp,
+        "model_type": "mixtral" if a.experts else "llama", **(experts if a.experts else {}),
+        "hidden_size": a.hidden, "intermediate_size": a.mlp,
         "num_hidden_layers": a.layers, "num_attention_heads": a.heads, "vocab_size": a.vocabulary,
         "num_key_value_heads": a.kv_heads, "head_dim": a.head_size, "tie_word_embeddings": a.tied,
     }  # fmt: skip
