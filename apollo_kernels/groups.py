@@ -76,11 +76,13 @@ def param_groups(
         name decides the parameter's projections.
     Raises
         ValueError: for an argument that cannot be meant, if ``targets`` matches no parameter, and
-            for a model under FSDP1 or DeepSpeed ZeRO-3, which cut parameters into pieces.
+            for a model under FSDP1 or DeepSpeed ZeRO-3, which cut parameters into pieces, or with
+            int8 weights under FSDP2.
     """
     _check_arguments({"rank": rank, **more})
     choices = choose_parameters(model, targets, embeddings)
     _refuse_pieces(choices)
+    _refuse_lost_int8(model)
     if not any(c.low_rank for c in choices):
         raise ValueError(f"targets={targets!r} matches no parameter of {type(model).__name__}")
     low_rank: dict[str, Any] = {
@@ -280,6 +282,12 @@ def _check_arguments(keys: dict[str, Any]) -> None:
 def _refuse_pieces(choices: list[Choice]) -> None:
     params = [c.parameter for c in choices]
     flat.refuse(params, {"rank": 1}, lambda place: f"parameter {choices[place].name!r}")
+
+
+def _refuse_lost_int8(model: nn.Module) -> None:
+    from apollo_kernels import quantized  # which chooses its weights with this file
+
+    quantized.refuse_lost(model)
 
 
 def _hidden_size(model: nn.Module, more: dict[str, Any]) -> int:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from apollo_kernels import int8
 from apollo_kernels._version import __version__
+from apollo_kernels.distributed import is_sharded
 from apollo_kernels.groups import LINEAR, choose_parameters
 
 _aten = torch.ops.aten
@@ -289,7 +290,7 @@ def quantize_(
     Raises
         ValueError: for a group size that cannot be; for targets that match nothing; with its name,
             for a target that cannot be int8 (three dimensions, another kind of layer, float64,
-            not finite). Nothing is changed then.
+            not finite), and for a model whose parameters are DTensors. Nothing is changed then.
     """
     whole = isinstance(group_size, Integral) and not isinstance(group_size, bool)
     if not whole or group_size < int8.SMALLEST_GROUP or group_size & (group_size - 1):
@@ -297,6 +298,12 @@ def quantize_(
     if not isinstance(targets, str):
         targets = list(targets)
     owners = _owners(model)
+    for name, shard in model.named_parameters():
+        if is_sharded(shard):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor, {tuple(shard.shape)}: int8 weights do not "
+                "go with FSDP2 or tensor parallelism yet"
+            )
     explicit = not isinstance(targets, str) or targets not in (*LINEAR, "all")
     chosen: dict[str, Tensor] = {}
     left: list[str] = []
@@ -333,6 +340,19 @@ def dequantize_(model: nn.Module) -> list[str]:
     for p in found.values():
         _set(p, p.dequantize(), owners[p])
     return list(found)
+
+
+def refuse_lost(model: nn.Module) -> None:
+    """Raises ValueError if weights of ``model`` were int8 and fully_shard has made shards of plain
+    numbers of them: it copies parameters into tensors of its own."""
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if _write_state in module._state_dict_hooks.values() and is_sharded(weight):
+            raise ValueError(
+                f"parameter {f'{path}.weight'.lstrip('.')!r} was int8, and fully_shard has made "
+                f"shards of plain numbers of it. int8 weights do not go with FSDP2 yet: use "
+                "DistributedDataParallel for them, or leave quantize_ out"
+            )
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
