@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Developers test what nvcc makes, wherever it is; users' default is in setup.py.
+export APOLLO_KERNELS_CUDA ?= nvcc
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo test test-ptx test-sanitizers test-mutants lint format bench kernel-report gpu-check wheel clean
+.PHONY: help demo docs test test-ptx test-sanitizers test-mutants lint format bench kernel-report gpu-check wheel clean
 help:
 	@echo "make demo    pre-train a small LLaMA with AdamW, APOLLO, Mini and int8 Mini; a table and a PNG"
 	@echo "make test    the whole suite        make lint   ruff, clang-format, mypy"
@@ -13,6 +15,7 @@ help:
 	@echo "make test-ptx       what nvcc and Triton compile, run by an interpreter: an hour"
 	@echo "make gpu-check      with a GPU: build, test, sanitize, measure; writes bench/results/"
 	@echo "make kernel-report  registers, spills and instructions of every compiled kernel"
+	@echo "make docs    the pages of docs/ as HTML in build/docs/; warnings are errors"
 	@echo "make wheel   dist/*.whl and sdist   make clean  remove what was built"
 	@echo "PYTHON=python3.12 and VENV=path choose the interpreter and the virtual environment."
 
@@ -78,9 +81,19 @@ gpu-check:
 gpu-%:
 	$(GPU_PYTHON) bench/gpu_check.py $*
 
+# In an environment of its own, without torch: the API pages are read from the sources.
+DOCS_VENV ?= .venv-docs
+docs: $(DOCS_VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs --quiet build --strict
+	@echo "build/docs/index.html"
+$(DOCS_VENV)/.ready: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
 wheel: $(READY)
 	$(BIN)/python -m build
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache runs $(VENV)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache runs $(VENV) $(DOCS_VENV)
 	rm -f apollo_kernels/_C*.so apollo_kernels/_no_native.txt

@@ -1,12 +1,25 @@
 """Drives CMakeLists.txt. Without a C++ compiler the package is pure Python, and says so.
 
-APOLLO_KERNELS_CUDA=auto|on|off, APOLLO_KERNELS_NATIVE=auto|on|off (on: a failed build is an error).
+APOLLO_KERNELS_CUDA=auto|on|off|nvcc says whether CUDA kernels are compiled, which takes minutes:
+
+    auto    (the default) where nvcc is, if the environment's torch is a CUDA build; where no torch
+            can be seen (``python -m build`` hides it), if the machine has an NVIDIA driver
+    on      always; without nvcc the build fails
+    off     never
+    nvcc    wherever nvcc is, whatever torch is: for developers, whose tests read what nvcc makes
+
+APOLLO_KERNELS_NATIVE=auto|on|off: with on, a failed native build is an error. What was decided, and
+why, is printed (pip shows it with -v) and kept for ``python -m apollo_kernels info``.
 """
 
+import hashlib
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -14,6 +27,58 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = re.search(r'"(.+)"', (ROOT / "apollo_kernels/_version.py").read_text()).group(1)
+REMEDY = " (APOLLO_KERNELS_CUDA=on compiles them all the same)"
+CUDA_CHOICES = ("auto", "on", "off", "nvcc")
+# What CMake reads from the environment and keeps: another value wants another folder.
+COMPILERS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDA_HOME", "CUDAFLAGS")
+COMPILERS += ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "ARCHFLAGS", "MACOSX_DEPLOYMENT_TARGET")
+
+
+def say(text):
+    print(f"apollo_kernels: {text}", file=sys.stderr, flush=True)
+
+
+def folder_of_torch():
+    """Where the environment keeps torch, or None; nothing is imported.
+
+    pip builds in isolation, but with the interpreter of the environment that it installs into.
+    Asked without PYTHONPATH, which is what isolates, that interpreter finds the user's torch.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin:
+        return Path(spec.origin).parent
+    code = "import importlib.util as u; s = u.find_spec('torch'); print(s and s.origin or '')"
+    asked = subprocess.run(
+        [sys.executable, "-E", "-c", code], cwd=sys.prefix, capture_output=True, text=True
+    )
+    origin = asked.stdout.strip()
+    return Path(origin).parent if origin else None
+
+
+def has_driver():
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def choose_cuda():
+    """(what CMake is told: on, off or nvcc; why)."""
+    asked = os.environ.get("APOLLO_KERNELS_CUDA") or "auto"
+    if asked not in CUDA_CHOICES:
+        raise SystemExit(f"APOLLO_KERNELS_CUDA={asked!r}: want one of {', '.join(CUDA_CHOICES)}")
+    if asked != "auto":
+        return asked, f"APOLLO_KERNELS_CUDA={asked} at build time"
+    if not sys.platform.startswith("linux"):
+        return "off", "they are built on Linux only"
+    torch = folder_of_torch()
+    if torch is None:
+        if has_driver():
+            return "nvcc", "no torch was seen at build time, but an NVIDIA driver"
+        return "off", "neither torch nor an NVIDIA driver was seen at build time" + REMEDY
+    text = (torch / "version.py").read_text()
+    version = re.search(r"^__version__.*?['\"](.+?)['\"]", text, re.MULTILINE).group(1)
+    cuda = re.search(r"^cuda\b.*?=\s*['\"](.+?)['\"]", text, re.MULTILINE)
+    if cuda:
+        return "nvcc", f"torch {version} at build time was a build for CUDA {cuda.group(1)}"
+    return "off", f"torch {version} at build time was no CUDA build" + REMEDY
 
 
 class CMakeBuild(build_ext):
@@ -22,40 +87,67 @@ class CMakeBuild(build_ext):
         native = os.environ.get("APOLLO_KERNELS_NATIVE", "auto")
         if native == "off":
             return self.without(target, "APOLLO_KERNELS_NATIVE=off at build time")
+        cuda, why = choose_cuda()
+        say(f"CUDA kernels: {dict(on='yes', off='no', nvcc='if nvcc is found')[cuda]}: {why}")
         try:
-            self.cmake(target)
+            self.cmake(target, cuda, why)
         except (subprocess.CalledProcessError, OSError, ImportError) as error:
-            if native == "on" or os.environ.get("APOLLO_KERNELS_CUDA") == "on":
+            if native == "on" or cuda == "on":
                 raise
             return self.without(target, f"the native build failed ({error})")
         self.reason_file(target).unlink(missing_ok=True)
 
-    def cmake(self, target):
-        import pybind11
-
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
-        configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    def cmake(self, target, cuda, why):
+        """Builds in build/cmake/, in a folder for these settings that the next build finds."""
+        settings = [
+            "-DCMAKE_BUILD_TYPE=Release", f"-DAPOLLO_KERNELS_VERSION={VERSION}",
+            f"-DAPOLLO_KERNELS_CUDA={cuda}", f"-DAPOLLO_KERNELS_CUDA_WHY={why}",
             f"-DPython_EXECUTABLE={sys.executable}", f"-DPYTHON_EXECUTABLE={sys.executable}",
-            f"-DAPOLLO_KERNELS_VERSION={VERSION}",
-            f"-DAPOLLO_KERNELS_CUDA={os.environ.get('APOLLO_KERNELS_CUDA', 'auto')}",
         ]  # fmt: skip
         if architectures := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
-            configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
-        jobs = os.environ.get("MAX_JOBS")
+            settings.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
+        # Visual Studio's generator finds its compiler by itself, Ninja only in its command prompt.
+        ninja = shutil.which("ninja") if sys.platform != "win32" or shutil.which("cl") else None
+        if ninja:
+            settings += ["-G", "Ninja"]
+        known = [*settings, *(f"{name}={os.environ.get(name)}" for name in COMPILERS)]
+        digest = hashlib.sha256("\n".join(known).encode()).hexdigest()[:8]
+        build = ROOT / "build" / "cmake" / f"{sysconfig.get_config_var('SOABI')}-{digest}"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), *settings]
+        configure.append(f"-Dpybind11_DIR={self.pybind11(build)}")
+        if ninja:  # it lies in another folder at each isolated build
+            configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
+        out = build / "out"
+        configure += [
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY{kind}={out.as_posix()}" for kind in ("", "_RELEASE")
+        ]
+        jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run(configure, check=True)
-        subprocess.run(
-            ["cmake", "--build", str(build), *(["--parallel", jobs] if jobs else [])], check=True
-        )
+        subprocess.run(["cmake", "--build", str(build), "--config", "Release", *jobs], check=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(out / target.name, target)
+
+    def pybind11(self, build):
+        """pybind11's CMake folder, in a copy that outlives an isolated environment.
+
+        Compilers are handed the same path by the next build then, and ninja has nothing to do.
+        """
+        import pybind11
+
+        copied = build / f"pybind11-{pybind11.__version__}"
+        if not copied.exists():
+            partly = copied.with_suffix(".part")
+            shutil.rmtree(partly, ignore_errors=True)
+            shutil.copytree(Path(pybind11.__file__).parent, partly)
+            partly.rename(copied)
+        return (copied / "share" / "cmake" / "pybind11").as_posix()
 
     def reason_file(self, target):
         return target.parent / "_no_native.txt"
 
     def without(self, target, reason):
-        print(f"apollo_kernels: no native module: {reason}", file=sys.stderr)
+        say(f"no native module: {reason}")
         target.parent.mkdir(parents=True, exist_ok=True)
         self.reason_file(target).write_text(reason + "\n")  # for `python -m apollo_kernels info`
 
@@ -74,6 +166,8 @@ class CMakeBuild(build_ext):
                     self.copy_file(str(path), str(old))
 
 
+# A checkout without symbolic links (Windows' default) has a text file where the link should be.
+linked = (ROOT / "apollo_kernels" / "triton_kernels").is_dir()
 setup(
     packages=[
         "apollo_kernels",
@@ -82,6 +176,7 @@ setup(
         "apollo_kernels.integrations",
         "apollo_kernels.triton_kernels",
     ],
+    package_dir={} if linked else {"apollo_kernels.triton_kernels": "triton"},
     package_data={
         "apollo_kernels": ["py.typed"],
         "apollo_kernels.as_apollo_torch": ["*.dist-info/METADATA"],

@@ -73,6 +73,16 @@ def memory() -> Iterator[str]:
         yield line(name, *cells)
 
 
+def mixtral() -> Iterator[str]:
+    """The state of a mixture, by mode."""
+    found = estimate.estimate("8x7b", batch=1, sequence=256, checkpointing=[True])
+    state = {e.mode: f"{e.state / 1e9:.1f}" for e in found}
+    wanted = {mode: mode for mode in ("AdamW, float32 moments", "AdamW, bf16 moments")}
+    wanted |= {mode: MODES[mode] for mode in ("APOLLO", "APOLLO-Mini")}
+    yield from head(*wanted.values())
+    yield line(*(state[mode] for mode in wanted))
+
+
 def capped() -> Iterator[str]:
     """Training steps on an H200 whose allocator was held to a smaller card's memory."""
     yield from head("run", "cap, GB", "tokens", "peak allocated, GB", "counted, GB")
@@ -164,7 +174,7 @@ def losses() -> Iterator[str]:
 
 
 BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
-    f.__name__: f for f in (memory, capped, throughput, h200, cpu, demo, losses)
+    f.__name__: f for f in (memory, mixtral, capped, throughput, h200, cpu, demo, losses)
 }
 
 

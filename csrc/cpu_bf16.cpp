@@ -1,6 +1,6 @@
 #include "cpu_bf16.h"
 
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+#if defined(__x86_64__) && !defined(_WIN32) && (defined(__clang__) || __GNUC__ >= 10)
 
 #include <immintrin.h>
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-// The intrinsics want x86 and a compiler that knows them; elsewhere PyTorch runs instead.
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+// The intrinsics want x86 and a compiler that knows them; elsewhere, and on Windows, PyTorch runs.
+#if defined(__x86_64__) && !defined(_WIN32) && (defined(__clang__) || __GNUC__ >= 10)
 #define APOLLO_CPU_PASSES 1
 #include <immintrin.h>
 #define APOLLO_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,fma")))

@@ -50,7 +50,8 @@ def demo(options: argparse.Namespace) -> None:
     """Trains the four in turn; prints the table, and writes it, the PNG and the CSV logs."""
     begin, out = time.perf_counter(), options.out
     data = load_data(tuple(options.data or ()), options.seq_len or 256)
-    runs = {}
+    runs: dict[str, Run] = {}
+    rows = []
     for name in LABELS:
         quantized = name.startswith("q-")
         settings = demo_settings(options, name.removeprefix("q-"), int8=quantized)
@@ -58,7 +59,8 @@ def demo(options: argparse.Namespace) -> None:
             announce(settings, data)
         runs[name] = Run(settings, *data)
         pretrain(runs[name], None, settings.steps, out / f"{name}.csv")
-    rows = [summary(LABELS[name], run) for name, run in runs.items()]
+        rows.append(summary(LABELS[name], runs[name]))
+        runs[name].forget()
     print_table(rows)
     print(verdict(rows))
     (out / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")

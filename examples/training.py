@@ -169,6 +169,10 @@ class Run:
         self.model.train()
         return total / self.settings.eval_batches
 
+    def forget(self) -> None:
+        """Frees model and optimizer once they are of no use; settings and log stay."""
+        del self.model, self.optimizer, self.schedule
+
     def state_bytes(self) -> int:
         """Of the optimizer's tensors, by one rule for all optimizers."""
         values = (v for state in self.optimizer.state.values() for v in state.values())

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import apollo_kernels
+
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.timeout(900)  # nvcc, where another worker has the other core
+pytestmark = pytest.mark.timeout(900)  # a compiler, where another worker has the other core
 
 
 def run(*command, cwd=ROOT, **environment):
@@ -35,28 +37,24 @@ def checkout(target):
 
 def build(source, out, *options, **environment):
     # Without isolation: the same backend from the pinned requirements, and no network in a test.
-    # One architecture is enough here; test_kernel_limits.py looks at what was installed.
-    environment.setdefault("CMAKE_CUDA_ARCHITECTURES", "90")
-    run(
-        sys.executable,
-        "-m",
-        "build",
-        "--no-isolation",
-        *options,
-        "-o",
-        out,
-        source,
-        cwd=source.parent,
-        **environment,
-    )
+    # CUDA as users get it; test_kernel_limits.py looks at what was installed.
+    environment.setdefault("APOLLO_KERNELS_CUDA", "auto")
+    command = (sys.executable, "-m", "build", "--no-isolation", *options, "-o", out, source)
+    return run(*command, cwd=source.parent, **environment)
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
     """An sdist of a clean tree and the wheel that is built from it."""
     base = tmp_path_factory.mktemp("packaging")
-    build(checkout(base / "tree"), base / "dist")  # build's default: the wheel from the sdist
+    build(checkout(base / "tree"), base / "dist", "--sdist")
+    with tarfile.open(next((base / "dist").glob("*.tar.gz"))) as archive:
+        archive.extractall(base, filter="data")
+    build(base / SOURCE, base / "dist", "--wheel")
     return base / "dist"
+
+
+SOURCE = f"apollo_kernels-{apollo_kernels.__version__}"  # an sdist's folder
 
 
 def members(built):
@@ -82,10 +80,16 @@ def test_the_wheel_holds_the_native_module_the_types_and_the_licence(built):
     assert "apollo-kernels = apollo_kernels.__main__:run" in wheel.read(entry).decode()
 
 
-def test_the_native_module_links_neither_torch_nor_cuda(built, tmp_path):
-    wheel = zipfile.ZipFile(next(built.glob("*.whl")))
-    (library,) = (n for n in wheel.namelist() if "/_C." in n)
-    needed = run("readelf", "-d", wheel.extract(library, tmp_path))
+@pytest.mark.parametrize("which", ["wheel", "installed"])  # `make test` installs it with kernels
+def test_the_native_module_links_neither_torch_nor_cuda(built, which, tmp_path):
+    from apollo_kernels import _C
+
+    library = _C.__file__
+    if which == "wheel":
+        wheel = zipfile.ZipFile(next(built.glob("*.whl")))
+        (name,) = (n for n in wheel.namelist() if "/_C." in n)
+        library = wheel.extract(name, tmp_path)
+    needed = run("readelf", "-d", library)
     libraries = [line.split("[")[1].rstrip("]") for line in needed.splitlines() if "NEEDED" in line]
     assert libraries
     assert not [n for n in libraries if "torch" in n or "c10" in n or "cuda" in n or "python" in n]
@@ -105,6 +109,117 @@ def test_the_sdist_holds_everything_to_build_test_and_measure(built):
         "requirements-dev.txt",
     ):
         assert name in names
+
+
+# The first bytes of ELF, PE and Mach-O files (twice, and fat ones), and of ar's archives.
+COMPILED = (
+    b"\x7fELF",
+    b"MZ",
+    b"\xcf\xfa\xed\xfe",
+    b"\xce\xfa\xed\xfe",
+    b"\xca\xfe\xba\xbe",
+    b"!<arch>",
+)
+
+
+def test_the_sdist_holds_no_compiled_code(built):
+    """Every file of it is text, or a picture that is one."""
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        files = [member for member in archive if member.isfile()]
+        assert len(files) > 100
+        for member in files:
+            data = archive.extractfile(member).read()
+            assert not data.startswith(COMPILED), member.name
+            if member.name.endswith(".png"):
+                assert data.startswith(b"\x89PNG\r\n"), member.name
+            else:
+                data.decode()  # raises for what is no text
+
+
+def test_a_second_build_compiles_nothing(built, tmp_path):
+    output = build(built.parent / SOURCE, tmp_path, "--wheel")
+    assert "ninja: no work to do" in output
+
+
+# A torch that the build can see says by its version.py for what it was built; it is never imported.
+TORCH = "raise RuntimeError('imported')"
+CUDA_TORCH = (
+    "__version__ = '2.13.0+cu130'\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n"
+)
+CPU_TORCH = "__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: Optional[str] = None\n"
+ROCM_TORCH = (
+    "__version__ = '2.13.0+rocm7'\ncuda: Optional[str] = None\nhip: Optional[str] = '7.0'\n"
+)
+
+
+@pytest.mark.parametrize(
+    "torch, asked, chosen, why",
+    [
+        (CUDA_TORCH, "auto", "nvcc", "torch 2.13.0+cu130 at build time was a build for CUDA 13.0"),
+        (CUDA_TORCH, "", "nvcc", "torch 2.13.0+cu130 at build time was a build for CUDA 13.0"),
+        (CPU_TORCH, "auto", "off", "torch 2.13.0+cpu at build time was no CUDA build"),
+        (ROCM_TORCH, "auto", "off", "torch 2.13.0+rocm7 at build time was no CUDA build"),
+        (CPU_TORCH, "on", "on", "APOLLO_KERNELS_CUDA=on"),
+        (CPU_TORCH, "nvcc", "nvcc", "APOLLO_KERNELS_CUDA=nvcc"),
+        (CUDA_TORCH, "off", "off", "APOLLO_KERNELS_CUDA=off"),
+        (None, "auto", "off", "neither torch nor an NVIDIA driver was seen"),
+    ],
+)
+def test_cuda_is_compiled_where_the_environment_s_torch_can_use_it(
+    torch, asked, chosen, why, tmp_path
+):
+    if torch is not None:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch/__init__.py").write_text(TORCH)
+        (tmp_path / "torch/version.py").write_text(torch)
+    code = f"import sys, setuptools; sys.path = [{str(tmp_path)!r}, *sys.path]\n"
+    code += "setuptools.setup = lambda **_: None; import runpy\n"
+    code += f"made = runpy.run_path({str(ROOT / 'setup.py')!r})\n"
+    if torch is None:  # nothing of this machine
+        code += "make = made['choose_cuda'].__globals__\n"
+        code += "make['folder_of_torch'] = lambda: None; make['has_driver'] = lambda: False\n"
+    code += "print(*made['choose_cuda'](), sep='|')"
+    out = run(sys.executable, "-c", code, APOLLO_KERNELS_CUDA=asked)
+    found, reason = out.strip().split("|")
+    assert (found, reason[: len(why)]) == (chosen, why)
+
+
+def test_an_isolated_build_sees_the_torch_of_the_environment_that_it_installs_into(tmp_path):
+    """pip hides it by PYTHONPATH and a sitecustomize; the interpreter is the user's."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]\n"
+    )
+    code = "import runpy, sys, types\n"
+    code += "import importlib.util; assert importlib.util.find_spec('torch') is None\n"
+    code += "stand = types.ModuleType('setuptools')\n"
+    code += "stand.Extension = stand.setup = lambda *a, **k: 0\n"
+    code += "command = types.ModuleType('b'); command.build_ext = object\n"
+    code += "sys.modules.update({'setuptools': stand, 'setuptools.command.build_ext': command,\n"
+    code += "                    'setuptools.command': types.ModuleType('c')})\n"
+    code += f"print(runpy.run_path({str(ROOT / 'setup.py')!r})['folder_of_torch']())"
+    out = run(sys.executable, "-c", code, PYTHONPATH=str(tmp_path)).strip()
+    import torch
+
+    assert Path(out) == Path(torch.__file__).parent
+
+
+def test_a_misspelled_choice_is_an_error(tmp_path):
+    with pytest.raises(
+        AssertionError, match="APOLLO_KERNELS_CUDA='yes': want one of auto, on, off"
+    ):
+        build(checkout(tmp_path / "tree"), tmp_path / "dist", "--wheel", APOLLO_KERNELS_CUDA="yes")
+
+
+def test_a_checkout_without_symbolic_links_builds_the_same_package(tmp_path):
+    """As Windows makes it: a text file with the path stands where the link should be."""
+    tree = checkout(tmp_path / "tree")
+    link = tree / "apollo_kernels" / "triton_kernels"
+    link.unlink()
+    link.write_text("../triton")
+    build(tree, tmp_path / "dist", "--wheel", APOLLO_KERNELS_NATIVE="off")
+    names = zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))).namelist()
+    assert "apollo_kernels/triton_kernels/step.py" in names
+    assert "apollo_kernels/triton_kernels" not in names
 
 
 def test_without_a_compiler_the_package_builds_and_says_what_is_missing(tmp_path):

@@ -243,6 +243,7 @@ def test_a_file_too_short_and_a_changed_setting_are_named(run, text, tmp_path):
     assert "--batch-size 4 contradicts the checkpoint, which was made with 2" in said
 
 
+@pytest.mark.filterwarnings("error:two optimizers")
 def test_the_demo_prints_a_table_and_draws_a_picture(run, text, tmp_path):
     pytest.importorskip("matplotlib")
     said = run("--demo", *MICRO, "--data", text, "--steps", 8, "--out", tmp_path)
