@@ -344,7 +344,8 @@ def test_a_block_reads_what_the_sources_say():
     assert "return !by_row ? 32 / sparse_load(dtype)" in share
     assert "return unit == 8 ? 4 : 8;" in share  # channels of each of 8 warps
     draw, source = ((ROOT / "csrc" / f).read_text() for f in ("draw.cuh", "project_source.cuh"))
-    assert "kStep = 32;" in draw and f"kTileThreads = {loop_figures.TILE_THREADS};" in draw
+    assert "kStep = 32;" in header
+    assert f"kTileThreads = {loop_figures.TILE_THREADS};" in draw
     assert "kSteps = kPieces<T> == 1 ? 2 : 1;" in source
     channels = predict.MMA_CHANNELS
     turns = {dtype: n // channels[dtype] // 32 for dtype, n in loop_figures.TILES.items()}
