@@ -157,6 +157,19 @@ def _limit_update(
         tl.atomic_add(counters + 2, 1)
 
 
+@triton.jit
+def _find_sums(row, space):
+    """A row's channels, in how many parts q and |R_c|^2, |N_c|^2 lie, and where q, s and these."""
+    channels = tl.load(row + tables.LOW_RANK.channels).to(tl.int32)
+    q_parts = tl.load(row + tables.LOW_RANK.q_parts).to(tl.int32)
+    r_tiles = tl.load(row + tables.LOW_RANK.r_tiles).to(tl.int32)
+    q_at = space + tl.load(row + tables.LOW_RANK.q)
+    s_at = space + tl.load(row + tables.LOW_RANK.scales)
+    r2_at = space + tl.load(row + tables.LOW_RANK.r_squares)
+    n2_at = space + tl.load(row + tables.LOW_RANK.n_squares)
+    return channels, q_parts, r_tiles, q_at, s_at, r2_at, n2_at
+
+
 # Reads 4 (q_parts + 2 r_tiles) bytes per channel and writes 4. One program per row adds in a fixed
 # order, so the limiter's norm has the same bits in every run.
 @triton.jit
@@ -172,13 +185,7 @@ def _limit(
     if tables.is_skipped(found_inf):
         return
     row = tables.row_address(table, number, tables.LOW_RANK_WIDTH)
-    channels = tl.load(row + tables.LOW_RANK.channels).to(tl.int32)
-    q_parts = tl.load(row + tables.LOW_RANK.q_parts).to(tl.int32)
-    r_tiles = tl.load(row + tables.LOW_RANK.r_tiles).to(tl.int32)
-    q_at = space + tl.load(row + tables.LOW_RANK.q)
-    s_at = space + tl.load(row + tables.LOW_RANK.scales)
-    r2_at = space + tl.load(row + tables.LOW_RANK.r_squares)
-    n2_at = space + tl.load(row + tables.LOW_RANK.n_squares)
+    channels, q_parts, r_tiles, q_at, s_at, r2_at, n2_at = _find_sums(row, space)
     factor = gradient_factor(direction, grad_scale, clip)
 
     tensor_scale = 0.0
@@ -288,13 +295,7 @@ def _norms(
     if tables.is_skipped(found_inf):
         return
     row = tables.row_address(table, number, tables.LOW_RANK_WIDTH)
-    channels = tl.load(row + tables.LOW_RANK.channels).to(tl.int32)
-    q_parts = tl.load(row + tables.LOW_RANK.q_parts).to(tl.int32)
-    r_tiles = tl.load(row + tables.LOW_RANK.r_tiles).to(tl.int32)
-    q_at = space + tl.load(row + tables.LOW_RANK.q)
-    s_at = space + tl.load(row + tables.LOW_RANK.scales)
-    r2_at = space + tl.load(row + tables.LOW_RANK.r_squares)
-    n2_at = space + tl.load(row + tables.LOW_RANK.n_squares)
+    channels, q_parts, r_tiles, q_at, s_at, r2_at, n2_at = _find_sums(row, space)
     factor = gradient_factor(direction, grad_scale, clip)
     r2_sum, n2_sum = tl.zeros((BLOCK,), F64), tl.zeros((BLOCK,), F64)
     q_sum = tl.zeros((BLOCK,), F64)
