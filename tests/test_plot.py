@@ -30,6 +30,8 @@ def logs(tmp_path, monkeypatch):
     lines = [json.dumps(detailed_row(step)) for step in (1, 2)]
     (tmp_path / "deep.jsonl").write_text("\n".join(lines) + "\n\n")
     history = [{"loss": 2.0, "learning_rate": 0.1, "step": 5}, {"eval_loss": 1.9, "step": 5}]
+    # as Trainer ends every run: train_loss is the mean over all of it
+    history.append({"step": 5, "train_runtime": 9.5, "train_loss": 3.5, "total_flos": 1e9})
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history, "epoch": 1}))
     return tmp_path
 
@@ -95,6 +97,11 @@ def test_a_picture_is_written_and_never_replaced_without_force(logs, capsys):
         ("step,note\n1,x\n", "no column to draw among"),
         ('{"step": 1}\n{"step":\n', "line 2 is no JSON"),
         ('{"log_history": [3]}', "rows that are no JSON objects"),
+        ('{"log_history": null}', "log_history must be a list, got null"),
+        ('{"step": 1, "detail": [2]}', "step 1: detail must be an object by parameter, got [2]"),
+        ('{"step": 1, "detail": {"w": {"limited": 0}}}', "detail of 'w' has no scales with p50"),
+        ('{"step": 1, "detail": {"w": {"scales": 3}}}', "detail of 'w' has no scales with p50"),
+        ("step,detail\n1,x\n", 'detail must be an object by parameter, got "x"'),
         (b"\xff\xfe\x00", "log: "),
         (None, "No such file"),
     ],

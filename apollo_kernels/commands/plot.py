@@ -17,6 +17,8 @@ from apollo_kernels.commands.output import matplotlib_figure, save_figure
 COLOURS = ("#C8553D", "#2A7F9E", "#7A9E3F", "#8A6BBE", "#4C566A", "#E0B04B", "#B5838D", "#5F9EA0")
 # What other logs call a column: those of Hugging Face's Trainer, and of our callback in it.
 ALIASES = {"eval_loss": "validation", "learning_rate": "lr", "train_loss": "loss"}
+# Trainer's last record tells of the whole run: its train_loss is the mean over all steps.
+OF_THE_RUN = "train_runtime"
 ALIASES |= {"apollo_limited": "limited", "apollo_update_norm": "update_norm"}
 Row = dict[str, Any]
 
@@ -87,14 +89,21 @@ def read(path: Path) -> Log:
             {key: _number(value) for key, value in row.items() if key is not None}
             for row in csv.DictReader(text.splitlines())
         ]
-    rows = [{ALIASES.get(key, key): value for key, value in row.items()} for row in rows]
+    rows = [
+        {ALIASES.get(key, key): value for key, value in row.items()}
+        for row in rows
+        if OF_THE_RUN not in row
+    ]
     rows = [row for row in rows if _is_number(row.get("step"))]
     if not rows:
         raise ValueError(f"{path} is no training log: it has no rows with a number under 'step'")
+    for row in rows:
+        _check_detail(row, path)
     return Log(path.stem, sorted(rows, key=lambda row: row["step"]))
 
 
 def _json_rows(text: str, path: Path) -> list[Row]:
+    rows: Any
     try:
         whole = json.loads(text)
         rows = whole.get("log_history", [whole])
@@ -105,9 +114,23 @@ def _json_rows(text: str, path: Path) -> list[Row]:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number} is no JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: log_history must be a list, got {json.dumps(rows)[:40]}")
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} holds rows that are no JSON objects")
     return rows
+
+
+def _check_detail(row: Row, path: Path) -> None:
+    """Raises ValueError for a detail that is not what stats(detail=True) gives."""
+    detail = row.get("detail") or {}
+    where = f"{path}, step {row.get('step')}: detail"
+    if not isinstance(detail, dict):
+        raise ValueError(f"{where} must be an object by parameter, got {json.dumps(detail)[:40]}")
+    for name, told in detail.items():
+        scales = told.get("scales") if isinstance(told, dict) else None
+        if not isinstance(scales, dict) or "p50" not in scales:
+            raise ValueError(f"{where} of {name!r} has no scales with p50: {json.dumps(told)[:40]}")
 
 
 def _number(text: Any) -> Any:
