@@ -49,7 +49,9 @@ class Architecture:
     kv_heads: int = 0  # 0: as many as heads
     head_size: int = 0  # 0: hidden / heads
     tied: bool = False
-    attention_bias: bool = False
+    attention_bias: bool = False  # of queries, keys and values
+    output_bias: bool = False  # of the attention's output
+    mlp_bias: bool = False
     experts: int = 0
     routed: int = 0
     expert_mlp: int = 0  # 0: mlp
@@ -84,7 +86,8 @@ def architecture(model: str | Path) -> Architecture:
     """The architecture of a preset ("llama-7b", "7b", ...) or of a config.json.
 
     Raises
-        ValueError: in one line, for a name that is neither, and for a config of another kind.
+        ValueError: in one line, for a name that is neither, and for a config whose model_type is
+            not among those that are known to be built as LLaMA is.
     """
     name = str(model)
     if name.lower() in PRESETS or name.lower() in SHORT:
@@ -109,6 +112,15 @@ def of_config(config: Any, where: str = "config") -> Architecture:
         config = config.to_dict()
     if not isinstance(config, dict):
         raise ValueError(f"{where}: config.json holds no dict but a {type(config).__name__}")
+    kind = config.get("model_type")
+    if kind not in _KINDS:
+        raise ValueError(
+            f"{where}: model_type={kind!r} is not known to be built as LLaMA is; supported are "
+            f"{', '.join(_KINDS)}"
+        )
+    biases, meant = _KINDS[kind]
+    unread = set(_BIASES) - set(biases)
+    config = {**meant, **{key: value for key, value in config.items() if key not in unread}}
     names = {
         "hidden": "hidden_size", "mlp": "intermediate_size", "layers": "num_hidden_layers",
         "heads": "num_attention_heads", "vocabulary": "vocab_size",
@@ -129,12 +141,29 @@ def of_config(config: Any, where: str = "config") -> Architecture:
             f"{where}: num_attention_heads={found['heads']} does not divide "
             f"hidden_size={found['hidden']}"
         )
-    found["tied"] = bool(config.get("tie_word_embeddings", False))
-    kind = config.get("model_type", "llama")
-    found["attention_bias"] = bool(config.get("attention_bias", kind in ("qwen2", "qwen2_moe")))
+    found["tied"] = bool(config.get("tie_word_embeddings"))
+    found["output_bias"] = bool(config.get("attention_bias"))
+    found["attention_bias"] = bool(config.get("qkv_bias")) or found["output_bias"]
+    found["mlp_bias"] = bool(config.get("mlp_bias"))
     found["head_norms"] = kind in ("qwen3", "qwen3_moe")
     return Architecture(**found)
 
+
+# model_type: which biases its config decides on, and what it has where the config leaves a key out
+# and that is not what LLaMA has then. tests/test_estimate.py holds each to transformers.
+_BIASES = ("attention_bias", "qkv_bias", "mlp_bias")
+_BOTH = ("attention_bias", "mlp_bias")
+_KINDS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {
+    "llama": (_BOTH, {}),
+    "granite": (_BOTH, {}),
+    "smollm3": (_BOTH, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "mistral": ((), {"num_key_value_heads": 8}),
+    "qwen2": ((), {"num_key_value_heads": 32, "qkv_bias": True}),
+    "qwen3": (("attention_bias",), {"num_key_value_heads": 32, "head_dim": 128}),
+    "mixtral": ((), {"num_key_value_heads": 8}),
+    "qwen2_moe": (("qkv_bias",), {"num_key_value_heads": 16, "qkv_bias": True}),
+    "qwen3_moe": (("attention_bias",), {"num_key_value_heads": 4}),
+}
 
 # model_type: what calls the size of an expert. How many there are has several names.
 _MIXTURES = {
@@ -148,9 +177,11 @@ _NUMBERS = ("num_local_experts", "num_experts", "n_routed_experts")
 def _experts_of(config: dict[str, Any], where: str) -> dict[str, Any]:
     """The experts of a config, if it has any."""
     number = next((name for name in _NUMBERS if config.get(name)), None)
+    kind = config["model_type"]
     if number is None:
+        if kind in _MIXTURES:
+            raise ValueError(f"{where}: model_type={kind!r} without a number of experts")
         return {}
-    kind = config.get("model_type")
     if kind not in _MIXTURES:
         raise ValueError(
             f"{where}: {number}={config[number]}: experts are not supported for "
@@ -175,17 +206,17 @@ class _Attention(nn.Module):
         self.q_proj = nn.Linear(a.hidden, inner, a.attention_bias)
         self.k_proj = nn.Linear(a.hidden, shared, a.attention_bias)
         self.v_proj = nn.Linear(a.hidden, shared, a.attention_bias)
-        self.o_proj = nn.Linear(inner, a.hidden, False)
+        self.o_proj = nn.Linear(inner, a.hidden, a.output_bias)
         if a.head_norms:
             self.q_norm, self.k_norm = _Norm(a.head_size), _Norm(a.head_size)
 
 
 class _Mlp(nn.Module):
-    def __init__(self, hidden: int, size: int):
+    def __init__(self, hidden: int, size: int, bias: bool = False):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, size, False)
-        self.up_proj = nn.Linear(hidden, size, False)
-        self.down_proj = nn.Linear(size, hidden, False)
+        self.gate_proj = nn.Linear(hidden, size, bias)
+        self.up_proj = nn.Linear(hidden, size, bias)
+        self.down_proj = nn.Linear(size, hidden, bias)
 
 
 class _Router(nn.Module):
@@ -220,7 +251,7 @@ class _Layer(nn.Module):
     def __init__(self, a: Architecture):
         super().__init__()
         self.self_attn = _Attention(a)
-        self.mlp = _Mixture(a) if a.experts else _Mlp(a.hidden, a.mlp)
+        self.mlp = _Mixture(a) if a.experts else _Mlp(a.hidden, a.mlp, a.mlp_bias)
         self.input_layernorm = _Norm(a.hidden)
         self.post_attention_layernorm = _Norm(a.hidden)
 

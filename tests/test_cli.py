@@ -12,7 +12,7 @@ import torch
 
 from apollo_kernels import __main__, info, native
 from apollo_kernels.__main__ import COMMANDS, main
-from apollo_kernels.commands import check, output
+from apollo_kernels.commands import check, contest, output
 
 
 class Terminal(io.StringIO):
@@ -312,7 +312,7 @@ def test_groups_tells_mistakes_in_one_line(arguments, piece, tower, tmp_path, ca
 def small(tmp_path):
     """A config.json of one small layer."""
     config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config |= {"num_attention_heads": 2, "vocab_size": 50}
+    config |= {"num_attention_heads": 2, "vocab_size": 50, "model_type": "llama"}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     return path
@@ -351,6 +351,7 @@ def test_bench_json_has_the_rows_and_what_they_depend_on(small, capsys):
         (["--layers", "9"], "--layers 9: 60m has 8"),
         (["--rank", "-1"], "--rank must be at least 1"),
         (["--device", "abacus"], "--device 'abacus'"),
+        (["--device", "meta"], "--device 'meta': a step is timed on a CPU or on a CUDA device"),
         (["no-model"], "'no-model' is neither a file"),
     ],
 )
@@ -358,6 +359,29 @@ def test_bench_tells_mistakes_in_one_line(arguments, piece, capsys):
     assert main(["bench", *arguments]) == 2
     out, error = capsys.readouterr()
     assert not out and error.count("\n") == 1 and piece in error
+
+
+def raises(error):
+    def sysconf(name):
+        raise error
+
+    return sysconf
+
+
+@pytest.mark.parametrize(
+    "sysconf",
+    [None, raises(ValueError("unrecognized configuration name")), raises(OSError())],
+    ids=["Windows", "macOS", "a system that will not tell"],
+)
+def test_bench_takes_all_layers_where_free_memory_is_not_told(sysconf, monkeypatch):
+    model = contest.Model("large", [(10**6, 10**6)], layers=7, hidden=10**6)
+    cpu = torch.device("cpu")
+    assert contest.fitting_layers(model, 4, cpu, together=5) == 1
+    if sysconf is None:
+        monkeypatch.delattr(os, "sysconf")
+    else:
+        monkeypatch.setattr(os, "sysconf", sysconf)
+    assert contest.fitting_layers(model, 4, cpu, together=5) == 7
 
 
 def test_every_module_of_the_table_has_its_two_functions():

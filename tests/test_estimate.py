@@ -58,6 +58,49 @@ def test_a_config_file_and_a_module_on_the_meta_device_say_the_same(tmp_path):
     assert by_file == estimate.estimate(tmp_path, batch=2, sequence=32)
 
 
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 32,
+    "vocab_size": 128,
+}  # fmt: skip
+MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 8}
+MIXTURE |= {"shared_expert_intermediate_size": 16}
+BIASES = ("attention_bias", "qkv_bias", "mlp_bias")
+CHANGES = {
+    "as few keys as can be": {},
+    "few heads of a size": {"num_key_value_heads": 2, "head_dim": 4},
+    "biases": dict.fromkeys(BIASES, True),
+    "no biases": dict.fromkeys(BIASES, False),
+    "tied": {"tie_word_embeddings": True},
+    "not tied": {"tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", estimate._KINDS)
+def test_every_kind_has_the_parameters_that_transformers_gives_it(kind, change):
+    transformers = pytest.importorskip("transformers", minversion="5.10")
+    config = {**SIZES, **CHANGES[change], "model_type": kind, "pad_token_id": 0}
+    if kind in estimate._MIXTURES:
+        number = "num_local_experts" if kind == "mixtral" else "num_experts"
+        config |= {number: 4, **MIXTURE}
+    theirs = transformers.AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(theirs)
+    expected = {n.removeprefix("model."): p.shape for n, p in model.named_parameters()}
+    for asked in (config, theirs, json.loads(theirs.to_json_string())):  # the last: what is saved
+        ours = estimate.on_meta(estimate.of_config(asked))
+        assert {n: p.shape for n, p in ours.named_parameters()} == expected
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt_neox", "gemma", "gemma2", "phi3", None])
+def test_a_config_of_a_kind_that_is_not_known_is_refused(kind):
+    config = {**SIZES, "model_type": kind}
+    with pytest.raises(ValueError, match=f"model_type={kind!r} is not known .* supported are llam"):
+        estimate.of_config(config)
+    with pytest.raises(ValueError, match="model_type='mixtral' without a number of experts"):
+        estimate.of_config({**config, "model_type": "mixtral"})
+
+
 def test_more_tokens_cost_activations_and_checkpointing_saves_them():
     def activations(batch, checkpointed):
         found = estimate.estimate("7b", batch=batch, checkpointing=[checkpointed])
@@ -114,6 +157,7 @@ def test_png_is_written(tmp_path, capsys):
         (["list.json"], "config.json holds no dict"),
         (["lacks.json"], "vocab_size must be a whole number above 0, got None"),
         (["experts.json"], "experts are not supported"),
+        (["gemma.json"], "model_type='gemma' is not known to be built as LLaMA is"),
         (["heads.json"], "num_attention_heads=3 does not divide hidden_size=64"),
         (["7b", "--batch", "0"], "batch must be at least 1, got 0"),
         (["7b", "--sequence", "-1"], "sequence must be at least 1"),
@@ -125,11 +169,12 @@ def test_wrong_input_is_one_line_and_exit_2(arguments, piece, tmp_path, monkeypa
     if "--png" in arguments:
         pytest.importorskip("matplotlib")
     good = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    good |= {"num_attention_heads": 4, "vocab_size": 100}
+    good |= {"num_attention_heads": 4, "vocab_size": 100, "model_type": "llama"}
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "lacks.json").write_text(json.dumps({**good, "vocab_size": None}))
     (tmp_path / "experts.json").write_text(json.dumps({**good, "num_local_experts": 8}))
+    (tmp_path / "gemma.json").write_text(json.dumps({**good, "model_type": "gemma"}))
     (tmp_path / "heads.json").write_text(json.dumps({**good, "num_attention_heads": 3}))
     monkeypatch.chdir(tmp_path)
     assert main(["estimate", *arguments]) == 2

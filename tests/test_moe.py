@@ -279,7 +279,8 @@ def test_the_command_line_knows_mixtures(capsys):
 
 
 @pytest.mark.parametrize("change, piece", [
-    ({"model_type": "deepseek_v3"}, "experts are not supported for model_type='deepseek_v3'"),
+    ({"model_type": "deepseek_v3"}, "model_type='deepseek_v3' is not known"),
+    ({"model_type": "llama"}, "experts are not supported for model_type='llama'"),
     ({"decoder_sparse_step": 2}, "with and without experts in turn"),
     ({"num_experts_per_tok": None}, "num_experts_per_tok must be a whole number above 0, got None"),
 ])  # fmt: skip

@@ -58,6 +58,8 @@ def _device(asked: str | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {asked!r}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {asked!r}: a step is timed on a CPU or on a CUDA device")
     return device
 
 

@@ -59,11 +59,17 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def fitting_layers(model: Model, width: int, device: torch.device, together: int) -> int:
-    """As many layers as fit with weights, gradients and the Adam states of ``together`` peers."""
+    """As many layers as fit with weights, gradients and the Adam states of ``together`` peers.
+
+    All of them where the system does not tell how much memory is free (macOS, Windows).
+    """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):
+            return model.layers
     layer = sum(m * n for m, n in model.layer) * width * (2 + 2 * together)
     return max(1, min(model.layers, int(0.85 * free / layer)))
 
