@@ -96,4 +96,4 @@ wheel: $(READY)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache runs $(VENV) $(DOCS_VENV)
-	rm -f apollo_kernels/_C*.so apollo_kernels/_no_native.txt
+	rm -f apollo_kernels/_C*.so apollo_kernels/_no_native.txt apollo_kernels/_cuda_why.txt

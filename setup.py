@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.resolve()
 VERSION = re.search(r'"(.+)"', (ROOT / "apollo_kernels/_version.py").read_text()).group(1)
 REMEDY = " (APOLLO_KERNELS_CUDA=on compiles them all the same)"
 CUDA_CHOICES = ("auto", "on", "off", "nvcc")
+NATIVE_CHOICES = ("auto", "on", "off")
 # What CMake reads from the environment and keeps: another value wants another folder.
 COMPILERS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDA_HOME", "CUDAFLAGS")
 COMPILERS += ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "ARCHFLAGS", "MACOSX_DEPLOYMENT_TARGET")
@@ -59,11 +60,16 @@ def has_driver():
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
+def choice(name, known):
+    asked = os.environ.get(name) or "auto"
+    if asked not in known:
+        raise SystemExit(f"{name}={asked!r}: want one of {', '.join(known)}")
+    return asked
+
+
 def choose_cuda():
     """(what CMake is told: on, off or nvcc; why)."""
-    asked = os.environ.get("APOLLO_KERNELS_CUDA") or "auto"
-    if asked not in CUDA_CHOICES:
-        raise SystemExit(f"APOLLO_KERNELS_CUDA={asked!r}: want one of {', '.join(CUDA_CHOICES)}")
+    asked = choice("APOLLO_KERNELS_CUDA", CUDA_CHOICES)
     if asked != "auto":
         return asked, f"APOLLO_KERNELS_CUDA={asked} at build time"
     if not sys.platform.startswith("linux"):
@@ -84,7 +90,7 @@ def choose_cuda():
 class CMakeBuild(build_ext):
     def build_extension(self, extension):
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        native = os.environ.get("APOLLO_KERNELS_NATIVE", "auto")
+        native = choice("APOLLO_KERNELS_NATIVE", NATIVE_CHOICES)
         if native == "off":
             return self.without(target, "APOLLO_KERNELS_NATIVE=off at build time")
         cuda, why = choose_cuda()
@@ -95,7 +101,9 @@ class CMakeBuild(build_ext):
             if native == "on" or cuda == "on":
                 raise
             return self.without(target, f"the native build failed ({error})")
-        self.reason_file(target).unlink(missing_ok=True)
+        native_reason, cuda_reason = self.reason_files(target)
+        native_reason.unlink(missing_ok=True)
+        cuda_reason.write_text(why + "\n")
 
     def cmake(self, target, cuda, why):
         """Builds in build/cmake/, in a folder for these settings that the next build finds."""
@@ -143,13 +151,17 @@ class CMakeBuild(build_ext):
             partly.rename(copied)
         return (copied / "share" / "cmake" / "pybind11").as_posix()
 
-    def reason_file(self, target):
-        return target.parent / "_no_native.txt"
+    def reason_files(self, target):
+        """For ``python -m apollo_kernels info``: why there is no native module; or, beside one, why
+        CUDA kernels were asked for or not."""
+        return target.parent / "_no_native.txt", target.parent / "_cuda_why.txt"
 
     def without(self, target, reason):
         say(f"no native module: {reason}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.reason_file(target).write_text(reason + "\n")  # for `python -m apollo_kernels info`
+        native_reason, cuda_reason = self.reason_files(target)
+        native_reason.write_text(reason + "\n")
+        cuda_reason.unlink(missing_ok=True)
 
     def get_outputs(self):
         return [path for path in super().get_outputs() if Path(path).exists()]
@@ -159,7 +171,7 @@ class CMakeBuild(build_ext):
             built = Path(self.build_lib) / self.get_ext_filename(
                 self.get_ext_fullname(extension.name)
             )
-            for path in (built, self.reason_file(built)):
+            for path in (built, *self.reason_files(built)):
                 old = ROOT / "apollo_kernels" / path.name
                 old.unlink(missing_ok=True)  # a stale module of an earlier, luckier build
                 if path.exists():

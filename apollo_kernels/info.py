@@ -24,10 +24,16 @@ def _installed(distribution: str) -> str | None:
 
 def _native() -> dict[str, Any]:
     if native._C is not None:
-        return {"present": True, **native._C.build_info()}
-    note = Path(__file__).with_name("_no_native.txt")
-    reason = note.read_text().strip() if note.exists() else "not built: run pip install . or -e ."
+        why = _reason("_cuda_why.txt")
+        return {"present": True, **native._C.build_info(), "cuda_why": why}
+    reason = _reason("_no_native.txt") or "not built: run pip install . or -e ."
     return {"present": False, "reason": reason}
+
+
+def _reason(name: str) -> str | None:
+    """What setup.py has noted at the build."""
+    note = Path(__file__).with_name(name)
+    return note.read_text().strip() if note.exists() else None
 
 
 def _devices() -> list[str]:
@@ -74,7 +80,9 @@ def as_text(info: dict[str, Any]) -> str:
         lines.append(f"{'native module':<16}{native['compiler']}, {native['build_type']}")
         built = f"CUDA {native['cuda_toolkit']}, for {native['cuda_architectures']}"
         kernels = built if native["cuda"] else f"no: {native['cuda_missing']}"
-        lines.append(f"{'CUDA kernels':<16}{kernels}")
+        why = native["cuda_why"]
+        more = f" ({why})" if why and why not in kernels else ""
+        lines.append(f"{'CUDA kernels':<16}{kernels}{more}")
     else:
         lines.append(f"{'native module':<16}no: {native['reason']}; PyTorch draws the projections")
     for name, value in info["environment"].items():

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -156,6 +157,34 @@ def test_info_tells_why_the_native_module_is_missing(monkeypatch):
     collected = info.collect()
     assert collected["native_module"]["present"] is False
     assert "not built" in info.as_text(collected)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "line"),
+    [
+        (
+            {"cuda": True, "cuda_toolkit": "13.0", "cuda_architectures": "80-real 120"},
+            "CUDA kernels    CUDA 13.0, for 80-real 120 (torch was a build for CUDA)",
+        ),
+        (
+            {"cuda": False, "cuda_missing": "no nvcc at build time"},
+            "CUDA kernels    no: no nvcc at build time (torch was a build for CUDA)",
+        ),
+        (
+            {"cuda": False, "cuda_missing": "torch was a build for CUDA"},
+            "CUDA kernels    no: torch was a build for CUDA",
+        ),
+    ],
+)
+def test_info_tells_why_cuda_kernels_were_asked_for(kernels, line, tmp_path, monkeypatch):
+    known = {"compiler": "GNU", "build_type": "Release", "cuda_toolkit": "", "cuda_missing": None}
+    build = types.SimpleNamespace(build_info=lambda: {**known, "cuda_architectures": "", **kernels})
+    collected = info.collect()
+    monkeypatch.setattr(native, "_C", build)
+    monkeypatch.setattr(info, "__file__", str(tmp_path / "info.py"))
+    (tmp_path / "_cuda_why.txt").write_text("torch was a build for CUDA\n")
+    collected["native_module"] = info._native()
+    assert line in info.as_text(collected).splitlines()
 
 
 def test_info_survives_a_wrong_environment(monkeypatch):

@@ -203,11 +203,27 @@ def test_an_isolated_build_sees_the_torch_of_the_environment_that_it_installs_in
     assert Path(out) == Path(torch.__file__).parent
 
 
-def test_a_misspelled_choice_is_an_error(tmp_path):
-    with pytest.raises(
-        AssertionError, match="APOLLO_KERNELS_CUDA='yes': want one of auto, on, off"
-    ):
-        build(checkout(tmp_path / "tree"), tmp_path / "dist", "--wheel", APOLLO_KERNELS_CUDA="yes")
+@pytest.mark.parametrize("name", ["APOLLO_KERNELS_CUDA", "APOLLO_KERNELS_NATIVE"])
+def test_a_misspelled_choice_is_an_error(name, tmp_path):
+    with pytest.raises(AssertionError, match=f"{name}='yes': want one of auto, on, off"):
+        build(checkout(tmp_path / "tree"), tmp_path / "dist", "--wheel", **{name: "yes"})
+
+
+def test_nvcc_may_be_named_by_its_file(tmp_path):
+    """CUDACXX is a file to CMake; a folder, as CUDA_HOME is, is searched."""
+    nvcc = tmp_path / "our-nvcc"
+    nvcc.write_text('#!/bin/sh\ntouch "$0.was-asked"; exit 1\n')
+    nvcc.chmod(0o755)
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-DAPOLLO_KERNELS_CUDA=on"]
+    environment = {**os.environ, "CUDACXX": str(nvcc), "CUDA_HOME": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and Path(f"{nvcc}.was-asked").exists(), done.stderr
+
+
+def test_a_wheel_keeps_why_its_cuda_kernels_are_there_or_not(built):
+    wheel = zipfile.ZipFile(next(built.glob("*.whl")))
+    assert "at build time" in wheel.read("apollo_kernels/_cuda_why.txt").decode()
+    assert "apollo_kernels/_no_native.txt" not in wheel.namelist()
 
 
 def test_a_checkout_without_symbolic_links_builds_the_same_package(tmp_path):
@@ -228,6 +244,7 @@ def test_without_a_compiler_the_package_builds_and_says_what_is_missing(tmp_path
     wheel = zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl")))
     assert not any("/_C." in n for n in wheel.namelist())
     assert "native build failed" in wheel.read("apollo_kernels/_no_native.txt").decode()
+    assert "apollo_kernels/_cuda_why.txt" not in wheel.namelist()
     wheel.extractall(tmp_path / "site")
     # the editable install's finders would answer first
     code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
