@@ -98,7 +98,8 @@ class APOLLO(torch.optim.Optimizer):
 
     Args
         params: parameters, with names or without, or groups; a group may override every argument
-            up to ``capturable``. A name decides a parameter's projections, or else its position.
+            but ``seed``, ``backend``, ``fused``, ``max_grad_norm`` and ``gradient_release``. A name
+            decides a parameter's projections, or else its position.
         lr: learning rate, a float or a 1-element tensor.
         betas, eps: of Adam, on the projected gradient.
         weight_decay: decoupled, as in AdamW.
@@ -737,7 +738,9 @@ class APOLLO(torch.optim.Optimizer):
         self.defaults.update({**older, **self.defaults})
         for group in self.param_groups:  # of an older version: fill what it did not know
             for key, value in self.defaults.items():
-                if key not in options.OPTIMIZER_KEYS:
+                if key in options.OPTIMIZER_KEYS:  # `fused` was a group's
+                    group.pop(key, None)
+                else:
                     group.setdefault(key, value)
             names.number_all(group)
         for p, own in self.state.items():

@@ -28,8 +28,8 @@ INTEGERS = {"rank": 1, "update_proj_gap": 1, "batch_dims": 0}  # and their least
 
 # What a group may set, and what is the whole optimizer's.
 GROUP_KEYS = frozenset({*HYPER_KEYS, *INTEGERS, "proj", "proj_type", "dense_state", "foreach"})
-GROUP_KEYS |= {"fused", "capturable", "differentiable"}
-OPTIMIZER_KEYS = ("seed", "backend", "max_grad_norm", "gradient_release")
+GROUP_KEYS |= {"capturable", "differentiable"}
+OPTIMIZER_KEYS = ("seed", "backend", "fused", "max_grad_norm", "gradient_release")
 
 
 def check_names(keys: Iterable[str], where: str = "") -> None:
@@ -91,7 +91,7 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
     check("differentiable", not group["differentiable"], "False: the step has no derivative")
     for key in SWITCHES:
         check(key, isinstance(group[key], (bool, Integral)), "True or False")
-    both = bool(group["foreach"] and group["fused"])
+    both = bool(group["foreach"] and group.get("fused"))  # the latter is the whole optimizer's
     check("fused", not both, "False or None together with foreach=True")
 
 

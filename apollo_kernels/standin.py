@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from apollo_kernels import optimizer
 
 FOLDER = Path(__file__).parent / "as_apollo_torch"
@@ -26,15 +28,28 @@ class APOLLOAdamW(optimizer.APOLLOAdamW):
 
     Programs that train layer by layer make an optimizer for each parameter, without its name. Each
     such optimizer gets a seed of its own here: with one seed all matrices of one shape would share
-    their projections. Keyword-only arguments, ``seed`` too: see APOLLO.
+    their projections. Where its group has no rank, that is meant, as for a norm. Keyword-only
+    arguments, ``seed`` too: see APOLLO.
     """
 
     def __init__(self, params: Any, *arguments: Any, **options: Any):
+        if "rank" not in options and _is_one_nameless(params):
+            params = [{"rank": None, **params[0]}]
         super().__init__(params, *arguments, **options)
         groups = self.param_groups
         alone = len(groups) == 1 and len(groups[0]["params"]) == 1
         if alone and "param_names" not in groups[0] and "seed" not in options:
             self.defaults["seed"] = next(_numbers)
+
+
+def _is_one_nameless(params: Any) -> bool:
+    """Whether it is one group with one parameter, which has no name."""
+    if not isinstance(params, (list, tuple)) or len(params) != 1 or not isinstance(params[0], dict):
+        return False
+    own = params[0].get("params")
+    if isinstance(own, (list, tuple)) and len(own) == 1:
+        (own,) = own
+    return isinstance(own, Tensor) and "param_names" not in params[0]
 
 
 def install_as_apollo_torch() -> Callable[[], None]:

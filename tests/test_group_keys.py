@@ -67,10 +67,26 @@ def test_all_arguments_are_known_as_a_group_s_or_the_optimizer_s():
         options.check_names([key] if key not in options.OPTIMIZER_KEYS else [])
 
 
-@pytest.mark.parametrize("key", ["seed", "backend", "max_grad_norm", "gradient_release"])
+@pytest.mark.parametrize("key", ["seed", "backend", "fused", "max_grad_norm", "gradient_release"])
 def test_arguments_of_the_whole_optimizer_are_no_keys(key):
     with pytest.raises(ValueError, match=f"unknown key '{key}' in parameter group 0.*argument of"):
         APOLLO([{"params": [bare()], "rank": 4, key: 1}])
+    with pytest.raises(ValueError, match=f"unknown key '{key}': it is an argument of the optim"):
+        apollo(nn.Linear(8, 8), **{key: 1})
+
+
+def test_groups_of_an_optimizer_make_another_one_also_after_an_old_state():
+    """Groups have had a key `fused`, which nobody read."""
+    p = bare()
+    optimizer = APOLLO([p], rank=4, fused=True)
+    older = optimizer.state_dict()
+    older["param_groups"][0]["fused"] = True
+    optimizer.load_state_dict(older)
+    again = APOLLO(optimizer.param_groups, foreach=False)
+    assert "fused" not in again.param_groups[0] and again.param_groups[0]["rank"] == 4
+    assert optimizer._step_supports_amp_scaling and not again._step_supports_amp_scaling
+    with pytest.raises(ValueError, match="fused must be False or None together with foreach=True"):
+        APOLLO([{"params": [p], "foreach": True}], rank=4, fused=True)
 
 
 # ---- numbers of NumPy --------------------------------------------------------------------------

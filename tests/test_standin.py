@@ -62,6 +62,21 @@ def test_optimizers_of_one_parameter_each_do_not_share_projections(undo):
     assert len(set(keys)) == 3 and keys[2] == keys[3]
 
 
+def test_an_optimizer_of_one_dense_parameter_is_taken_at_its_word(undo, recwarn):
+    """As LLaMA-Factory makes one for each norm and bias; "no group has a rank" is for others."""
+    from apollo_torch import APOLLOAdamW
+
+    p, q = (torch.nn.Parameter(torch.ones(6)) for _ in "pq")
+    for params in ([{"params": [p], "weight_decay": 0.0}], [{"params": q}]):
+        assert APOLLOAdamW(params, lr=0.1).param_groups[0]["rank"] is None
+    assert not recwarn.list
+    matrix = torch.nn.Parameter(torch.ones(6, 8))
+    assert APOLLOAdamW([{"params": [matrix]}], rank=4).param_groups[0]["rank"] == 4
+    for params in ([{"params": [p, q]}], [{"params": [("norm", p)]}], [p]):
+        with pytest.warns(UserWarning, match="no group has a rank"):
+            APOLLOAdamW(params)
+
+
 def test_installing_twice_is_installing_once_and_undo_leaves_nothing(undo):
     assert apollo_kernels.install_as_apollo_torch() is undo
     assert sys.path.count(str(standin.FOLDER)) == 1
