@@ -545,8 +545,9 @@ def estimate(
 
     Args
         model: as ``architecture`` takes it; or a module, on the meta device too, of a LLaMA kind
-            with a Hugging Face ``config``. Mixtral and Qwen-MoE count: their experts are matrices
-            of the low-rank group, and activations those of transformers' grouped_mm.
+            with a Hugging Face ``config``: llama, mistral, qwen2, qwen3, granite, smollm3, mixtral,
+            qwen2_moe, qwen3_moe. Experts are matrices of the low-rank group, and activations those
+            of transformers' grouped_mm.
         ddp: "buckets" or "views", under DistributedDataParallel without or with
             gradient_as_bucket_view; modes with gradient release do not run there.
         rank: of APOLLO and GaLore; by default a quarter of the hidden size (APOLLO: at most 256).
@@ -685,7 +686,7 @@ def add_arguments(parser: Any) -> None:
         "What one training step takes at its peak, before anything runs: weights, gradients, "
         "optimizer state and activations, for AdamW, 8-bit Adam, GaLore and the modes of this "
         "package; what dominates, what would make it smaller, and which cards it fits on. Nothing "
-        "is downloaded, and no GPU is needed."
+        f"is downloaded, and no GPU is needed. A config.json is one of {', '.join(_KINDS)}."
     )
     parser.epilog = """examples:
   python -m apollo_kernels estimate 7b

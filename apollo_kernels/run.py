@@ -47,12 +47,19 @@ def command_line(program: list[str], module: bool = False) -> list[str]:
 
 
 def command(options: Any) -> int:
-    """Becomes the program; where a process cannot (Windows), runs it and returns its exit code."""
+    """Becomes the program; where a process cannot (Windows), runs it and returns its exit code.
+
+    Raises
+        ValueError: if it cannot be started.
+    """
     line, variables = command_line(options.program, options.module), environment(os.environ)
-    if sys.platform == "win32":
-        return subprocess.call(line, env=variables)
     sys.stdout.flush()
-    os.execve(line[0], line, variables)
+    try:
+        if sys.platform == "win32":
+            return subprocess.call(line, env=variables)
+        os.execve(line[0], line, variables)
+    except OSError as error:  # no program, as a script without its line #!
+        raise ValueError(f"{line[0]!r} cannot be started: {error.strerror}") from None
 
 
 def add_arguments(parser: Any) -> None:
@@ -63,7 +70,9 @@ LLaMA-Factory. The way there is PYTHONPATH, which `run` sets and children inheri
   python -m apollo_kernels run train.py --epochs 3
   python -m apollo_kernels run torchrun --nproc-per-node 2 train.py
   python -m apollo_kernels run -m accelerate.commands.launch train.py
-  python -m apollo_kernels run llamafactory-cli train apollo.yaml"""
+  python -m apollo_kernels run llamafactory-cli train apollo.yaml
+
+exit codes: those of PROGRAM; 2 if it cannot be started."""
     parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is a module's name")
     parser.add_argument(
         "program", nargs="...", metavar="PROGRAM ...",

@@ -9,7 +9,7 @@ import re
 
 import griffe
 
-SECTIONS = "Args", "Returns", "Raises", "Errors"
+SECTIONS = "Args", "Returns", "Raises", "Errors", "Warnings"
 ITEM = re.compile(r"([\w*.]+(?:, [\w*.]+)*|\"[^\"]+\"): (.*)")
 
 

@@ -5,6 +5,7 @@ after the comment ``<!-- needs: PACKAGE ... -->`` runs by itself, and is skipped
 packages is absent.
 """
 
+import ast
 import importlib.util
 import re
 import textwrap
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import docs_prelude
 import pytest
 
-from apollo_kernels import __main__, estimate
+from apollo_kernels import APOLLO, __main__, estimate
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -107,3 +108,27 @@ def test_the_page_of_the_command_line_has_every_command():
     page = (ROOT / "docs/command-line.md").read_text()
     named = re.findall(r"^\| `([a-z]+)[ `]", page, re.MULTILINE)
     assert sorted(named) == sorted(command.name for command in __main__.COMMANDS)
+
+
+def sections():
+    """(file, heading) of every section of a docstring: a word alone, and lines indented below."""
+    for path in sorted((ROOT / "apollo_kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = ast.get_docstring(node) or ""
+                for heading in re.findall(r"^([A-Z][a-z]+)\n {4}", text, re.MULTILINE):
+                    yield path.name, heading
+
+
+def test_the_api_pages_know_every_section_of_a_docstring():
+    text = (ROOT / "docs/docstrings.py").read_text()
+    known = ast.literal_eval(re.search(r"^SECTIONS = (.*)$", text, re.MULTILINE)[1])
+    found = list(sections())
+    assert {heading for _, heading in found} == set(known), found
+
+
+def test_the_api_page_has_every_public_member_of_the_optimizer():
+    page = (ROOT / "docs/api.md").read_text()
+    named = re.search(r"APOLLO\n    options:\n      members: \[(.*)\]", page)[1].split(", ")
+    public = {n for n in vars(APOLLO) if not n.startswith("_")}
+    assert sorted(named) == sorted(public - {"profile_hook_step"})  # that torch puts there

@@ -1,5 +1,7 @@
 """The README's figures are those of bench/results, and its pictures are there."""
 
+import csv
+import json
 import re
 from pathlib import Path
 
@@ -40,3 +42,86 @@ def test_what_a_step_sends_is_as_little_as_it_says():
     shares = [float(row[rows[0].index("of FSDP %")]) for row in rows[2:]]
     (said,) = re.findall(r"FSDP2's own traffic is less than ([\d.]+) %", TEXT.replace("\n", " "))
     assert max(shares) < float(said) < max(shares) + 0.2
+
+
+# ---- figures in sentences, here and in docs/ -----------------------------------------------------
+
+RESULTS = ROOT / "bench" / "results"
+
+
+def said(page, pattern):
+    """The numbers of the one sentence of a page that ``pattern`` finds, whatever its lines are."""
+    (found,) = re.findall(pattern, " ".join((ROOT / page).read_text().split()))
+    return [float(number) for number in ([found] if isinstance(found, str) else found)]
+
+
+def steps_of_7b():
+    rows = csv.DictReader((RESULTS / "nvidia-h200/step.csv").read_text().splitlines())
+    return {row["optimizer"]: row for row in rows if row["model"] == "7b"}
+
+
+def losses(card):
+    """optimizer -> mean loss, from convergence.py's table."""
+    lines = (RESULTS / card / "convergence.md").read_text().splitlines()
+    table = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
+    column = table[0].index("mean")
+    return {row[0]: float(row[column]) for row in table[2:]}
+
+
+def test_what_is_said_of_steps_on_the_h200_is_in_its_results():
+    steps = steps_of_7b()
+    shares = [float(steps[f"ours cuda, {n}"]["of copy"]) for n in ("Mini", "rank 256, sparse")]
+    pattern = r"move their bytes at ([\d.]+) and ([\d.]+) of the card's copy bandwidth"
+    assert said("docs/kernels.md", pattern) == [round(share, 3) for share in shares]
+    ms = {name: float(row["ms"]) for name, row in steps.items() if row["ms"]}
+    (share,) = said(
+        "docs/index.md", r"Mini step of LLaMA-7B takes ([\d.]+) of the time of PyTorch's"
+    )
+    assert share == round(ms["ours cuda, Mini"] / ms["AdamW fused"], 2)
+    rivals = [value for name, value in ms.items() if not name.startswith("ours")]
+    assert max(v for n, v in ms.items() if n.startswith("ours cuda")) < min(rivals)
+    published = steps["apollo_torch, rank 256"]
+    launches, waits = (float(published[key]) / 224 for key in ("launches", "syncs"))
+    for page in ("docs/from-apollo-torch.md", "docs/faq.md"):
+        assert said(page, r"(\d+) kernels (?:and a wait )?for each matrix") == [round(launches)]
+    assert waits == 1
+    ours = {float(row["launches"]) for name, row in steps.items() if "ours cuda" in name}
+    assert ours == {4} and "all matrices share four launches" in TEXT
+
+
+def test_what_is_said_of_losses_is_in_the_results():
+    """Prices of int8, rivals on the H200, and the distributions at one rank."""
+    h200, cpu = losses("nvidia-h200"), losses("cpu-x86_64")
+    demo = json.loads((RESULTS / "cpu-x86_64/demo/demo.json").read_text())
+    demo = {row["optimizer"]: row["loss"] for row in demo}
+    pairs = [
+        (demo["APOLLO-Mini"], demo["Q-APOLLO-Mini"]),
+        (h200["APOLLO, gaussian, rank 64"], h200["APOLLO, int8 weights, rank 64"]),
+        (h200["APOLLO-Mini, gaussian, rank 1"], h200["APOLLO-Mini, int8 weights, rank 1"]),
+    ]
+    pattern = r"under Mini ([\d.]+) nats in the demo .*? H200 ([\d.]+), or ([\d.]+) at rank 64"
+    in_demo, mini, rank_64 = said("README.md", pattern)
+    assert [in_demo, rank_64, mini] == [round(b - a, 3) for a, b in pairs]
+    pattern = (
+        r"([\d.]+) % higher under Mini on a CPU.*?([\d.]+) % higher at rank 64 and ([\d.]+) % h"
+    )
+    assert said("docs/memory.md", pattern) == [round(100 * (b / a - 1), 1) for a, b in pairs]
+
+    near = [v for n, v in h200.items() if n in ("AdamW", "Adafactor") or n.endswith("rank 64")]
+    near = [v for v in near if v not in (h200["GaLore, rank 64"], pairs[1][1])]
+    (spread,) = said("README.md", r"lie within ([\d.]+) nats of each other, GaLore and Mini above")
+    assert len(near) == 5 and spread - 0.001 < max(near) - min(near) <= spread
+    assert min(h200["GaLore, rank 64"], pairs[2][0]) > max(near)
+    assert (min(h200, key=h200.get), max(h200, key=h200.get)) == ("Muon", "CAME")
+
+    kinds = ("gaussian", "rademacher", "sparse")
+    by_rank = [[cpu[f"APOLLO, {kind}, rank {r}"] for kind in kinds] for r in (16, 64, 128)]
+    (limit,) = said("README.md", r"at one rank they differ by less than ([\d.]+) nats")
+    assert max(max(values) - min(values) for values in by_rank) < limit
+    assert len({values.index(min(values)) for values in by_rank}) > 1
+
+
+def test_the_estimate_is_as_near_to_counted_steps_as_the_page_says():
+    text = (RESULTS / "memory/claims.md").read_text()
+    off = [abs(float(v)) for v in re.findall(r"([+-][\d.]+) % \|$", text, re.MULTILINE)]
+    assert said("docs/8b-on-24gb.md", r"\) within ([\d.]+) %") == [max(off)]

@@ -13,11 +13,12 @@ SHIPPED = sorted(
     for folder in ("apollo_kernels", "triton", "bench", "examples")
     for path in (ROOT / folder).rglob("*.py")
 )
-# What may unpickle anything, and the name that a user has to say True to before.
+# What may unpickle anything: the name there that has to be true, and what a user says for it.
 OPT_INS = {
-    "apollo_kernels/converters.py": "allow_unsafe_pickle",  # of load_apollo_torch
-    "apollo_kernels/commands/convert.py": "unsafe",  # --allow-unsafe-pickle
+    "apollo_kernels/converters.py": ("allow_unsafe_pickle", "allow_unsafe_pickle=True"),
+    "apollo_kernels/commands/convert.py": ("unsafe", "--allow-unsafe-pickle"),
 }
+NUMBERS = {1: "There is one exception", 2: "There are two exceptions"}
 
 
 def calls(path):
@@ -40,7 +41,7 @@ def unrestricted(path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_file_is_unpickled_but_by_a_named_opt_in(path):
-    opt_in = OPT_INS.get(path.relative_to(ROOT).as_posix())
+    opt_in, _ = OPT_INS.get(path.relative_to(ROOT).as_posix(), (None, None))
     guarded = {
         (call.lineno, call.col_offset)
         for node in ast.walk(ast.parse(path.read_text()))
@@ -50,6 +51,14 @@ def test_no_file_is_unpickled_but_by_a_named_opt_in(path):
         if isinstance(call, ast.Call)
     }
     assert [c.lineno for c in unrestricted(path) if (c.lineno, c.col_offset) not in guarded] == []
+
+
+def test_the_page_names_each_opt_in_and_counts_them():
+    page = (ROOT / "SECURITY.md").read_text()
+    (text,) = re.findall(r"\* \*\*Checkpoints\.\*\*.*?(?=^\* )", page, re.MULTILINE | re.DOTALL)
+    for path, (_, said) in OPT_INS.items():
+        assert f"{said}`" in text or f"{said})`" in text, path
+    assert NUMBERS[len(OPT_INS)] in text
 
 
 def test_the_opt_in_of_the_package_is_off_unless_it_is_said():

@@ -174,3 +174,20 @@ def test_what_cannot_be_run_is_told_in_a_line(arguments, capsys):
     assert main(["run", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(a in error for a in arguments)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such files")
+def test_a_command_that_is_no_program_is_told_in_a_line(tmp_path, capsys):
+    script = tmp_path / "noexec"
+    script.write_text("echo x\n")
+    script.chmod(0o755)
+    assert main(["run", str(script)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"run: {str(script)!r} cannot be started: Exec format error\n"
+
+
+def test_the_manual_of_run_says_whose_exit_code_it_is(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    text = capsys.readouterr().out
+    assert text.endswith("exit codes: those of PROGRAM; 2 if it cannot be started.\n")
