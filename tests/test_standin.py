@@ -184,10 +184,3 @@ def test_a_command_that_is_no_program_is_told_in_a_line(tmp_path, capsys):
     assert main(["run", str(script)]) == 2
     error = capsys.readouterr().err
     assert error == f"run: {str(script)!r} cannot be started: Exec format error\n"
-
-
-def test_the_manual_of_run_says_whose_exit_code_it_is(capsys):
-    with pytest.raises(SystemExit):
-        main(["run", "--help"])
-    text = capsys.readouterr().out
-    assert text.endswith("exit codes: those of PROGRAM; 2 if it cannot be started.\n")
