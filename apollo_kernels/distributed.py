@@ -121,11 +121,13 @@ class Spread:
     inner: those among them that cut matrices, so that something crosses ranks between the verbs.
         (Whole experts may be spread, too.)
     contracted: the one that cuts the contracted side of a low-rank matrix.
+    along: the dimensions of the mesh that ``inner`` stands for, that of ``contracted`` first.
     """
 
     axes: tuple[Any, ...] = ()
     inner: tuple[Any, ...] = ()
     contracted: Any = None
+    along: tuple[int, ...] = ()
 
     @property
     def crosses(self) -> bool:
@@ -171,10 +173,15 @@ def view_of(p: Any, layout: Any) -> View:
     batch = tuple(spans[d][1] for d in range(lead))
     matrix = spans[0][0] * math.prod(layout.batch[1:]) if lead else 0
     roles = {_role(d, lead): mesh.get_group(i) for i, d in axes.items()}
-    contracted = roles.get(COLUMNS if layout.rows else ROWS)
+    summed = COLUMNS if layout.rows else ROWS
+    contracted = roles.get(summed)
     inner = tuple(roles[role] for role in roles if role != MATRICES)
+    cuts = [(i, _role(d, lead)) for i, d in axes.items()]
+    along = sorted(
+        (i for i, role in cuts if role != MATRICES), key=lambda i: (i, summed) not in cuts
+    )
     own = replace(layout, batch=batch, m=m, n=n * rest)
-    spread = Spread(groups, inner, contracted)
+    spread = Spread(groups, inner, contracted, tuple(along))
     if contracted is None:
         part = Part(row, column * rest) if inner else None
         return View(own, matrix, 0, part, spread)
@@ -222,20 +229,21 @@ def place_of(p: Any, layout: Any, key: str) -> AtPlace | None:
     return _reordered(mesh, tuple(order)), tuple(placements[i] for i in order)
 
 
-_meshes: dict[int, tuple[weakref.ref[Any], Any]] = {}  # by identity: equal ones may have ended
+# A mesh, by its identity since equal ones may have ended, and an order: the mesh in that order.
+_meshes: dict[tuple[int, tuple[int, ...]], tuple[weakref.ref[Any], Any]] = {}
 
 
 def _reordered(mesh: Any, order: tuple[int, ...]) -> Any:
-    """The same mesh with its two dimensions that cut a matrix the other way round, over the same
-    process groups: made once for each mesh."""
+    """The same mesh with its dimensions in another order, over the same process groups: made once
+    for each mesh and order."""
     if order == tuple(range(len(order))):
         return mesh
     from torch.distributed.device_mesh import DeviceMesh
 
-    number = id(mesh)
-    known = _meshes.get(number)
-    if known is not None and known[0]() is mesh and known[1][0] == order:
-        return known[1][1]
+    key = id(mesh), order
+    known = _meshes.get(key)
+    if known is not None and known[0]() is mesh:
+        return known[1]
     names = mesh.mesh_dim_names
     other = DeviceMesh.from_group(
         [mesh.get_group(i) for i in order],
@@ -243,7 +251,7 @@ def _reordered(mesh: Any, order: tuple[int, ...]) -> Any:
         mesh=mesh.mesh.permute(order).contiguous(),
         mesh_dim_names=names and tuple(names[i] for i in order),
     )
-    _meshes[number] = weakref.ref(mesh, lambda _: _meshes.pop(number, None)), (order, other)
+    _meshes[key] = weakref.ref(mesh, lambda _: _meshes.pop(key, None)), other
     return other
 
 
@@ -459,12 +467,39 @@ def traffic_of(
 def _by(
     batches: Iterable[tuple[Spread, PartBatch]], key: Callable[[Spread, PartBatch], Hashable]
 ) -> Iterable[tuple[Any, list[PartBatch]]]:
-    """Batches that share a collective, in an order that is the same on every rank."""
+    """Batches that share a collective, by the dimension of the mesh that it goes along: an order
+    that is the same on every rank, also where some have no part of what comes first."""
     found: dict[Any, list[PartBatch]] = {}
+    along: dict[Any, tuple[int, ...]] = {}
     for spread, batch in batches:
         if (place := key(spread, batch)) is not None:
             found.setdefault(place, []).append(batch)
-    return found.items()
+            along[place] = spread.along
+    return sorted(found.items(), key=lambda entry: along[entry[0]])
+
+
+class Buckets:
+    """Sums on their way, so that few of them have memory at a time.
+
+    A bucket belongs to one group of ranks. These hold the same matrices, so all of them fill it and
+    send it at the same ones; other groups may hold others, as of experts that come out unevenly.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Any, list[tuple[Spread, PartBatch]]] = {}
+        self._held: dict[Any, int] = {}
+
+    def add(self, spread: Spread, batch: PartBatch, size: int) -> None:
+        """``size``: in bytes, the same on all ranks of the group."""
+        group = spread.contracted
+        self._waiting.setdefault(group, []).append((spread, batch))
+        self._held[group] = self._held.get(group, 0) + size
+        if self._held[group] >= BUCKET:
+            reduce_sums(self._waiting.pop(group))
+            self._held[group] = 0
+
+    def flush(self) -> None:
+        reduce_sums([entry for several in self._waiting.values() for entry in several])
 
 
 def reduce_sums(batches: Sequence[tuple[Spread, PartBatch]]) -> None:

@@ -303,20 +303,15 @@ def _project(
     works: Sequence[tuple[Work, list[Tensor], Hyper]], signals: Callable[[torch.device], Signals]
 ) -> None:
     """R and q of every matrix, over all ranks that cut its contracted side."""
-    waiting: list[tuple[distributed.Spread, Any]] = []
-    held = 0
+    buckets = distributed.Buckets()
     for work, gradients, hyper in works:
         work.begin(gradients)
         if not work.low_rank:
             continue
         work.batch.project(hyper, signals(work.device))
         if work.crosses and work.batch.sums is not None:
-            waiting.append((work.spread, work.batch))
-            held += work.sums
-            if held >= distributed.BUCKET:
-                distributed.reduce_sums(waiting)
-                waiting, held = [], 0
-    distributed.reduce_sums(waiting)
+            buckets.add(work.spread, work.batch, work.sums)
+    buckets.flush()
 
 
 def _norm_and_factor(

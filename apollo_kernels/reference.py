@@ -520,6 +520,7 @@ class PartBatch(LowRankBatch):
     def receive_sums(self, sums: Tensor) -> None:
         own = sums.view(self.share, -1)[: len(self.item.exp_avg)]
         self.r, self.q = own[:, :-1].contiguous(), own[:, -1].contiguous()
+        self.sums = None  # they are large, and have arrived
 
     def scale(self, hyper: Hyper, signals: Signals) -> None:
         if self.skipped:

@@ -75,7 +75,7 @@ class Work:
     loaded: list[StandIn]  # before the step
     stored: list[StandIn]  # after it
     spread: Spread  # of all items
-    sums: int  # bytes of R and q that other ranks are sent, at most and so on every rank
+    sums: int  # bytes of R and q that other ranks are sent, at most: the same on all of them
 
     @property
     def crosses(self) -> bool:

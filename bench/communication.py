@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the group "fake"
 
 from apollo_kernels import APOLLO
+from apollo_kernels.distributed import BUCKET
 
 RESULTS = measure.ROOT / "bench" / "results" / "communication"
 
@@ -36,7 +37,6 @@ NVLINK, INFINIBAND = 450e9, 50e9  # bytes per second, per GPU
 PER_NODE = 8
 LATENCY, PER_HOP = 20e-6, 5e-6  # seconds: of a collective, and for each doubling of its ranks
 FLOPS = 0.4 * 989e12
-BUCKET = 64 * 2**20  # bytes, as in apollo_kernels.distributed
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def rows(rank: int, tokens: int) -> Iterator[dict[str, Any]]:
             for name, shards, replicas, report in count(model, world, rank):
                 sent = report.traffic
                 partial = sent.reduce_scatter + sent.all_gather
-                calls = 2 * math.ceil(sent.reduce_scatter / BUCKET) if partial else 0
+                calls = math.ceil(sent.reduce_scatter / BUCKET) + 1 if partial else 0
                 extra = seconds(partial, shards, calls)
                 extra += seconds(2 * sent.all_reduce, world, 3)  # flags by axis, norms
                 own = 3 * model.layers

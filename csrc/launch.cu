@@ -183,7 +183,9 @@ int load_low_rank(const Launch& launch) {
     const auto loaded = [](Kernel kernel, int, int shared) { return load(kernel, shared); };
     if (const int error = with_project(launch, distribution, loaded)) return error;
   }
-  if (const int error = load(scale_channels)) return error;
+  for (const Kernel kernel : {scale_channels, project_head, send_sums, scale_parts, limit_parts}) {
+    if (const int error = load(kernel)) return error;
+  }
   for (const bool by_chance : {false, true}) {
     const auto loaded = [](Kernel kernel) { return load(kernel); };
     if (const int error = with_apply(launch, by_chance, loaded)) return error;

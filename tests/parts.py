@@ -145,7 +145,7 @@ def by_rank(items, dim, ends):
 def agree(module, items, dim, ends, h, steps=None, tolerance=2**-17, **options):
     """Cut at ``ends``, the matrices step as they do whole: only sums are in another order. Moments
     say so to ``tolerance``; a scale |N| / |R| may stand on few and small entries of R, so that
-    weights, of bf16 too, differ by more."""
+    weights, of bf16 too, differ by more, and update_norm, the norm of scaled channels, as much."""
     ranks, whole = by_rank(items, dim, ends), [copy(item) for item in items]
     steps = steps or (2 if module is cuda else 1)
     assert all(module.takes(item) for own in ranks for item in own)

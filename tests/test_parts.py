@@ -104,8 +104,8 @@ def test_parts_draw_the_numbers_of_the_whole_bit_for_bit(module, distribution, r
     triton=[([16, 48, 64], 1, False), ([5, 26, 64], 1, True), ([5, 26, 64], 0, False)],
 )  # fmt: skip
 def test_parts_are_rounded_by_their_place_in_the_whole(module, ends, dim, columns_first):
-    """Channels are cut, so that scales are those of the whole but for the norm's last bit: all bits
-    but a few are equal. Elsewhere half of the weights would be rounded the other way."""
+    """Channels are cut, and no limiter brings in the norm: scales are those of the whole, and so is
+    every bit. Elsewhere half of the weights would be rounded the other way."""
     item = parts.matrix((64, 64), 8, dim == 0, BF16, columns_first=columns_first)
     h = parts.hyper(stochastic_rounding=True, disable_nl=True, lr=1e-3)
     ranks, whole = parts.by_rank([item], dim, ends), parts.copy(item)
