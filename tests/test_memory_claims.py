@@ -20,7 +20,7 @@ from memory_claims import Run
 
 SMALL = {
     "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 3, "vocab_size": 1000,
-    "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "llama",
 }  # fmt: skip
 
 
