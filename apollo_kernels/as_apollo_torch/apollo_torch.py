@@ -17,7 +17,6 @@ from typing import Any
 __version__ = "1.0.3"
 __all__ = ["APOLLOAdamW"]  # noqa: F822  (see __getattr__)
 
-_TRAINER = "transformers.trainer"
 _OPTIMS = ("apollo_adamw", "apollo_adamw_layerwise")
 _undo: list[Callable[[], None]] = []
 
@@ -31,12 +30,13 @@ def __getattr__(name: str) -> Any:
 
 
 class _Watch(MetaPathFinder):
-    """Finds nothing itself; but once transformers.trainer has been executed it takes it over."""
+    """Finds nothing itself; but once a module of _TAKEN_OVER has been executed it takes it over."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _TRAINER:
+        take_over = _TAKEN_OVER.get(name)
+        if take_over is None:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         found = (finder.find_spec(name, path, target) for finder in others)
@@ -49,7 +49,7 @@ class _Watch(MetaPathFinder):
         def exec_module(module: ModuleType) -> None:
             execute(module)
             if self in sys.meta_path:
-                _take_over(module.Trainer)
+                take_over(module)
 
         loader.exec_module = exec_module
         return spec
@@ -58,8 +58,9 @@ class _Watch(MetaPathFinder):
 _watch = _Watch()
 
 
-def _take_over(trainer: Any) -> None:
+def _transformers(module: Any) -> None:
     """Trainer asks this method which optimizer to make."""
+    trainer = module.Trainer
     theirs = trainer.get_optimizer_cls_and_kwargs
 
     @functools.wraps(theirs)
@@ -74,13 +75,37 @@ def _take_over(trainer: Any) -> None:
     _undo.append(lambda: setattr(trainer, theirs.__name__, staticmethod(theirs)))
 
 
+def _llamafactory(module: Any) -> None:
+    """LLaMA-Factory's use_apollo calls this function; where a version has none, it stays as it is
+    and makes its optimizers of APOLLOAdamW itself."""
+    theirs = getattr(module, "_create_apollo_optimizer", None)
+    if theirs is None:
+        return
+
+    @functools.wraps(theirs)
+    def create(model: Any, training_args: Any, finetuning_args: Any) -> Any:
+        from apollo_kernels.integrations.llamafactory import optimizer_of
+
+        return optimizer_of(theirs, model, training_args, finetuning_args)
+
+    module._create_apollo_optimizer = create
+    _undo.append(lambda: setattr(module, "_create_apollo_optimizer", theirs))
+
+
+_TAKEN_OVER: dict[str, Callable[[Any], None]] = {
+    "transformers.trainer": _transformers,
+    "llamafactory.train.trainer_utils": _llamafactory,
+}
+
+
 def install() -> None:
-    """Trainer builds our optimizers, be it imported already or later."""
+    """Trainer and LLaMA-Factory build our optimizers, be they imported already or later."""
     if _watch in sys.meta_path:
         return
     sys.meta_path.insert(0, _watch)
-    if (module := sys.modules.get(_TRAINER)) is not None:
-        _take_over(module.Trainer)
+    for name, take_over in _TAKEN_OVER.items():
+        if (module := sys.modules.get(name)) is not None:
+            take_over(module)
 
 
 def uninstall() -> None:

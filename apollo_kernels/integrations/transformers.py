@@ -80,7 +80,7 @@ def trainer_optimizer(
         return make if theirs is None else make(model, **keywords)
 
     if own.get("gradient_release"):
-        _check_release(args, "gradient_release")
+        check_release(args, "gradient_release")
     groups_of(model)
     return made, {}
 
@@ -111,7 +111,7 @@ def optimizer_of(args: Any, model: nn.Module | None) -> tuple[type, dict[str, An
     given = read_optim_args(args.optim_args)
     own = {key: given.pop(key) for key in _OF_THE_OPTIMIZER if key in given}
     if _name(args.optim).endswith("layerwise"):
-        _check_release(args, f"optim={_name(args.optim)!r}")
+        check_release(args, f"optim={_name(args.optim)!r}")
         own["gradient_release"] = True
     names = _low_rank_names(model, args.optim_target_modules, given.pop("embeddings", False))
     exactly = f"^(?:{'|'.join(map(re.escape, names))})$"
@@ -207,7 +207,7 @@ def _arguments(args: Any) -> dict[str, Any]:
     return {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
 
 
-def _check_release(args: Any, what: str) -> None:
+def check_release(args: Any, what: str) -> None:
     """Gradient release in Trainer's loop; warns that there is nothing to clip."""
     if args.gradient_accumulation_steps != 1:
         raise ValueError(
