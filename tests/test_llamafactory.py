@@ -16,7 +16,7 @@ import apollo_kernels
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from transformers import MixtralConfig, MixtralForCausalLM  # noqa: E402
+from transformers import MixtralConfig, MixtralForCausalLM
 
 NAME = "llamafactory.train.trainer_utils"
 SOURCE = """
