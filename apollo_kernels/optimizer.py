@@ -352,11 +352,12 @@ class APOLLO(torch.optim.Optimizer):
         def signals_of(device: torch.device) -> Signals:
             return signals.get(device) or self._signals(device, infinite)
 
-        with plan.without_autocast(signals):
-            norm = plan.run(parts, signals_of, self.max_grad_norm)
-            if self._runtime.detail is not None:
-                for stepped, _, hyper in parts:
-                    self._runtime.detail.keep(stepped, hyper)
+        record = self._runtime.detail
+        with (
+            plan.without_autocast(signals),
+            contextlib.nullcontext(parts) if record is None else record.recording(parts) as run,
+        ):
+            norm = plan.run(run, signals_of, self.max_grad_norm)
         self._runtime.grad_norm = norm
 
     def _hyper(self, index: int, group: dict[str, Any]) -> Hyper:
@@ -794,8 +795,7 @@ class APOLLO(torch.optim.Optimizer):
             scales: quantiles of the last step's scale factors s over all channels on this rank, by
             the keys min, p10, p50, p90 and max; NaN after a gradient with NaN.
             update_norm: the norm of the last update that was applied, before the learning rate and
-            Adam's bias correction, with alpha and the limiter in it; None under ``disable_nl``,
-            which keeps no norm.
+            Adam's bias correction, with alpha and the limiter in it.
             limited: the share of the steps since the first recorded one that the limiter held.
         Raises
             RuntimeError: for ``detail`` without a record.

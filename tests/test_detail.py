@@ -1,5 +1,7 @@
 """``stats(detail=True)``: what it tells of each parameter is what the step has done, everywhere."""
 
+import types
+
 import pytest
 import torch
 from helpers import changed, fill, parameter, parameters, snapshot
@@ -172,12 +174,93 @@ def test_a_parameter_without_a_name_goes_by_shape_and_key():
     assert name == f"24x16 key {optimizer.state[p]['seed']:016x}"
 
 
-def test_no_norm_is_told_where_none_is_kept():
-    _, optimizer = plain(disable_nl=True)
+FREE = {"disable_nl": True, "scale": 4.0}
+
+
+@pytest.mark.parametrize("front", [False, True], ids=["alpha last", "alpha first"])
+@pytest.mark.parametrize("proj", ["random", "sparse"])
+def test_without_a_limiter_the_norm_is_that_of_the_update(backend, front, proj):
+    """Measured on the weights; the matrices are of both orientations, and one is float64."""
+    tall, wide = parameter((24, 16), backend), parameter((3, 16, 40), backend, seed=1)
+    params = {"tall": tall, "wide": wide}
+    if not backend.interpreted:
+        params["exact"] = torch.nn.Parameter(parameter((16, 24), backend).detach().double())
+    groups = [{"params": [(name, p)], "rank": 4, "batch_dims": p.dim() - 2, "proj": proj}
+              for name, p in params.items()]  # fmt: skip
+    optimizer = APOLLO(groups, lr=1.0, correct_bias=False, scale_front=front, **FREE)
+    optimizer.record_detail = True
+    for step, factor in enumerate((1.0, 5.0, 0.1)):
+        before = {name: p.detach().clone() for name, p in params.items()}
+        fill(params.values(), backend, step, factor)
+        optimizer.step()
+        told = optimizer.stats(detail=True)["detail"]
+        for name, p in params.items():
+            moved = float((p.detach() - before[name]).double().norm())
+            assert told[name]["update_norm"] == pytest.approx(moved, rel=1e-4)
+            assert told[name]["limited"] == 0.0
+            assert not optimizer.state[p]["update_norm"].any()
+
+
+def test_without_a_limiter_a_record_changes_no_bit(backend):
+    """Neither do norms that are there from a time with the limiter, nor does one that begins."""
+
+    def train(record):
+        params = parameters([(24, 16), (16, 40)], backend)
+        optimizer = APOLLO([{"params": params, "rank": 4}], lr=1e-2)
+        optimizer.record_detail = record
+        for step in range(6):
+            optimizer.param_groups[0]["disable_nl"] = step in (2, 4)
+            fill(params, backend, step, 3.0 ** min(step, 3))
+            optimizer.step()
+        return optimizer
+
+    assert changed(snapshot(train(True)), snapshot(train(False))) == set()
+
+
+def test_without_a_limiter_a_step_that_is_not_taken_leaves_the_norm():
+    p, optimizer = plain(**FREE)
     optimizer.step()
     (told,) = optimizer.stats(detail=True)["detail"].values()
-    assert told["update_norm"] is None
-    assert told["limited"] == 0.0
+    p.grad.fill_(torch.nan)
+    optimizer.step()
+    optimizer.found_inf, p.grad = torch.ones(()), torch.randn(24, 16)
+    optimizer.step()
+    (later,) = optimizer.stats(detail=True)["detail"].values()
+    assert later["update_norm"] == told["update_norm"] > 0
+    optimizer.found_inf = None
+    p.grad = torch.zeros(24, 16)
+    optimizer.state[p]["exp_avg"].zero_()
+    optimizer.step()
+    (zero,) = optimizer.stats(detail=True)["detail"].values()
+    assert zero["update_norm"] == 0.0
+
+
+def test_without_a_limiter_the_norm_outlives_a_plan():
+    params = parameters([(24, 16), (16, 24)], types.SimpleNamespace(device="cpu"))
+    optimizer = recording([{"params": params, "rank": 4, **FREE}])
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    before = list(optimizer.stats(detail=True)["detail"].values())
+    params[0].grad = None
+    params[1].grad.fill_(torch.nan)
+    optimizer.step()
+    after = list(optimizer.stats(detail=True)["detail"].values())
+    assert [told["update_norm"] for told in after] == [told["update_norm"] for told in before]
+
+
+def test_without_a_limiter_an_error_inside_of_the_step_leaves_the_state(monkeypatch):
+    from apollo_kernels import plan
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    p, optimizer = plain(**FREE)
+    optimizer.step()
+    monkeypatch.setattr(plan, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert float(optimizer.state[p]["update_norm"]) == 0.0
 
 
 @pytest.mark.parametrize("options", [{}, MINI], ids=["channel", "tensor"])
