@@ -15,6 +15,7 @@ import importlib
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -86,6 +87,16 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _one_line(text: object) -> str:
+    """Without the calls inside of torch that some of its errors list."""
+    return " ".join(str(text).split("\nException raised from")[0].split())
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """Where in our source a warning was raised is nothing to whoever gives a command."""
+    return f"warning: {_one_line(message)}\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     options = _parser(words).parse_args(words)
@@ -93,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         done = importlib.import_module(module).command(options)
     except ValueError as error:
-        print(f"{options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{options.command}: {_one_line(error)}", file=sys.stderr)
         return 2
     if isinstance(done, str):
         print(done)
@@ -103,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> int:
     """main() as a program: whoever reads the output may close it early, as ``head`` does."""
+    warnings.formatwarning = _show_warning
     try:
         status = main()
         sys.stdout.flush()

@@ -125,26 +125,26 @@ def of_config(config: Any, where: str = "config") -> Architecture:
         "hidden": "hidden_size", "mlp": "intermediate_size", "layers": "num_hidden_layers",
         "heads": "num_attention_heads", "vocabulary": "vocab_size",
     }  # fmt: skip
-    found: dict[str, Any] = {key: config.get(name) for key, name in names.items()}
+    found: dict[str, Any] = {}
     for key, name in names.items():
-        value = found[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{where}: {name} must be a whole number above 0, got {value!r}")
+        found[key] = _size(config, name, where)
     found.update(_experts_of(config, where))
     for key, name in (("kv_heads", "num_key_value_heads"), ("head_size", "head_dim")):
-        value = config.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{where}: {name} must be a whole number, got {value!r}")
-        found[key] = value or 0
+        found[key] = 0 if config.get(name) is None else _size(config, name, where)
+    if found["heads"] % (found["kv_heads"] or 1):
+        raise ValueError(
+            f"{where}: num_key_value_heads={found['kv_heads']} does not divide "
+            f"num_attention_heads={found['heads']}"
+        )
     if not found["head_size"] and found["hidden"] % found["heads"]:
         raise ValueError(
             f"{where}: num_attention_heads={found['heads']} does not divide "
             f"hidden_size={found['hidden']}"
         )
-    found["tied"] = bool(config.get("tie_word_embeddings"))
-    found["output_bias"] = bool(config.get("attention_bias"))
-    found["attention_bias"] = bool(config.get("qkv_bias")) or found["output_bias"]
-    found["mlp_bias"] = bool(config.get("mlp_bias"))
+    found["tied"] = _switch(config, "tie_word_embeddings", where)
+    found["output_bias"] = _switch(config, "attention_bias", where)
+    found["attention_bias"] = _switch(config, "qkv_bias", where) or found["output_bias"]
+    found["mlp_bias"] = _switch(config, "mlp_bias", where)
     found["head_norms"] = kind in ("qwen3", "qwen3_moe")
     return Architecture(**found)
 
@@ -192,11 +192,23 @@ def _experts_of(config: dict[str, Any], where: str) -> dict[str, Any]:
     names = {"experts": number, "routed": "num_experts_per_tok", "expert_mlp": _MIXTURES[kind]}
     if kind == "qwen2_moe":
         names["shared_mlp"] = "shared_expert_intermediate_size"
-    for name in names.values():
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{where}: {name} must be a whole number above 0, got {value!r}")
-    return {key: config[name] for key, name in names.items()}
+    return {key: _size(config, name, where) for key, name in names.items()}
+
+
+def _size(config: dict[str, Any], name: str, where: str) -> int:
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{where}: {name} must be a whole number above 0, got {value!r}")
+    if value >= 2**31:
+        raise ValueError(f"{where}: {name} must be below 2^31, got {value}")
+    return value
+
+
+def _switch(config: dict[str, Any], name: str, where: str) -> bool:
+    value = config.get(name)
+    if value not in (None, False, True):
+        raise ValueError(f"{where}: {name} must be true or false, got {value!r}")
+    return bool(value)
 
 
 class _Attention(nn.Module):
@@ -665,6 +677,11 @@ def chart(found: Sequence[Estimate], title: str, path: str | Path) -> None:
 
 def command(options: Any) -> str:
     """What ``python -m apollo_kernels estimate`` prints; ValueError in one line for wrong input."""
+    from apollo_kernels.commands.output import check_target, matplotlib_figure
+
+    if options.png is not None:
+        matplotlib_figure("--png")
+    check_target(options.png)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
     kinds = {"both": (True, False), "on": (True,), "off": (False,)}[options.checkpointing]
     found = estimate(
@@ -674,7 +691,7 @@ def command(options: Any) -> str:
     title = f"{options.model}, batch {options.batch} x {options.sequence}, {options.dtype}"
     if (a := architecture(options.model)).experts:
         title += f"\n{a.experts} experts per layer, {a.routed} per token: each a low-rank matrix"
-    if options.png:
+    if options.png is not None:
         chart(found, title, options.png)
     if options.json:
         return json.dumps([e.as_dict() for e in found], indent=2)
@@ -693,13 +710,24 @@ def add_arguments(parser: Any) -> None:
   python -m apollo_kernels estimate ./my-model/config.json --batch 4 --sequence 4096
   python -m apollo_kernels estimate 8b --checkpointing on --png 8b.png"""
     parser.add_argument("model", help=f"{', '.join([*SHORT])}, or the path of a config.json")
-    parser.add_argument("--batch", type=int, default=1, help="sequences per micro-batch")
-    parser.add_argument("--sequence", type=int, default=2048, help="tokens per sequence")
+    add = parser.add_argument
+    add("--batch", type=int, default=1, help="sequences per micro-batch; default 1")
+    add("--sequence", type=int, default=2048, help="tokens per sequence; default 2048")
     parser.add_argument("--rank", type=int, help="of APOLLO; default: hidden size / 4, at most 256")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--checkpointing", choices=("both", "on", "off"), default="both")
     parser.add_argument(
-        "--ddp", choices=("", "buckets", "views"), default="", help="DistributedDataParallel"
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default bfloat16"
+    )
+    parser.add_argument(
+        "--checkpointing",
+        choices=("both", "on", "off"),
+        default="both",
+        help="recomputing activations in backward; default both",
+    )
+    parser.add_argument(
+        "--ddp",
+        choices=("buckets", "views"),
+        default="",
+        help="under DistributedDataParallel: gradients beside its buckets, or views into them",
     )
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.add_argument("--png", metavar="FILE", help="stacked bars (needs matplotlib)")

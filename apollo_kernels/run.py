@@ -63,9 +63,11 @@ def command(options: Any) -> int:
 
 
 def add_arguments(parser: Any) -> None:
-    parser.description = """Runs a program that finds apollo_kernels where it asks for apollo_torch,
-as do all Python programs that it starts: optim="apollo_adamw" of Hugging Face's Trainer, and
-LLaMA-Factory. The way there is PYTHONPATH, which `run` sets and children inherit."""
+    parser.description = (
+        "Runs a program that finds apollo_kernels where it asks for apollo_torch, as do all Python "
+        'programs that it starts: optim="apollo_adamw" of Hugging Face\'s Trainer, and '
+        "LLaMA-Factory. The way there is PYTHONPATH, which `run` sets and children inherit."
+    )
     parser.epilog = """examples:
   python -m apollo_kernels run train.py --epochs 3
   python -m apollo_kernels run torchrun --nproc-per-node 2 train.py

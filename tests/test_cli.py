@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -70,6 +71,14 @@ def test_the_package_imports_no_command_and_a_command_only_its_own_module():
     commands = {command.module for command in COMMANDS} | {"apollo_kernels.commands"}
     assert commands & before == set()
     assert commands & after == {"apollo_kernels.info"}
+
+
+def test_a_warning_is_a_line_without_our_source(monkeypatch):
+    monkeypatch.setattr(__main__, "main", lambda: 0)
+    monkeypatch.setattr(warnings, "formatwarning", None)  # as it is now, afterwards
+    assert __main__.run() == 0
+    text = warnings.formatwarning(UserWarning("two\nlines"), UserWarning, "groups.py", 3)
+    assert text == "warning: two lines\n"
 
 
 def test_an_interrupt_is_one_line_and_exit_130(monkeypatch, capsys):
@@ -265,6 +274,7 @@ def tower(monkeypatch, tmp_path):
         "from test_cli import Tower\n"
         "def broken(): raise RuntimeError('no data')\n"
         "def number(): return 3\n"
+        "def stops(): raise SystemExit('no data')\n"
     )
     monkeypatch.chdir(tmp_path)
     yield "mine:Tower"
@@ -315,6 +325,10 @@ def test_groups_of_a_preset_and_of_a_config(tmp_path, capsys):
         (["nowhere:Tower"], "cannot be imported: No module named 'nowhere'"),
         (["mine:number"], "must return a torch.nn.Module, got int"),
         (["mine:broken"], "mine:broken raised RuntimeError: no data"),
+        (["mine:stops"], "mine:stops raised SystemExit: no data"),
+        (["folder"], "model 'folder' is none of"),
+        (["bytes.json"], "bytes.json is no JSON file: 'utf-8' codec"),
+        (["huge.json"], "huge.json: transformers cannot build it: empty(): argument 'size'"),
         (["mine:Tower", "--rank", "0"], "--rank must be at least 1, got 0"),
         (["mine:Tower", "--mini", "--rank", "4"], "--mini has rank 1"),
         (["mine:Tower", "--targets", "("], "no regular expression"),
@@ -325,14 +339,18 @@ def test_groups_of_a_preset_and_of_a_config(tmp_path, capsys):
     ],
 )
 def test_groups_tells_mistakes_in_one_line(arguments, piece, tower, tmp_path, capsys):
-    if arguments == ["strange.json"]:
+    if arguments in (["strange.json"], ["huge.json"]):
         pytest.importorskip("transformers")
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "empty.json").write_text("{}")
     (tmp_path / "strange.json").write_text('{"model_type": "no-such-model"}')
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "huge.json").write_text(f'{{"model_type": "llama", "hidden_size": {10**30}}}')
+    (tmp_path / "folder").mkdir()
     assert main(["groups", *arguments]) == 2
     out, error = capsys.readouterr()
     assert not out and error.count("\n") == 1 and piece in error
+    assert "Exception raised from" not in error
 
 
 # ---- bench ---------------------------------------------------------------------------------------
@@ -377,6 +395,11 @@ def test_bench_json_has_the_rows_and_what_they_depend_on(small, capsys):
 @pytest.mark.parametrize(
     ("arguments", "piece"),
     [
+        (["--layers", "0"], "--layers must be at least 1, got 0"),
+        (["--csv", "nowhere/rows.csv"], "nowhere/rows.csv: No such file or directory"),
+        (["--csv", "."], ".: Is a directory"),
+        (["--csv", ""], ".: Is a directory"),
+        (["--csv", "rows.csv", "--png", "nowhere/bars.png"], "nowhere/bars.png: No such file"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--layers", "9"], "--layers 9: 60m has 8"),
         (["--rank", "-1"], "--rank must be at least 1"),
@@ -385,10 +408,16 @@ def test_bench_json_has_the_rows_and_what_they_depend_on(small, capsys):
         (["no-model"], "'no-model' is neither a file"),
     ],
 )
-def test_bench_tells_mistakes_in_one_line(arguments, piece, capsys):
+def test_bench_tells_mistakes_in_one_line(arguments, piece, tmp_path, monkeypatch, capsys):
+    """Before it has timed anything, and with nothing written."""
+    if "--png" in arguments:
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(contest, "race", None)
     assert main(["bench", *arguments]) == 2
     out, error = capsys.readouterr()
     assert not out and error.count("\n") == 1 and piece in error
+    assert os.listdir() == []
 
 
 def raises(error):

@@ -1,5 +1,7 @@
 """``convert``: other optimizers' files become ours, by name, and nothing is lost or overwritten."""
 
+import os
+import pickle
 import sys
 import types
 
@@ -212,6 +214,13 @@ def test_what_exists_is_replaced_by_force_alone(net, capsys, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.pt*")) == ["run.pt"]
 
 
+class Foreign:
+    """What runs code when it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
 def mistake(name, net):
     """A file that is none, by what is wrong with it."""
     params = list(net.parameters())
@@ -220,6 +229,14 @@ def mistake(name, net):
     good = adamw.state_dict()
     if name == "text":
         return b"no file of torch"
+    if name == "empty":
+        return b""
+    if name == "pickle":
+        return pickle.dumps(Foreign())
+    if name == "objects":
+        return {**good, "more": Foreign()}
+    if name == "fresh":
+        return {**good, "state": {}}
     if name == "list":
         return [1, 2]
     if name == "sgd":
@@ -237,6 +254,13 @@ def mistake(name, net):
     ("name", "words", "piece"),
     [
         ("text", [], "is no file of torch.save"),
+        ("empty", [], "is no file of torch.save"),
+        ("pickle", [], "is no file of torch.save"),
+        ("objects", [], "in.pt holds Python objects"),
+        ("fresh", ["--lr", 1], "no state of AdamW, GaLore or APOLLO: it holds nothing"),
+        ("good", ["--lr", "nan"], "lr must be a number >= 0, got nan"),
+        ("good", ["--lr", 1, "--rank", 0], "--rank must be at least 1, got 0"),
+        ("good", ["--lr", 1, "--groups", "mine"], "'mine' cannot be imported"),
         ("list", [], "holds no optimizer's state_dict"),
         ("sgd", ["--lr", 1], "no state of AdamW, GaLore or APOLLO: it holds ['momentum_buffer']"),
         ("nan", ["--lr", 1], "exp_avg of parameter 'embed.weight' (0 of group 1) holds NaN"),
@@ -255,8 +279,13 @@ def test_mistakes_are_one_line_and_write_nothing(name, words, piece, net, tmp_pa
     convert("in.pt", "out.pt", *words, code=2)
     out, error = capsys.readouterr()
     assert not out and error.count("\n") == 1 and piece in error
-    assert not (tmp_path / "out.pt").exists()
+    assert not (tmp_path / "out.pt").exists() and not (tmp_path / "ran").exists()
     convert("nowhere.pt", "out.pt", code=2)
     assert "no such file: 'nowhere.pt'" in capsys.readouterr().err
-    convert("in.pt", "nowhere/out.pt", code=2)
-    assert "a folder that exists" in capsys.readouterr().err
+    for target in ("nowhere/out.pt", "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        convert("in.pt", target, "--force", code=2)
+        assert "a folder that exists" in capsys.readouterr().err
+    if sys.platform == "linux":  # where nobody can write, told before anything is read
+        convert("nowhere.pt", "/proc/out.pt", code=2)
+        assert "/proc/out.pt: No such file or directory" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """``python -m apollo_kernels estimate``: bytes as they will be, and one line for wrong input."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -158,11 +159,23 @@ def test_png_is_written(tmp_path, capsys):
         (["lacks.json"], "vocab_size must be a whole number above 0, got None"),
         (["experts.json"], "experts are not supported"),
         (["gemma.json"], "model_type='gemma' is not known to be built as LLaMA is"),
+        (["."], "model '.' is neither a file nor one of"),
+        (["bytes.json"], "bytes.json is no JSON file: 'utf-8' codec"),
+        (["head_dim=-2"], "head_dim must be a whole number above 0, got -2"),
+        (["num_key_value_heads=0"], "num_key_value_heads must be a whole number above 0, got 0"),
+        (["num_key_value_heads=3"], "num_key_value_heads=3 does not divide num_attention_heads=4"),
+        (['tie_word_embeddings="no"'], "tie_word_embeddings must be true or false, got 'no'"),
+        (["mlp_bias=2"], "mlp_bias must be true or false, got 2"),
+        (["vocab_size=2147483648"], "vocab_size must be below 2^31, got 2147483648"),
+        (["hidden_size=true"], "hidden_size must be a whole number above 0, got True"),
+        (["num_hidden_layers=-1"], "num_hidden_layers must be a whole number above 0, got -1"),
         (["heads.json"], "num_attention_heads=3 does not divide hidden_size=64"),
         (["7b", "--batch", "0"], "batch must be at least 1, got 0"),
         (["7b", "--sequence", "-1"], "sequence must be at least 1"),
         (["7b", "--rank", "0"], "rank must be at least 1"),
-        (["7b", "--png", "nowhere/bars.png"], "nowhere/bars.png"),
+        (["7b", "--png", "nowhere/bars.png"], "nowhere/bars.png: No such file or directory"),
+        (["7b", "--png", "folder"], "folder: Is a directory"),
+        (["7b", "--png", ""], ".: Is a directory"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(arguments, piece, tmp_path, monkeypatch, capsys):
@@ -176,10 +189,17 @@ def test_wrong_input_is_one_line_and_exit_2(arguments, piece, tmp_path, monkeypa
     (tmp_path / "experts.json").write_text(json.dumps({**good, "num_local_experts": 8}))
     (tmp_path / "gemma.json").write_text(json.dumps({**good, "model_type": "gemma"}))
     (tmp_path / "heads.json").write_text(json.dumps({**good, "num_attention_heads": 3}))
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "folder").mkdir()
+    name, changed, value = arguments[0].partition("=")
+    if changed:
+        (tmp_path / arguments[0]).write_text(json.dumps({**good, name: json.loads(value)}))
     monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir())
     assert main(["estimate", *arguments]) == 2
     out, error = capsys.readouterr()
     assert not out and error.count("\n") == 1 and piece in error
+    assert sorted(os.listdir()) == before
 
 
 def test_a_module_of_another_kind_is_refused():

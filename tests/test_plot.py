@@ -90,11 +90,32 @@ def test_a_picture_is_written_and_never_replaced_without_force(logs, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "piece"),
+    [
+        (["--png", "x.png", "--force", "nowhere.csv"], "nowhere.csv: No such file or directory"),
+        (["--png", "nowhere/x.png"], "nowhere/x.png: No such file or directory"),
+        (["--png", ".", "--force"], ".: Is a directory"),
+        (["--png", "deep.jsonl", "--force"], "--png 'deep.jsonl' is a log that is drawn"),
+        (["--png", "x.png", "--force", "."], ".: Is a directory"),
+    ],
+)
+def test_a_picture_that_cannot_be_is_one_line(logs, arguments, piece, capsys):
+    before = {path: path.read_bytes() for path in logs.iterdir()}
+    assert main(["plot", *arguments[3:], "run.csv", "deep.jsonl", *arguments[:3]]) == 2
+    out, error = capsys.readouterr()
+    assert not out and error.count("\n") == 1 and piece in error
+    assert {path: path.read_bytes() for path in logs.iterdir()} == before
+
+
+@pytest.mark.parametrize(
     ("content", "piece"),
     [
         ("", "it has no rows with a number under 'step'"),
         ("a,b\n1,2\n", "it has no rows with a number under 'step'"),
         ("step,note\n1,x\n", "no column to draw among"),
+        ("step,loss\n1,x\n", "no column to draw among"),
+        ("step,loss\n1,nan\n", "no column to draw among"),
+        ('{"step": 1, "detail": {"w": {"scales": {"p50": null}}}}', "no column to draw among"),
         ('{"step": 1}\n{"step":\n', "line 2 is no JSON"),
         ('{"log_history": [3]}', "rows that are no JSON objects"),
         ('{"log_history": null}', "log_history must be a list, got null"),

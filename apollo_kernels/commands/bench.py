@@ -14,7 +14,14 @@ import torch
 
 from apollo_kernels import backends, estimate, groups
 from apollo_kernels.commands import contest, timing
-from apollo_kernels.commands.output import matplotlib_figure, paint, save_figure, table, write_whole
+from apollo_kernels.commands.output import (
+    check_target,
+    matplotlib_figure,
+    paint,
+    save_figure,
+    table,
+    write_whole,
+)
 
 USUAL = ("ours", "AdamW foreach", "AdamW fused", "apollo_torch")  # how the names begin
 COLUMNS = [
@@ -85,8 +92,10 @@ def command(options: Any) -> str:
     model, device = _model(options), _device(options.device)
     dtype_name = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     dtype = contest.DTYPES[dtype_name]
-    if options.png:
-        matplotlib_figure("--png")  # whether it is there, before a minute has passed
+    if options.png is not None:
+        matplotlib_figure("--png")
+    for path in (options.csv, options.png):  # whether they can be written, before a minute passes
+        check_target(path)
     timing.keep_freed_memory()
     every = contest.entrants(model, options.rank or min(256, max(1, model.hidden // 4)), device)
     if not options.all:
@@ -98,9 +107,9 @@ def command(options: Any) -> str:
     card = timing.card_name(device)
     name = estimate.SHORT.get(model.name, model.name)
     title = f"{card}: {name}, {model.layers} layers, {dtype_name}"
-    if options.csv:
+    if options.csv is not None:
         write_csv(rows, options.csv)
-    if options.png:
+    if options.png is not None:
         draw(raced, title, options.png)
     if options.json:
         about = {"card": card, "torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from apollo_kernels import converters, keys, state
 from apollo_kernels.commands import groups as choices
 from apollo_kernels.commands import models
-from apollo_kernels.commands.output import write_whole
+from apollo_kernels.commands.output import check_target, write_whole
 from apollo_kernels.optimizer import APOLLO, parts_of
 
 # Where checkpoints keep an optimizer's state: of many scripts, and of Lightning (a list).
@@ -305,6 +305,7 @@ def command(asked: Any) -> str:
         raise ValueError(f"{str(target)!r} exists: add --force to replace it")
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{str(target)!r} cannot be written: give a file in a folder that exists")
+    check_target(target)
     whole = _read(source, asked.allow_unsafe_pickle)
     found, place = _found_in(whole, source)
     groups, states = parts_of(found, str(source))

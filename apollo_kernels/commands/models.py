@@ -55,7 +55,7 @@ def call(name: str, kind: type, what: str, *arguments: Any) -> Any:
     try:
         with torch.device("meta"):
             made = found(*arguments)
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise ValueError(f"{name} raised {type(error).__name__}: {error}") from error
     if not isinstance(made, kind):
         raise ValueError(f"{name} must return {what}, got {type(made).__name__}")

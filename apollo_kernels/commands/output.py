@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -75,6 +76,31 @@ class Progress:
             self.stream.flush()
 
 
+def check_target(path: str | Path | None) -> None:
+    """Raises ValueError, in one line, if ``write_whole`` could not write there, before the work is
+    done whose result is to be written. None is right."""
+    if path is not None:
+        path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"{path}: Is a directory")
+        with _temporary(path):
+            pass
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[IO[bytes]]:
+    """A file beside ``path`` that is gone at the end, unless it has been renamed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                yield file
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+
+
 def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
     """``write`` fills a temporary file beside ``path``, which then takes its place: a kill leaves
     the former file, or none.
@@ -83,18 +109,12 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
         ValueError: in one line, if the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with temporary.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
+    with _temporary(path) as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()  # Windows renames no open file
+        os.replace(file.name, path)
 
 
 def matplotlib_figure(option: str, **options: Any) -> Any:

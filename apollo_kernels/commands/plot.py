@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apollo_kernels.commands.output import matplotlib_figure, save_figure
+from apollo_kernels.commands.output import check_target, matplotlib_figure, save_figure
 
 COLOURS = ("#C8553D", "#2A7F9E", "#7A9E3F", "#8A6BBE", "#4C566A", "#E0B04B", "#B5838D", "#5F9EA0")
 # What other logs call a column: those of Hugging Face's Trainer, and of our callback in it.
@@ -239,11 +239,15 @@ def _colours(logs: Sequence[Log]) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(len(logs))]
 
 
+def _has_points(log: Log, column: str, alone: bool) -> bool:
+    """A detail is drawn of a single log."""
+    return alone and bool(kinds_of(log)) if column == "detail" else bool(log.points(column)[0])
+
+
 def draw(logs: Sequence[Log], title: str | None, path: Path) -> None:
     wanted = [
         panel for columns, panel in PANELS.items()
-        if any(row.get(column) or _is_number(row.get(column))
-               for log in logs for row in log.rows for column in columns)
+        if any(_has_points(log, column, len(logs) == 1) for log in logs for column in columns)
     ]  # fmt: skip
     if not wanted:
         raise ValueError(
@@ -268,8 +272,13 @@ def draw(logs: Sequence[Log], title: str | None, path: Path) -> None:
 
 def command(options: Any) -> str:
     logs = [read(Path(name)) for name in options.logs]
-    path = Path(options.png) if options.png else Path(options.logs[0]).with_suffix(".png")
+    path = Path(options.logs[0]).with_suffix(".png")
+    if options.png is not None:
+        path = Path(options.png)
+    if any(path.exists() and path.samefile(name) for name in options.logs):
+        raise ValueError(f"--png {str(path)!r} is a log that is drawn")
     if path.exists() and not options.force:
         raise ValueError(f"{str(path)!r} exists: add --force to replace it, or --png FILE")
+    check_target(path)
     draw(logs, options.title, path)
     return str(path)
