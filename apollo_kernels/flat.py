@@ -7,9 +7,11 @@ parameter, or else that it stands in a low-rank group where matrices stood.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _INSTEAD = (
@@ -53,6 +55,7 @@ class Memory:
     def __init__(self) -> None:
         self._added: set[int] = set()
         self._had_matrices = False
+        self._looks = 3  # steps without gradients whose reason is still looked for
 
     def add(self, group: Mapping[str, Any]) -> None:
         self._added.update(map(id, group["params"]))
@@ -74,6 +77,47 @@ class Memory:
                         "distributed optimizer flatten parameters into such buffers"
                         f"{_NO_MATRIX}{_INSTEAD}"
                     )
+
+    def refuse_orphans(
+        self, groups: Sequence[Mapping[str, Any]], name_of: Callable[[int, int], str]
+    ) -> None:
+        """Raises ValueError if FSDP1 has taken the parameters out of their model since they were
+        added (use_orig_params=False): no step would do anything.
+
+        It leaves no mark on them. But none of them has a gradient, while a flat buffer has one that
+        was made of parameters of this shape and name. Only an optimizer that has not yet seen a
+        gradient looks, and no more than three times: a step before the first backward is no
+        mistake, and a look goes through all objects of the process.
+        """
+        if not self._looks:
+            return
+        if any(p.grad is not None for group in groups for p in group["params"]):
+            self._looks = 0
+            return
+        self._looks -= 1
+        for shape, fqn in _taken_by_fsdp1():
+            for index, group in enumerate(groups):
+                called = group.get("param_names", [fqn] * len(group["params"]))
+                for place, (p, name) in enumerate(zip(group["params"], called, strict=True)):
+                    if p.shape == shape and f".{name}".endswith(f".{fqn}"):
+                        raise ValueError(
+                            f"{name_of(index, place)}, of shape {tuple(shape)}, is in its model no "
+                            "more, and no parameter of this optimizer has a gradient: FSDP1 has "
+                            "put a flat buffer in its place since the optimizer was made, whose "
+                            f"steps would do nothing{_INSTEAD}"
+                        )
+
+
+def _taken_by_fsdp1() -> Iterator[tuple[torch.Size, str]]:
+    """Shape and name, in the module that was wrapped, of what went into flat buffers that have a
+    gradient."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for found in gc.get_objects():
+        if not issubclass(type(found), Tensor) or not getattr(found, "_is_flat_param", False):
+            continue
+        if found.grad is not None:
+            yield from zip(found._shapes, found._fqns, strict=True)
 
 
 def _has_matrices(group: Mapping[str, Any]) -> bool:

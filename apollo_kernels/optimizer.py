@@ -324,6 +324,7 @@ class APOLLO(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # where a trace breaks, what follows is not to be traced piece by piece
     def _eager_step(self) -> None:
+        self._runtime.flat.refuse_orphans(self.param_groups, self._name_of)
         units, known = self._whole_groups(), self._state_is_known()
         plans = [unit.plan for unit in units]
         self._step_units(units, known)

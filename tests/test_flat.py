@@ -9,7 +9,7 @@ import torch
 from helpers import changed, refuses, snapshot
 from torch import nn
 
-from apollo_kernels import APOLLO, apollo, apollo_mini, param_groups
+from apollo_kernels import APOLLO, apollo, apollo_mini, flat, param_groups
 
 INSTEAD = "FSDP2.*fully_shard.*DistributedDataParallel.*ZeroRedundancyOptimizer"
 
@@ -51,7 +51,13 @@ def under_fsdp1(rank, sharding, use_orig_params):
         "named": message_of(lambda: APOLLO(model.named_parameters(), rank=4)),
         "dense": message_of(lambda: APOLLO(model.parameters())),
     }
+    said["before any gradient"] = message_of(early.step)
     model(torch.ones(2, 8)).sum().backward()
+    if not use_orig_params:  # the optimizer's are in the model no more
+        nameless = APOLLO(list(net().parameters()), rank=4)
+        bystander = APOLLO([("other.weight", nn.Parameter(torch.ones(16, 8)))], rank=4)
+        for which, made in (("named", early), ("nameless", nameless), ("bystander", bystander)):
+            said[f"{which}, made before"] = message_of(made.step)
     if use_orig_params:  # the same objects, which have become pieces
         said["groups made before"] = message_of(lambda: APOLLO(late_groups))
         before = snapshot(early)
@@ -64,13 +70,18 @@ def under_fsdp1(rank, sharding, use_orig_params):
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_pieces_of_fsdp1_are_refused_on_every_rank(sharding, use_orig_params):
     found = processes.run(under_fsdp1, sharding, use_orig_params)
-    assert len(found[0]) == (9 if use_orig_params else 6)
+    assert len(found[0]) == 10
     for said in found:
         assert said.pop("dense") == ""  # AdamW is the same on a piece
+        assert use_orig_params or said.pop("before any gradient") == ""
+        assert use_orig_params or said.pop("bystander, made before") == ""
         assert said.pop("wrote", set()) == set()
         for how, text in said.items():
             called = "0" if how == "unnamed" else r"'\S*(0\.weight|_flat_param)'"
             cut = "FSDP1 has cut" if use_orig_params else "buffer of FSDP1 for 0.weight, 0.bias, 2"
+            if "made before" in how and not use_orig_params:
+                called = "0" if how.startswith("nameless") else "'0.weight'"
+                cut = r"of shape \(16, 8\), is in its model no more.*FSDP1 has put a flat buffer"
             assert re.match(f"parameter {called}.*{cut}.*{INSTEAD}", text), (how, text)
 
 
@@ -183,3 +194,20 @@ def test_vectors_that_belong_there_are_taken():
     optimizer.step()
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
     optimizer.step()
+
+
+@pytest.mark.parametrize(("gradient_from", "looks"), [(0, 0), (1, 1), (9, 3)])
+def test_only_the_first_steps_without_gradients_look_for_flat_buffers(
+    gradient_from, looks, monkeypatch
+):
+    """What they look for lies among all objects of the process."""
+    seen = []
+    monkeypatch.setattr(flat, "_taken_by_fsdp1", lambda: seen.append(1) or [])
+    model = net()
+    optimizer = APOLLO(apollo(model, rank=4))
+    for step in range(6):
+        if step == gradient_from:
+            model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(seen) == looks
