@@ -354,15 +354,18 @@ def test_dense_shards_are_bit_for_bit_those_of_one_process(group, dense_state):
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
 @pytest.mark.parametrize("place", ["torch", "cuda", "triton"], indirect=True)
 def test_each_rank_tells_of_its_channels_and_of_the_whole_update(group, place, scale_type):
-    """p0's contracted side is cut, p1's channels are: there a rank knows the scales of its own."""
+    """p0's contracted side is cut, p1's channels are: there a rank knows the scales of its own.
+    p2 has no limiter."""
     own = {"rank": 4, "scale_type": scale_type}
-    groups = [(own, [(8, 6)], ["1"]), (own, [(9, 5)], ["0"])]
+    free = {**own, "disable_nl": True}
+    groups = [(own, [(8, 6)], ["1"]), (own, [(9, 5)], ["0"]), (free, [(8, 6)], ["1"])]
     dtype, close = ("float64", 1e-9) if place == "torch" else ("float32", 1e-4)
     run = sharded.on, place, sharded.recorded, groups
     whole = run[0](*run[1:], None, dtype)
     assert 0 < whole["p0"]["limited"] < 1
     ranks = group.run(2, *run, (2,), dtype)
-    for name in ("p0", "p1"):
+    assert whole["p2"]["update_norm"] > 0
+    for name in ("p0", "p1", "p2"):
         for found in ranks:
             for key in ("update_norm", "limited"):
                 assert found[name][key] == pytest.approx(whole[name][key], rel=close)
