@@ -339,6 +339,9 @@ def dequantize_(model: nn.Module) -> list[str]:
     found = {name: p for name, p in model.named_parameters() if isinstance(p, Int8Weight)}
     for p in found.values():
         _set(p, p.dequantize(), owners[p])
+        for module, _ in owners[p]:
+            for name in (_CODES, _GRID):
+                module._buffers.pop(name, None)
     return list(found)
 
 
@@ -347,7 +350,7 @@ def refuse_lost(model: nn.Module) -> None:
     numbers of them: it copies parameters into tensors of its own."""
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if _write_state in module._state_dict_hooks.values() and is_sharded(weight):
+        if _CODES in module._buffers and is_sharded(weight):
             raise ValueError(
                 f"parameter {f'{path}.weight'.lstrip('.')!r} was int8, and fully_shard has made "
                 f"shards of plain numbers of it. int8 weights do not go with FSDP2 yet: use "
@@ -409,10 +412,16 @@ _CODES, _GRID = "weight_codes", "weight_grid"
 
 
 def _keep_plain_state(module: nn.Module) -> None:
-    """From now on the module's state_dict holds plain tensors for a weight that is int8."""
+    """From now on the module's state_dict holds plain tensors for a weight that is int8.
+
+    torch.distributed.checkpoint looks up what each key of it names. So the two names are those of
+    buffers, which are None and hold nothing.
+    """
     if _write_state not in module._state_dict_hooks.values():
         module.register_state_dict_post_hook(_write_state)
         module.register_load_state_dict_pre_hook(_read_state)
+    for name in (_CODES, _GRID):
+        module.register_buffer(name, None)
 
 
 def _write_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
