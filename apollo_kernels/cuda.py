@@ -75,6 +75,8 @@ def _takes_int8(item: LowRank | Dense) -> bool:
     """Codes lie as rows, and each row of a dense parameter as whole groups."""
     weight, grid = item.weight, item.grid
     assert grid is not None
+    if isinstance(item, Dense) and item.first:
+        return False
     m, n = weight.shape
     grouped = grid.shape[1] == -(-n // GROUP) and max(m, n) < 2**31
     if isinstance(item, Dense):

@@ -44,6 +44,8 @@ def takes(item: LowRank | Dense) -> bool:
 def _takes_int8(item: LowRank | Dense) -> bool:
     group = tables.group_of(item)
     assert item.grid is not None
+    if isinstance(item, Dense) and item.first:
+        return False
     whole = isinstance(item, LowRank) or item.weight.shape[1] % group == 0
     return whole and group <= 4096 and item.weight.is_contiguous() and item.grid.is_contiguous()
 
