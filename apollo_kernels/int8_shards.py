@@ -90,7 +90,21 @@ def _slice(
 def _split(w: Any, size: int, dim: int = 0) -> Sequence[Tensor]:
     if dim not in (0, -2):
         return _aten.split.Tensor(w.dequantize(), size, dim)
-    return [rows(w, i, min(i + size, len(w))) for i in range(0, max(len(w), 1), max(size, 1))]
+    cut = [rows(w, i, min(i + size, len(w))) for i in range(0, max(len(w), 1), max(size, 1))]
+    for some in cut:
+        some.piece = True
+    return cut
+
+
+def _empty_like(w: Any, **options: Any) -> Tensor:
+    """A plain tensor. But distribute_tensor asks for one beside the first of its pieces, and then
+    sends pieces as memory that they do not have; here all ranks can still say so."""
+    if w.piece:
+        raise NotImplementedError(
+            f"a piece of an int8 weight, {tuple(w.shape)}, cannot be scattered: int8 weights go "
+            "with fully_shard, and not with tensor parallelism"
+        )
+    return _aten.empty_like.default(w.dequantize(), **options)
 
 
 def _view(w: Any, size: Sequence[int]) -> Tensor:
@@ -115,6 +129,7 @@ OPERATIONS: dict[Any, Callable[..., Any]] = {
     _aten.new_zeros.default: _new_zeros,
     _aten.slice.Tensor: _slice,
     _aten.split.Tensor: _split,
+    _aten.empty_like.default: _empty_like,
     _aten.view.default: _view,
     _aten.as_strided.default: _as_strided,
     _aten._pin_memory.default: lambda w, device=None: each(w, Tensor.pin_memory),

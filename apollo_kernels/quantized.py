@@ -39,11 +39,13 @@ class Int8Weight(Tensor):
     too (int8_shards.py), and so is ``new_zeros`` with its columns and dtype.
 
     padded: codes and grid of the rows that these are the first ones of, for fully_shard; or None.
+    piece: it is one of the results of ``split``.
     """
 
     codes: Tensor
     grid: Tensor
     padded: tuple[Tensor, Tensor] | None = None
+    piece: bool = False
 
     @staticmethod
     def __new__(cls, codes: Tensor, grid: Tensor, dtype: torch.dtype) -> Int8Weight:
