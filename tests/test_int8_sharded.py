@@ -246,7 +246,7 @@ def test_shards_step_as_one_process(group, backend, own, world):
     arguments = own, SHAPES, 2
     expected, _ = sharded.on(place, stepped, None, *arguments)
     for found, took in group.run(world, sharded.on, place, stepped, (world,), *arguments):
-        assert took == TAKERS[backend.name]
+        assert took == TAKERS[backend.name] | ({"reference"} if own["rank"] is None else set())
         for (key, value), (_, wanted) in zip(found, expected, strict=True):
             wrong = (value != wanted).float().mean()
             assert wrong <= (0 if own["rank"] is None else 2e-3), key
@@ -258,7 +258,8 @@ def backend_name(backend):
     )
 
 
-TAKERS = {"torch": {"reference"}, "cuda": {"reference"}, "triton": {"reference"}}
+# Rows of 300 are no whole groups, which kernels take under APOLLO and PyTorch under AdamW.
+TAKERS = {"torch": {"reference"}, "cuda": {"cuda"}, "triton": {"triton_kernels"}}
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
