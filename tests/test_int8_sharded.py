@@ -2,9 +2,8 @@
 
 import copy
 import functools
+import math
 
-import conftest
-import processes
 import pytest
 import ranks
 import sharded
@@ -196,7 +195,7 @@ def test_a_byte_per_weight_travels(group):
 
 # ---- the step of a shard -------------------------------------------------------------------------
 
-SHAPES = [(80, 256), (40, 256), (6, 300), (1, 128)]  # of whole groups, or not
+SHAPES = [(40, 256), (6, 300), (1, 128)]  # of whole groups, or not
 
 
 def stepped(mesh, group, shapes, steps):
@@ -231,31 +230,24 @@ def stepped(mesh, group, shapes, steps):
 GROUPS = [
     {"rank": None},
     {"rank": 4},
-    {"rank": 4, "proj_type": "reverse_std", "proj": "rademacher"},
-    {"rank": 1, "scale_type": "tensor", "scale": 128.0},
+    {"rank": 1, "scale_type": "tensor", "scale": 128.0, "proj_type": "reverse_std"},
 ]
 
 
 @pytest.mark.parametrize("own", GROUPS, ids=str)
-@pytest.mark.parametrize("world", [2, 3])
-def test_shards_step_as_one_process(group, backend, own, world):
+def test_shards_step_as_one_process(group, backend, own):
     """AdamW gives the same codes. Beside APOLLO's projections stand sums over ranks: another last
     bit of a scale factor moves a code in some thousands over the edge, and others' random bits
     would move a third of them."""
-    place = backend_name(backend)
-    arguments = own, SHAPES, 2
+    if backend.device.type != "cpu":
+        pytest.skip("the ranks are on the CPU")
+    place, arguments = backend.name, (own, SHAPES, 2)
     expected, _ = sharded.on(place, stepped, None, *arguments)
-    for found, took in group.run(world, sharded.on, place, stepped, (world,), *arguments):
+    for found, took in group.run(3, sharded.on, place, stepped, (3,), *arguments):
         assert took == TAKERS[backend.name] | ({"reference"} if own["rank"] is None else set())
         for (key, value), (_, wanted) in zip(found, expected, strict=True):
             wrong = (value != wanted).float().mean()
             assert wrong <= (0 if own["rank"] is None else 2e-3), key
-
-
-def backend_name(backend):
-    return next(
-        p for p, found in conftest.PLACES.items() if found == (backend.name, str(backend.device))
-    )
 
 
 # Rows of 300 are no whole groups, which kernels take under APOLLO and PyTorch under AdamW.
@@ -303,18 +295,18 @@ def loaded(folder, wrap):
     return then, contents(model, optimizer)
 
 
-def both_ways(rank, alone, parallel):
+def both_ways(alone, parallel):
     ddp = functools.partial(nn.parallel.DistributedDataParallel, init_sync=False)
     return loaded(alone, ddp), saved(parallel, ddp)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_a_checkpoint_of_torch_distributed_holds_codes_and_state_to_the_bit(tmp_path):
+def test_a_checkpoint_of_torch_distributed_holds_codes_and_state_to_the_bit(group, tmp_path):
     """Of one process and of plain DDP, and from each to the other; and training goes on alike."""
     alone, parallel = str(tmp_path / "alone"), str(tmp_path / "parallel")
     first = saved(alone, lambda model: model)
     assert first[0]["1.weight_codes"].dtype == torch.uint8 and "1.weight" not in first[0]
-    (_, second), (third, _) = processes.run(both_ways, alone, parallel)
+    (_, second), (third, _) = group.run(2, both_ways, alone, parallel)
     fourth = loaded(parallel, lambda model: model)
     for found in (loaded(alone, lambda model: model), second, third, fourth):
         for own, expected in zip(found, first, strict=True):
@@ -336,13 +328,13 @@ def test_a_checkpoint_goes_from_any_number_of_ranks_to_any_other(group, tmp_path
     first = saved(one, lambda model: model)
     equal(group.run(2, saved_shards, two, (2,))[0][0], first[0])
     (from_three, _), *_ = group.run(3, saved_shards, three, (3,))
-    for folder, expected in ((one, first[0]), (two, first[0]), (three, from_three)):
-        equal(loaded(folder, lambda model: model)[0], expected)
-        for world, mesh in ((2, (2,)), (3, (3,)), (4, (2, 2))):
-            for then, after in group.run(world, loaded_shards, folder, mesh):
-                equal(then, expected)
-                if world != 3 and folder != three:
-                    equal(after, first[1])
+    equal(loaded(two, lambda model: model)[0], first[0])
+    equal(loaded(three, lambda model: model)[0], from_three)
+    for folder, mesh in ((one, (2,)), (two, (2, 2)), (two, (3,))):
+        for then, after in group.run(math.prod(mesh), loaded_shards, folder, mesh):
+            equal(then, first[0])
+            if mesh != (3,):
+                equal(after, first[1])
 
 
 def full_states(mesh, steps, given=None):
