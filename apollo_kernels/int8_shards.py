@@ -35,7 +35,7 @@ class Flat(Tensor):
     def __init__(self, weight: Any):
         self.weight = weight
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore

@@ -389,7 +389,7 @@ def refuse_lost(model: nn.Module) -> None:
     """Raises ValueError if weights of ``model`` were int8 and have become shards of plain numbers:
     what cuts weights in another way than by rows copies them into tensors of its own."""
     for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if _CODES in module._buffers and is_sharded(weight) and not is_int8(weight):
             raise ValueError(
                 f"parameter {f'{path}.weight'.lstrip('.')!r} was int8, and is now cut into shards "
@@ -474,10 +474,10 @@ def _write_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) 
 
 def _read_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Puts together what ``_write_state`` took apart; quantizes a plain weight."""
-    own, key = module.weight, prefix + "weight"
-    if not is_int8(own):
+    own: Any = module.weight
+    key, here = prefix + "weight", local(own)
+    if not isinstance(here, Int8Weight):
         return
-    here: Any = local(own)
     codes, grid = (state.get(prefix + part) for part in (_CODES, _GRID))
     if codes is None and grid is None:
         plain = state.get(key)
@@ -493,8 +493,9 @@ def _read_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
             f"{key}: codes must be {wanted[0]} and the grid {wanted[1]} (groups of "
             f"{here.group_size}), got {found[0]} and {found[1]}"
         )
-    rows = [int8_shards.local_part(t, own, key).contiguous() for t in (codes, grid)]  # type: ignore
-    state[key] = int8_shards.like(Int8Weight(*rows, own.dtype), own)
+    parts: tuple[Any, Any] = (codes, grid)
+    codes, grid = (int8_shards.local_part(t, own, key).contiguous() for t in parts)
+    state[key] = int8_shards.like(Int8Weight(codes, grid, own.dtype), own)
 
 
 def _told(t: Any) -> str:

@@ -93,8 +93,8 @@ struct WeightPack {
 };
 
 // The grids of an int8 weight, and the random bits of its rounding: the halves that a bf16 weight
-// takes, of calls (l div 8, i, step, 3). Its rows in memory are the matrix's own, and a part of it is
-// some of them: they go by their numbers in the whole, for grids too.
+// takes, of calls (l div 8, i, step, 3). Its rows in memory are the matrix's own, and a part of it
+// is some of them: they go by their numbers in the whole, for grids too.
 struct OntoGrid {
   static constexpr int kBlocks = 2;
   int32_t* grid;
