@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import emulated
 import pytest
+import ranks
 import torch
 
 HAS_GPU = torch.cuda.is_available()
@@ -100,6 +101,16 @@ def backend(request):
         pytest.skip(f"{request.param}: {reason}")
     with running(request.param) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def group():
+    """Processes that run a function as the ranks of a gloo group."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("torch has no gloo here")
+    found = ranks.Ranks()
+    yield found
+    found.stop()
 
 
 @pytest.fixture(autouse=True)

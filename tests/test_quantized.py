@@ -5,7 +5,6 @@ import io
 import math
 import pickle
 
-import processes
 import pytest
 import torch
 from conftest import running
@@ -851,7 +850,7 @@ def test_a_compiled_step_breaks_the_graph_and_steps(backend):
     assert changed(stored_state(eager), stored_state(traced)) == set()
 
 
-def shards_after_or_before(rank):
+def shards_after_or_before():
     """What is said where int8 weights and fully_shard meet, in either order."""
     from torch.distributed.fsdp import fully_shard
 
@@ -870,7 +869,7 @@ def shards_after_or_before(rank):
     return said
 
 
-def test_int8_weights_are_not_lost_in_silence_under_fully_shard():
-    ((after, before),) = processes.run(shards_after_or_before, world=1)
+def test_int8_weights_are_not_lost_in_silence_under_fully_shard(group):
+    ((after, before),) = group.run(1, shards_after_or_before)
     assert "'0.weight' was int8" in after and "DistributedDataParallel" in after
     assert "'0.weight' is a DTensor" in before
