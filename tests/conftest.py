@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 
 import emulated
+import interpreter
 import pytest
 import ranks
 import torch
@@ -16,7 +17,7 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # decided when Triton is imported: its kernels run interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
+interpreter.quicken()
 
 # Warnings that tests cause on purpose, all over: they clamp ranks, step twins that share keys, give
 # no rank, or one to vectors, take three dimensions as a matrix, and overflow where a kernel must
