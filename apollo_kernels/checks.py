@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apollo_kernels import distributed, flat, native, state
+from apollo_kernels import distributed, flat, int8_shards, native, state
 from apollo_kernels.distributed import is_sharded, local
 from apollo_kernels.plan import Unit
-from apollo_kernels.quantized import stored
+from apollo_kernels.quantized import is_int8, stored
 
 NameOf = Callable[[int, int], str]  # of the parameter at a place of a group
 
@@ -96,6 +96,8 @@ def _check_one(
 def check_placement(p: Tensor, group: Mapping[str, Any], name: Callable[[], str]) -> None:
     """Raises NotImplementedError for a DTensor that no step knows."""
     if is_sharded(p):
+        if is_int8(p):
+            int8_shards.check(p, name)
         distributed.check(p, state.layout_of(p, group), state.dense_state(p, group), name)
 
 

@@ -62,7 +62,7 @@ def takes(item: LowRank | Dense) -> bool:
     weight, grad = item.weight, item.grad
     known = weight.dtype in DTYPES and grad.dtype in DTYPES
     if isinstance(item, LowRank) and item.part is not None:
-        return known and item.grid is None
+        return known and (item.grid is None or _takes_int8(item))
     if item.grid is not None and not _takes_int8(item):
         return False
     if isinstance(item, Dense):
@@ -203,6 +203,13 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def _grid_of_the_whole(grid: Tensor | None, row: int) -> int:
+    """Where the first row of the whole would be, of a grid whose own first row is ``row`` of it."""
+    if grid is None or not grid.numel():
+        return 0
+    return grid.data_ptr() - row * grid.shape[1] * grid.element_size()
+
+
 class LowRankBatch(_Placed):
     """batch.Batch over the kernels: items of one device and family, in one memory order each."""
 
@@ -234,7 +241,7 @@ class LowRankBatch(_Placed):
                 by_row=item.rows == row_major,
                 row_major=row_major,
                 leads=item.leads,
-                grid=_address(item.grid),
+                grid=_grid_of_the_whole(item.grid, part.row),
                 k_first=part.column if item.rows else part.row,
                 row=part.row,
                 column=part.column,
@@ -337,6 +344,7 @@ class DenseBatch(_Placed):
         )
         for item in items:
             units = item.units or (None, None)
+            columns = item.weight.shape[-1] if item.weight.dim() else 1
             plan.add(
                 weight=item.weight.data_ptr(),
                 grad=item.grad.data_ptr(),
@@ -344,9 +352,9 @@ class DenseBatch(_Placed):
                 exp_avg_sq=item.exp_avg_sq.data_ptr(),
                 step=item.step.data_ptr(),
                 count=item.weight.numel(),
-                grid=_address(item.grid),
+                grid=_grid_of_the_whole(item.grid, item.first // max(columns, 1)),
                 key=item.key,
-                columns=item.weight.shape[-1] if item.weight.dim() else 1,
+                columns=columns,
                 exp_avg_unit=_address(units[0]),
                 exp_avg_sq_unit=_address(units[1]),
                 first=item.first,

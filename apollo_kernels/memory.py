@@ -14,7 +14,7 @@ from apollo_kernels import state as states
 from apollo_kernels.batch import compute_dtype
 from apollo_kernels.distributed import local
 from apollo_kernels.moments import DENSE_STATES, MOMENTS
-from apollo_kernels.quantized import stored
+from apollo_kernels.quantized import Int8Weight, stored
 
 _MUCH = 1 / 3  # of the state, from where on dense moments are worth a word
 _NAMED = 4  # parameters that the advice names
@@ -152,7 +152,15 @@ def _count_traffic(
     if any(distributed.is_sharded(p) for p, *_ in placed):
         report.traffic = distributed.traffic_of(placed, clips)
         cut = (p for p, *_ in placed if distributed.view_of(p, None).spread.axes)
-        report.shard_traffic = 3 * sum(p.numel() * p.element_size() for p in cut)
+        report.shard_traffic = sum(2 * _whole_bytes(p) + p.numel() * p.element_size() for p in cut)
+
+
+def _whole_bytes(p: Tensor) -> int:
+    """Of a whole DTensor as it is gathered; int8 weights are cut along rows, and travel so."""
+    own = local(p)
+    if isinstance(own, Int8Weight):
+        return p.shape[0] * (own.codes.shape[1] + 4 * own.grid.shape[1])
+    return p.numel() * p.element_size()
 
 
 def _kind(p: Tensor, group: Mapping[str, Any]) -> str:

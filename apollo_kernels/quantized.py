@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-from apollo_kernels import int8
+from apollo_kernels import int8, int8_shards
 from apollo_kernels._version import __version__
-from apollo_kernels.distributed import is_sharded
+from apollo_kernels.distributed import is_sharded, local
 from apollo_kernels.groups import LINEAR, choose_parameters
 
 _aten = torch.ops.aten
@@ -35,11 +35,17 @@ class Int8Weight(Tensor):
     """A weight [m, n] held as ``codes`` uint8 [m, n] and ``grid`` int32 [m, groups].
 
     To all who only read it, it is a tensor of its ``dtype``: an operation that does not know it
-    gets the dequantized values. Of those that write, it knows ``copy_``.
+    gets the dequantized values. Of those that write, it knows ``copy_``. Some rows of it are one
+    too (int8_shards.py), and so is ``new_zeros`` with its columns and dtype.
+
+    padded: codes and grid of the rows that these are the first ones of, for fully_shard; or None.
+    piece: it is one of the results of ``split``.
     """
 
     codes: Tensor
     grid: Tensor
+    padded: tuple[Tensor, Tensor] | None = None
+    piece: bool = False
 
     @staticmethod
     def __new__(cls, codes: Tensor, grid: Tensor, dtype: torch.dtype) -> Int8Weight:
@@ -72,6 +78,24 @@ class Int8Weight(Tensor):
     def zero(self) -> Tensor:
         """[m, groups] float32: the code of 0."""
         return int8.scale_and_zero(self.grid)[1]
+
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """What fully_shard sends to other ranks. (With the further arguments that it offers, it
+        would refuse tensors of another shape than this one's wherever shards are padded.)"""
+        codes, grid = self.padded or (self.codes, self.grid)
+        return (codes, grid), grid
+
+    def fsdp_post_all_gather(
+        self, gathered: Any, grid: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[Tensor, tuple[()]] | None:
+        """The whole weight over the memory that fully_shard has gathered it in, as ``out`` is.
+        On one rank it gathers the codes alone."""
+        alone = len(gathered) == 1
+        if out is None:
+            return Int8Weight(gathered[0], grid.clone() if alone else gathered[1], dtype), ()
+        if alone:
+            out.grid.copy_(grid)  # type: ignore[attr-defined]
+        return None
 
     def _stable_hash_for_caching(self) -> str:
         """What a compiled graph on disk depends on, beside the code: another version may compute
@@ -128,6 +152,11 @@ def _holds_int8(value: Any) -> bool:
     return any(isinstance(v, Int8Weight) for v in several)
 
 
+def is_int8(p: Tensor) -> bool:
+    """Whether a parameter is an int8 weight, or a DTensor of such."""
+    return isinstance(local(p), Int8Weight)
+
+
 def stored(p: Tensor) -> tuple[Tensor, ...]:
     """The tensors whose memory holds a weight: ``(p,)``, or codes and grid."""
     return (p.codes, p.grid) if isinstance(p, Int8Weight) else (p,)
@@ -137,7 +166,7 @@ def stored(p: Tensor) -> tuple[Tensor, ...]:
 
 
 def _alias(w: Int8Weight) -> Int8Weight:
-    return Int8Weight(w.codes, w.grid, w.dtype)
+    return int8_shards.each(w, lambda t: t)
 
 
 def _clone(w: Int8Weight, **_: Any) -> Int8Weight:
@@ -150,8 +179,7 @@ def _to_copy(w: Int8Weight, *, dtype: torch.dtype | None = None, **where: Any) -
     if not dtype.is_floating_point or dtype == torch.float64:
         return _aten._to_copy.default(w.dequantize(), dtype=dtype, **where)
     where.pop("memory_format", None)
-    codes, grid = (_aten._to_copy.default(t, **where) for t in (w.codes, w.grid))
-    return Int8Weight(codes, grid, dtype)
+    return int8_shards.each(w, lambda t: _aten._to_copy.default(t, **where), dtype)
 
 
 def _copy_(w: Int8Weight, source: Tensor, non_blocking: bool = False) -> Int8Weight:
@@ -169,6 +197,7 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     _aten.clone.default: _clone,
     _aten._to_copy.default: _to_copy,
     _aten.copy_.default: _copy_,
+    **int8_shards.OPERATIONS,
 }
 
 
@@ -290,7 +319,8 @@ def quantize_(
     Raises
         ValueError: for a group size that cannot be; for targets that match nothing; with its name,
             for a target that cannot be int8 (three dimensions, another kind of layer, float64,
-            not finite), and for a model whose parameters are DTensors. Nothing is changed then.
+            not finite), and for a model whose parameters are DTensors: fully_shard comes after
+            it. Nothing is changed then.
     """
     whole = isinstance(group_size, Integral) and not isinstance(group_size, bool)
     if not whole or group_size < int8.SMALLEST_GROUP or group_size & (group_size - 1):
@@ -301,8 +331,8 @@ def quantize_(
     for name, shard in model.named_parameters():
         if is_sharded(shard):
             raise ValueError(
-                f"parameter {name!r} is a DTensor, {tuple(shard.shape)}: int8 weights do not "
-                "go with FSDP2 or tensor parallelism yet"
+                f"parameter {name!r} is a DTensor, {tuple(shard.shape)}: call quantize_ before "
+                "fully_shard; int8 weights do not go with tensor parallelism"
             )
     explicit = not isinstance(targets, str) or targets not in (*LINEAR, "all")
     chosen: dict[str, Tensor] = {}
@@ -334,24 +364,38 @@ def quantize_(
 
 @torch.no_grad()
 def dequantize_(model: nn.Module) -> list[str]:
-    """Turns every int8 weight of ``model`` into a plain one, in place; the names of those."""
+    """Turns every int8 weight of ``model`` into a plain one, in place; the names of those.
+
+    Raises
+        ValueError: for a model that fully_shard has cut, which holds on to what it has cut.
+    """
     owners = _owners(model)
+    for name, p in model.named_parameters():
+        if is_sharded(p) and is_int8(p):
+            raise ValueError(
+                f"parameter {name!r} is cut into shards, and stays int8: dequantize_ goes before "
+                "fully_shard. Load a full state dict of it into a model that is not sharded"
+            )
     found = {name: p for name, p in model.named_parameters() if isinstance(p, Int8Weight)}
     for p in found.values():
         _set(p, p.dequantize(), owners[p])
+        for module, _ in owners[p]:
+            for name in (_CODES, _GRID):
+                module._buffers.pop(name, None)
     return list(found)
 
 
 def refuse_lost(model: nn.Module) -> None:
-    """Raises ValueError if weights of ``model`` were int8 and fully_shard has made shards of plain
-    numbers of them: it copies parameters into tensors of its own."""
+    """Raises ValueError if weights of ``model`` were int8 and have become shards of plain numbers:
+    what cuts weights in another way than by rows copies them into tensors of its own."""
     for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if _write_state in module._state_dict_hooks.values() and is_sharded(weight):
+        weight: Any = getattr(module, "weight", None)
+        if _CODES in module._buffers and is_sharded(weight) and not is_int8(weight):
             raise ValueError(
-                f"parameter {f'{path}.weight'.lstrip('.')!r} was int8, and fully_shard has made "
-                f"shards of plain numbers of it. int8 weights do not go with FSDP2 yet: use "
-                "DistributedDataParallel for them, or leave quantize_ out"
+                f"parameter {f'{path}.weight'.lstrip('.')!r} was int8, and is now cut into shards "
+                f"of plain numbers, placed as {weight.placements!r}: int8 weights go with "
+                "fully_shard if it cuts rows, Shard(0), and not with tensor parallelism or "
+                "to_empty. Leave quantize_ out, or use DistributedDataParallel"
             )
 
 
@@ -409,38 +453,49 @@ _CODES, _GRID = "weight_codes", "weight_grid"
 
 
 def _keep_plain_state(module: nn.Module) -> None:
-    """From now on the module's state_dict holds plain tensors for a weight that is int8."""
+    """From now on the module's state_dict holds plain tensors for a weight that is int8.
+
+    torch.distributed.checkpoint looks up what each key of it names. So the two names are those of
+    buffers, which are None and hold nothing.
+    """
     if _write_state not in module._state_dict_hooks.values():
         module.register_state_dict_post_hook(_write_state)
         module.register_load_state_dict_pre_hook(_read_state)
+    for name in (_CODES, _GRID):
+        module.register_buffer(name, None)
 
 
 def _write_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     weight = state.get(prefix + "weight")
-    if isinstance(weight, Int8Weight):
+    if isinstance(weight, Tensor) and is_int8(weight):
         del state[prefix + "weight"]
-        state[prefix + _CODES], state[prefix + _GRID] = weight.codes, weight.grid
+        state[prefix + _CODES], state[prefix + _GRID] = int8_shards.parts(weight)
 
 
 def _read_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Puts together what ``_write_state`` took apart; quantizes a plain weight."""
-    own, key = module.weight, prefix + "weight"
-    codes, grid = (state.get(prefix + part) for part in (_CODES, _GRID))
-    if not isinstance(own, Int8Weight):
+    own: Any = module.weight
+    key, here = prefix + "weight", local(own)
+    if not isinstance(here, Int8Weight):
         return
+    codes, grid = (state.get(prefix + part) for part in (_CODES, _GRID))
     if codes is None and grid is None:
-        if isinstance(plain := state.get(key), Tensor) and plain.shape == own.shape:
-            state[key] = quantized(plain.to(own.dtype), own.group_size)
+        plain = state.get(key)
+        if isinstance(plain, Tensor) and plain.shape == own.shape and not is_int8(plain):
+            rows = int8_shards.local_part(plain, own, key)
+            state[key] = int8_shards.like(quantized(rows.to(own.dtype), here.group_size), own)
         return
     with contextlib.suppress(KeyError):
         del state[prefix + _CODES], state[prefix + _GRID]
-    found, wanted = (_told(codes), _told(grid)), (_told(own.codes), _told(own.grid))
+    found, wanted = (_told(codes), _told(grid)), tuple(map(_told, int8_shards.parts(own)))
     if found != wanted:
         raise ValueError(
             f"{key}: codes must be {wanted[0]} and the grid {wanted[1]} (groups of "
-            f"{own.group_size}), got {found[0]} and {found[1]}"
+            f"{here.group_size}), got {found[0]} and {found[1]}"
         )
-    state[key] = Int8Weight(codes.contiguous(), grid.contiguous(), own.dtype)  # type: ignore
+    parts: tuple[Any, Any] = (codes, grid)
+    codes, grid = (int8_shards.local_part(t, own, key).contiguous() for t in parts)
+    state[key] = int8_shards.like(Int8Weight(codes, grid, own.dtype), own)
 
 
 def _told(t: Any) -> str:

@@ -243,6 +243,7 @@ def update_int8(
     key: int,
     step: int,
     update: Callable[[slice, Tensor], None],
+    row: int = 0,
 ) -> None:
     """An update of an int8 weight: dequantize, update in float32, requantize by chance.
 
@@ -252,6 +253,7 @@ def update_int8(
         codes, grid: uint8 [m, n] and int32 [m, groups], of int8.py; written.
         step: its low 32 bits; with ``key`` they decide the random ones.
         update: is handed some rows and their float32 weights, which it changes in place.
+        row: where the first row stands in the whole weight, if these are a part of it.
     """
     rows, columns = codes.shape
     size = max(1, _CHUNK // max(columns, 1))
@@ -260,20 +262,23 @@ def update_int8(
         old = int8.dequantize(codes[some], grid[some])
         new = old.clone()
         update(some, new)
-        bits = rounding_bits(key, step, first, len(old), columns, codes.device, ROUNDING_INT8)
+        place = row + first, len(old), columns
+        bits = rounding_bits(key, step, *place, codes.device, ROUNDING_INT8)
         int8.requantize(codes[some], grid[some], old, new, bits)
 
 
 def apply_int8(item: LowRank, x: Tensor, coefficient: Tensor, decay: float, step: int) -> None:
     """``apply_stochastic`` to an int8 weight."""
     assert item.grid is not None
-    coefficient = -coefficient.expand(item.exp_avg.shape[0])
+    rows, columns = item.weight.shape
+    coefficient = -coefficient.expand(rows if item.rows else columns)
 
-    def update(rows: slice, wide: Tensor) -> None:
-        c = coefficient[rows, None] if item.rows else coefficient
-        _decay(wide, decay).addcmul_(x[rows].float(), c)
+    def update(some: slice, wide: Tensor) -> None:
+        c = coefficient[some, None] if item.rows else coefficient
+        _decay(wide, decay).addcmul_(x[some].float(), c)
 
-    update_int8(item.weight, item.grid, item.key, step, update)
+    row = item.part.row if item.part else 0
+    update_int8(item.weight, item.grid, item.key, step, update, row)
 
 
 def adamw(
@@ -599,7 +604,8 @@ class DenseBatch:
             moments_of.store(some, m, v)
 
         if item.grid is not None:
-            update_int8(item.weight, item.grid, item.key, step % 2**32, update)
+            row = item.first // max(item.weight.shape[1], 1)
+            update_int8(item.weight, item.grid, item.key, step % 2**32, update, row)
         else:
             weight = _vector(item.weight)
             size = max(1, _CHUNK * len(weight) // max(weight.numel(), 1))

@@ -22,7 +22,7 @@ from apollo_kernels import distributed, moments
 from apollo_kernels.batch import compute_dtype
 from apollo_kernels.distributed import is_sharded, local
 from apollo_kernels.philox import KEY_BITS
-from apollo_kernels.quantized import Int8Weight
+from apollo_kernels.quantized import is_int8
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def zeros(p: Tensor, group: Mapping[str, Any], device: torch.device | str) -> di
 
 def needs_key(p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether random numbers are drawn for a parameter: for a projection, or to round by chance."""
-    return dense_state(p, group) != "float32" or isinstance(p, Int8Weight)
+    return dense_state(p, group) != "float32" or is_int8(p)
 
 
 def check(

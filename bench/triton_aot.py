@@ -81,6 +81,8 @@ def variants(arch: str, everything: bool = True) -> Iterator[tuple[str, Any, dic
         rest = {"STOCHASTIC": False, "num_warps": apply.warps(True)}
         side = "rows" if rows else "columns"
         yield f"apply int8 {side}", apply._apply, {**apply.choose(shape)._asdict(), **rest}
+        shape = shape._replace(k_first=512)
+        yield f"apply int8 {side}, part", apply._apply, {**apply.choose(shape)._asdict(), **rest}
     bf16, uint8 = element(torch.bfloat16), element(torch.uint8)
     tiling = adamw.Tiling(uint8, bf16, F32, True, GROUP=128)._asdict()
     yield "adamw int8", adamw._adamw, {**tiling, "num_warps": 8}

@@ -24,11 +24,11 @@ template <>
 struct DensePlaces<int8_code> {
   using Rounding = OntoGrid;
   static_assert(kDenseVector * 32 == kGroup);
-  uint32_t columns, row, column;  // of the block's first element
+  uint32_t columns, row, column;  // of the block's first element, its row in the whole parameter
 
   APOLLO_DEVICE DensePlaces(const DenseRow& p, int64_t begin)
       : columns(uint32_t(p.columns)),
-        row(uint32_t(begin / p.columns)),
+        row(uint32_t((p.first + begin) / p.columns)),
         column(uint32_t(begin % p.columns)) {}
   APOLLO_DEVICE uint32_t outer(int i) const { return row + (column + i) / columns; }
   APOLLO_DEVICE uint32_t inner(int i) const { return (column + i) % columns; }

@@ -88,7 +88,7 @@ enum Flag : int64_t {
 };
 struct Matrix {
   void* weight;
-  int32_t* grid;  // of an int8 weight: [its rows, groups]
+  int32_t* grid;  // of an int8 weight: [rows, groups], where the whole's first row would be
   const void* grad;
   float* exp_avg;      // [channels, rank]
   float* exp_avg_sq;   // [channels, rank]
@@ -137,7 +137,7 @@ static_assert(sizeof(Record) == 32, "records and parts need 8-byte aligned place
 // One dense parameter: `count` elements in the same memory order in all four tensors.
 struct DenseRow {
   void* weight;
-  int32_t* grid;    // of an int8 weight, whose rows are whole groups
+  int32_t* grid;    // of an int8 weight, whose rows are whole groups; where the whole's would be
   uint64_t key;     // of all rounding
   int64_t columns;  // the length of its rows
   const void* grad;

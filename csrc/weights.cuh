@@ -93,7 +93,8 @@ struct WeightPack {
 };
 
 // The grids of an int8 weight, and the random bits of its rounding: the halves that a bf16 weight
-// takes, of calls (l div 8, i, step, 3). Its rows in memory are the matrix's own.
+// takes, of calls (l div 8, i, step, 3). Its rows in memory are the matrix's own, and a part of it
+// is some of them: they go by their numbers in the whole, for grids too.
 struct OntoGrid {
   static constexpr int kBlocks = 2;
   int32_t* grid;
@@ -104,7 +105,7 @@ struct OntoGrid {
       : OntoGrid(p.grid, by_row(p) ? p.k : p.channels, p.key, record.t) {}
   APOLLO_DEVICE explicit OntoGrid(const DenseRow& p)
       : OntoGrid(p.grid, p.columns, p.key, *p.step + 1) {}
-  APOLLO_DEVICE static Corner corner(const Matrix&) { return {}; }  // no parts of it are stepped
+  APOLLO_DEVICE static Corner corner(const Matrix& p) { return {uint32_t(p.row), 0}; }
   APOLLO_DEVICE OntoGrid(int32_t* grid, int64_t columns, uint64_t key, int64_t t)
       : grid(grid),
         groups(uint32_t((columns + kGroup - 1) / kGroup)),

@@ -122,7 +122,8 @@ class Processes:
 
         content = {**_states(model, optimizer), "rest": ""}
         checkpoint.load(content, checkpoint_id=str(newest(path)))
-        of.set_model_state_dict(model, content["model"])
+        # Of DDP its module: torch asks DDP for keys "weight", and int8 weights have two others.
+        of.set_model_state_dict(getattr(model, "module", model), content["model"])
         of.set_optimizer_state_dict(model, optimizer, content["optimizer"])
         return json.loads(content["rest"])
 

@@ -183,7 +183,7 @@ class Run:
 
         def parts(p: torch.Tensor) -> list[torch.Tensor]:
             names = p.__tensor_flatten__()[0] if hasattr(p, "__tensor_flatten__") else []
-            return [getattr(p, name) for name in names] or [p]
+            return [part for name in names for part in parts(getattr(p, name))] or [p]
 
         return sum(t.numel() * t.element_size() for p in self.model.parameters() for t in parts(p))
 

@@ -268,7 +268,7 @@ def losses_in(path):
 
 @pytest.fixture(scope="module")
 def alone(text, tmp_path_factory):
-    """The losses of one process, for each optimizer that is asked for."""
+    """The losses of one process, for each optimizer (and switch) that is asked for."""
     sys.path.insert(0, str(ROOT / "examples"))
     import pretrain
 
@@ -277,7 +277,7 @@ def alone(text, tmp_path_factory):
     def of(optimizer):
         if optimizer not in known:
             log = tmp_path_factory.mktemp("alone") / "log.csv"
-            more = ["--optimizer", optimizer, "--data", str(text), "--log", str(log)]
+            more = ["--optimizer", *optimizer.split(), "--data", str(text), "--log", str(log)]
             assert pretrain.main([*TOGETHER, *more]) == 0
             known[optimizer] = losses_in(log)
         return known[optimizer]
@@ -288,7 +288,7 @@ def alone(text, tmp_path_factory):
 
 @pytest.mark.parametrize("mode, world, optimizer", [
     ("ddp", 2, "apollo"), ("fsdp2", 3, "apollo"), ("fsdp2", 2, "apollo-mini"),
-    ("hsdp", 2, "apollo"), ("tp", 2, "apollo"),
+    ("hsdp", 2, "apollo"), ("tp", 2, "apollo"), ("fsdp2", 2, "apollo --int8"),
 ])  # fmt: skip
 def test_several_processes_log_the_losses_of_one(
     group, alone, text, tmp_path, mode, world, optimizer
@@ -297,28 +297,32 @@ def test_several_processes_log_the_losses_of_one(
     import sharded
 
     log = tmp_path / "log.csv"
-    more = ["--parallel", mode, "--optimizer", optimizer, "--data", str(text), "--log", str(log)]
+    more = ["--parallel", mode, "--optimizer", *optimizer.split()]
+    more += ["--data", str(text), "--log", str(log)]
     arguments = str(ROOT / "examples"), [*TOGETHER, *more]
     assert group.run(world, sharded.pretrain, *arguments) == [0] * world
     assert losses_in(log) == pytest.approx(alone(optimizer), rel=1e-4)
 
 
-def test_a_run_goes_on_on_another_number_of_processes(group, alone, text, tmp_path):
+@pytest.mark.parametrize("mode, optimizer", [("fsdp2", "apollo"), ("ddp", "apollo --int8")])
+def test_a_run_goes_on_on_another_number_of_processes(
+    group, alone, text, tmp_path, mode, optimizer
+):
     """Three steps on two, the rest on three, which cut everything anew."""
     import sharded
 
     log, folder = tmp_path / "log.csv", str(tmp_path / "run")
-    more = ["--parallel", "fsdp2", "--data", str(text), "--log", str(log), "--save", folder]
-    first = [*TOGETHER, *more, "--save-every", "3"]
+    more = ["--parallel", mode, "--data", str(text), "--log", str(log), "--save", folder]
+    first = [*TOGETHER, "--optimizer", *optimizer.split(), *more, "--save-every", "3"]
     examples = str(ROOT / "examples")
     assert group.run(2, sharded.interrupted, examples, first, 3) == [1, 1]
-    assert losses_in(log) == pytest.approx(alone("apollo")[:3], rel=1e-4)
+    assert losses_in(log) == pytest.approx(alone(optimizer)[:3], rel=1e-4)
     unfinished = Path(folder) / "step-5"  # as a kill in the middle of a save leaves it
     unfinished.mkdir()
     (unfinished / "__0_0.distcp").write_bytes(b"half")
-    second = ["--parallel", "fsdp2", "--resume", folder, "--log", str(log)]
+    second = ["--parallel", mode, "--resume", folder, "--log", str(log)]
     assert group.run(3, sharded.pretrain, examples, second) == [0] * 3
-    assert losses_in(log) == pytest.approx(alone("apollo"), rel=1e-4)
+    assert losses_in(log) == pytest.approx(alone(optimizer), rel=1e-4)
 
 
 def children(pid):

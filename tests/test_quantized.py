@@ -848,28 +848,3 @@ def test_a_compiled_step_breaks_the_graph_and_steps(backend):
     torch.compile(traced.step, backend="eager")()
     assert torch.equal(p.codes, q.codes)
     assert changed(stored_state(eager), stored_state(traced)) == set()
-
-
-def shards_after_or_before():
-    """What is said where int8 weights and fully_shard meet, in either order."""
-    from torch.distributed.fsdp import fully_shard
-
-    said = []
-    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))
-    apollo_kernels.quantize_(model)
-    fully_shard(model)
-    with pytest.raises(ValueError) as error:
-        apollo_kernels.apollo(model, rank=4)
-    said.append(str(error.value))
-    model = fully_shard(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)))
-    with pytest.raises(ValueError) as error:
-        apollo_kernels.quantize_(model)
-    said.append(str(error.value))
-    apollo_kernels.apollo(model, rank=4)  # without int8 it is taken
-    return said
-
-
-def test_int8_weights_are_not_lost_in_silence_under_fully_shard(group):
-    ((after, before),) = group.run(1, shards_after_or_before)
-    assert "'0.weight' was int8" in after and "DistributedDataParallel" in after
-    assert "'0.weight' is a DTensor" in before

@@ -202,7 +202,8 @@ def _adamw(
         t = tl.load(tables.load_pointer(row, tables.DENSE.step, tl.int64, False))
     if GROUP:
         columns = tl.load(row + tables.DENSE.columns)
-        bits = rounding_of_groups(key, t, first, columns, GROUPS, GROUP)
+        of_whole = first + tl.load(row + tables.DENSE.first)
+        bits = rounding_of_groups(key, t, of_whole, columns, GROUPS, GROUP)
         new = tl.reshape(new, (GROUPS, GROUP))
         codes, grid = int8.requantize(old, new, group * GROUP < size, grid, bits, GROUP)
         tl.store(w_at, tl.reshape(codes, (BLOCK,)), mask=inside)

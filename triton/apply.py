@@ -75,6 +75,8 @@ def _apply(
     if GROUP or STOCHASTIC:
         key, t = tl.load(row + tables.LOW_RANK.key), tl.load(clock + number)
     if GROUP:
+        if PART:  # some rows of the whole
+            i0 += tl.load(row + tables.LOW_RANK.row).to(tl.int32)
         bits = rounding(key, t, i0, l0, M, N, ROUNDING_INT8)
         codes, grid = int8.requantize(old, w, inside, grid, bits, GROUP)
         tl.store(w_at, codes, mask=inside, eviction_policy="evict_first")

@@ -93,10 +93,14 @@ def signs(key, epoch, j0, k0, R: tl.constexpr, BK: tl.constexpr):
     j = (j0 + tl.arange(0, R)).to(tl.uint32)[:, None]
     w0, w1, w2, w3 = words(key, c0, j, epoch, RADEMACHER)
     w = pick(w0, w1, w2, w3, k0 % 512 // 128)  # [R, t]
-    i = k0 % 128 // 8 + tl.arange(0, BK // 8)  # the run of 8 within the word's 128
-    shift = i[:, None] + 16 * tl.arange(0, 2)[None, :]  # [run, e]
-    bits = (w[:, None, :, None] >> shift.to(tl.uint32)[None, :, None, :]) & 1
-    z = ((bits << 31) | 0x3F800000).to(tl.float32, bitcast=True)
+    RUNS: tl.constexpr = BK // 8  # a power of two
+    w = (w >> (k0 % 128 // 8))[:, :, None]
+    # Joined, not broadcast: for a broadcast Triton would draw each word anew in five layouts.
+    for turn in tl.static_range(RUNS.bit_length() - 1):
+        w = tl.permute(tl.join(w, w >> (1 << turn)), (0, 1, 3, 2))
+        w = tl.reshape(w, (R, 4, 2 << turn))  # [R, t, run]: run i of 8 is bit i of the word
+    bits = tl.permute(tl.join(w, w >> 16), (0, 2, 1, 3)) << 31  # [R, run, t, e]
+    z = (bits | 0x3F800000).to(tl.float32, bitcast=True)
     return tl.reshape(z, (R, BK))  # k = 8 run + 2t + e
 
 

@@ -42,6 +42,24 @@ def _dot(z, x, acc):
 
 
 @triton.jit
+def _settled(acc):
+    """acc, behind an instruction that nobody can look through: wgmma, which goes on by itself, has
+    to end before it. Else Triton lets it go on into the next turn, and draws the next z into the
+    registers that it still reads (its issue 9433; on an H200 a rademacher R was wrong by 7 %)."""
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _halves(acc):
+    """acc [R, C] as two [R, C / 2]: its first channels, its last ones."""
+    R: tl.constexpr = acc.shape[0]
+    C: tl.constexpr = acc.shape[1]
+    return tl.split(tl.permute(tl.reshape(acc, (R, 2, C // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def find_tile(
     table, items, T: tl.constexpr, K_UNIT: tl.constexpr, ALIGNED: tl.constexpr, PART: tl.constexpr
 ):
@@ -92,6 +110,35 @@ def store(row, space, r, c, j, chunk, ALIGNED: tl.constexpr):
     tl.store(to + c[None, :] * rank + j[:, None], r, mask=inside)
 
 
+@triton.jit
+def adam_of(
+    row, space, r, c0, j, r_tile, factor, b1, w1, b2, w2, eps, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Adam's moments of r [BR, C], whose channels begin at c0."""
+    c = c0 + tl.arange(0, r.shape[1])
+    moments(row, space, r, c, j, r_tile, factor, b1, w1, b2, w2, eps, ALIGNED)
+
+
+@triton.jit
+def adam_of_halves(
+    row, space, r, c0, j, r_tile, factor, b1, w1, b2, w2, eps, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    left, right = _halves(r)
+    adam_of(row, space, left, c0, j, r_tile, factor, b1, w1, b2, w2, eps, ALIGNED)
+    c0 += r.shape[1] // 2
+    adam_of(row, space, right, c0, j, r_tile, factor, b1, w1, b2, w2, eps, ALIGNED)
+
+
+@triton.jit
+def adam_of_quarters(
+    row, space, r, c0, j, r_tile, factor, b1, w1, b2, w2, eps, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    left, right = _halves(r)
+    adam_of_halves(row, space, left, c0, j, r_tile, factor, b1, w1, b2, w2, eps, ALIGNED)
+    c0 += r.shape[1] // 2
+    adam_of_halves(row, space, right, c0, j, r_tile, factor, b1, w1, b2, w2, eps, ALIGNED)
+
+
 # Reads G once: 2 bytes per bf16 weight, 4 per float32. It is read again for each further tile
 # of rank rows; its neighbour finds it in L2. Without STORE the moments are read and written, 16 r/K
 # bytes more; with it R is written, 4 r/K per chunk.
@@ -100,7 +147,7 @@ def _project(
     table, items, space, clock, grad_scale, found_inf, direction, b1, w1, b2, w2, eps, gap,
     T: tl.constexpr, K_UNIT: tl.constexpr, ALIGNED: tl.constexpr, R_ALIGNED: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    SWAPPED: tl.constexpr, PART: tl.constexpr,
+    ASYNC: tl.constexpr, PART: tl.constexpr,
     STORE: tl.constexpr, SIGNS: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     if not STORE:  # noqa: SIM102  (else it writes the workspace alone, and square_norm needs q)
@@ -116,14 +163,8 @@ def _project(
         x_at += c[None, :] * ld + (begin + k)[:, None]
     else:
         x_at += (begin + k)[:, None] * ld + c[None, :]
-    if SWAPPED:
-        acc = tl.zeros((BC, BR), tl.float32)
-    else:
-        acc = tl.zeros((BK if BR == 1 else BR, BC), tl.float32)
+    acc = tl.zeros((BK if BR == 1 else BR, BC), tl.float32)
     q = tl.zeros((BK, BC), tl.float32)
-    # SWAPPED: both operands lie in shared memory, x as its copies have left it. With z as the left
-    # one Triton would keep it in registers, let wgmma go on into the next turn, and draw the next z
-    # into the same registers (its issue 9433; on an H200 a rademacher R was wrong by 7 %).
     for k0 in range(begin, end, BK):
         inside = k0 + k < size
         if PART:
@@ -134,19 +175,14 @@ def _project(
         q += wide * wide
         if BR == 1:  # the channels' dot products with one row: no use for a tensor core
             acc += wide * tl.reshape(z, (BK, 1)).to(tl.float32)
-        elif SWAPPED:
-            if INTERPRET:
-                acc = tl.dot(tl.trans(wide), tl.trans(z), acc, input_precision="ieee")
-            else:
-                acc = tl.dot(tl.trans(x), tl.trans(z).to(x.dtype), acc)
         else:
             acc = _dot(z, x, acc)
+            if ASYNC and not INTERPRET:
+                acc = _settled(acc)
         x_at += BK if K_UNIT else BK * ld
 
     if BR == 1:
         acc = tl.sum(acc, 0)[None, :]
-    if SWAPPED:
-        acc = tl.trans(acc)
     j = r_tile * BR + tl.arange(0, BR)
     if r_tile == 0:
         q_at = space + tl.load(row + tables.LOW_RANK.q) + chunk * channels.to(tl.int64) + c
@@ -155,15 +191,18 @@ def _project(
         store(row, space, acc, c, j, chunk, R_ALIGNED)
     else:
         factor = over_root_of_rank(row, gradient_factor(direction, grad_scale, None))
-        if BR < 128:
-            moments(row, space, acc, c, j, r_tile, factor, b1, w1, b2, w2, eps, R_ALIGNED)
-        else:  # in halves: R, M and V of a whole tile would spill
-            halves = tl.permute(tl.reshape(acc, (BR, 2, BC // 2)), (0, 2, 1))
-            left, right = tl.split(halves)
-            c = c_tile * BC + tl.arange(0, BC // 2)
-            moments(row, space, left, c, j, r_tile, factor, b1, w1, b2, w2, eps, R_ALIGNED)
+        c = c_tile * BC
+        if BR * BC <= 64 * 128:
+            adam_of(row, space, acc, c, j, r_tile, factor, b1, w1, b2, w2, eps, R_ALIGNED)
+        elif BR * BC <= 128 * 128:  # in pieces: R, M and V of a whole tile would spill
+            adam_of_halves(row, space, acc, c, j, r_tile, factor, b1, w1, b2, w2, eps, R_ALIGNED)
+        else:
+            left, right = _halves(acc)
+            adam_of_quarters(row, space, left, c, j, r_tile, factor, b1, w1, b2, w2, eps, R_ALIGNED)
             c += BC // 2
-            moments(row, space, right, c, j, r_tile, factor, b1, w1, b2, w2, eps, R_ALIGNED)
+            adam_of_quarters(
+                row, space, right, c, j, r_tile, factor, b1, w1, b2, w2, eps, R_ALIGNED
+            )
 
 
 class Tiling(NamedTuple):
@@ -176,7 +215,7 @@ class Tiling(NamedTuple):
     BR: int
     BC: int
     BK: int
-    SWAPPED: bool
+    ASYNC: bool
     PART: bool
     num_warps: int
     num_stages: int
@@ -185,21 +224,22 @@ class Tiling(NamedTuple):
 def choose(layout: tables.Layout, asynchronous: bool) -> Tiling:
     """The tile of a matrix; ``asynchronous``: whether dots read shared memory (wgmma, tcgen05).
 
-    128 channels share an entry of z: at rank 128 its 14 slots then fit into the time in which an
-    H200 reads 128 bf16 weights (15 slots each), and other cards have more slots per byte. 128 x 128
+    128 channels share an entry of z, whose 14 slots are most of a turn's. wgmma and tcgen05 leave
+    room for 256: on an H200 a step of LLaMA-7B at rank 256 is a third shorter for it. 128 x 128
     float32 sums take 64 registers of 256 threads; wgmma takes 64 rows of its left operand at once.
-    Along K, whole 128-byte lines are best; mma.sync holds both operands in registers beside the
-    sums, and half a line is what fits without spills.
+    Along K, whole 128-byte lines are best; where the sums leave no room for both operands of such a
+    turn, half a line is what fits without spills.
     Rank 1 streams G through registers, 32 bytes per thread, in segments of 256 bytes or more.
     """
     rank, g, size = layout.rank, layout.g, layout.g.dtype.itemsize
     if rank == 1:
         tile = (1, 32 // size, 128, False) if g.k_unit else (1, 128, 16, False)
         launch = (4, 3)
+    elif asynchronous and size == 2 and rank > 32:
+        tile, launch = (min(128, triton.next_power_of_2(rank)), 256, 32, True), (8, 3)
     elif rank <= 64 or asynchronous:
         rows = min(128, max(16, triton.next_power_of_2(rank)))
-        tile = (rows, 128, 128 // size, asynchronous and size == 2 and rows >= 64)
-        launch = (8, 3)
+        tile, launch = (rows, 128, 128 // size, False), (8, 3)
     else:
         tile, launch = (128, 128, 64 // size, False), (8, 4)
     part = layout.k_first is not None

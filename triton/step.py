@@ -36,8 +36,6 @@ def takes(item: LowRank | Dense) -> bool:
     known = item.weight.dtype in _DTYPES if item.grid is None else _takes_int8(item)
     stored = isinstance(item, LowRank) or item.exp_avg.dtype == torch.float32
     stored = stored or (moments.lie_as_counted(item) and item.first % 4 == 0)
-    if isinstance(item, LowRank) and item.part is not None:
-        stored = item.grid is None
     return known and stored and item.grad.dtype in _DTYPES and sides
 
 
