@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export APOLLO_KERNELS_CUDA ?= nvcc
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: help demo docs test test-ptx test-sanitizers test-mutants lint format bench kernel-report gpu-check wheel clean
+.PHONY: help ready demo docs test test-ptx test-sanitizers test-mutants lint format bench kernel-report gpu-check wheel clean
 help:
 	@echo "make demo    pre-train a small LLaMA with AdamW, APOLLO, Mini and int8 Mini; a table and a PNG"
 	@echo "make test    the whole suite        make lint   ruff, clang-format, mypy"
@@ -27,12 +27,16 @@ $(READY): requirements-dev.txt $(SOURCES)
 	$(BIN)/python -m apollo_kernels info
 	touch $@
 
+ready: $(READY)
+
 demo: $(READY)
 	$(BIN)/python examples/pretrain.py --demo
 
 # pytest, not python -m pytest: the root on sys.path would let the folder triton/ pose as Triton.
+# worksteal: each worker goes through files of its own, so that what takes a minute to build is built
+# by one while the other tests, and both end together.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # An hour, where nvcc is: what it compiles, and what Triton does, run by an interpreter of PTX.
 # A line for each case. EVERY=10 takes a tenth of the grid, PTX="-k 'rank and 130'" what it names.

@@ -113,6 +113,7 @@ def _taken_by_fsdp1() -> Iterator[tuple[torch.Size, str]]:
     gradient."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
+    gc.collect()  # a model that is used no more may live on in a cycle
     for found in gc.get_objects():
         if not issubclass(type(found), Tensor) or not getattr(found, "_is_flat_param", False):
             continue

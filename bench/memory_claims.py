@@ -19,6 +19,7 @@ import argparse
 import bisect
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 import warnings
@@ -318,6 +319,7 @@ def micro_batch_runs() -> dict[str, Run]:
     }
 
 
+@functools.cache
 def estimated(run: Run) -> estimate.Estimate:
     """What `python -m apollo_kernels estimate` says of a run."""
     shape = estimate.architecture(run.model)

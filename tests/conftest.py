@@ -9,13 +9,15 @@ import os
 from dataclasses import dataclass
 
 import emulated
+import interpreter
 import pytest
+import ranks
 import torch
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # decided when Triton is imported: its kernels run interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
+interpreter.quicken()
 
 # Warnings that tests cause on purpose, all over: they clamp ranks, step twins that share keys, give
 # no rank, or one to vectors, take three dimensions as a matrix, and overflow where a kernel must
@@ -100,6 +102,16 @@ def backend(request):
         pytest.skip(f"{request.param}: {reason}")
     with running(request.param) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def group():
+    """Processes that run a function as the ranks of a gloo group."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("torch has no gloo here")
+    found = ranks.Ranks()
+    yield found
+    found.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,21 @@
-"""Processes that act as the ranks of a gloo group: started once, then given functions to run."""
+"""Processes that act as the ranks of a gloo group: started once, then given functions to run.
+
+They are forked from a server that has imported, once for all of them, what takes seconds.
+"""
 
 import io
 import multiprocessing
+import os
 import tempfile
 import traceback
 from datetime import timedelta
 from pathlib import Path
 
-PATIENCE = 60  # seconds that a job may take before its processes are given up
+PATIENCE = 120  # seconds that a job may take, on a busy machine, before its processes are given up
+PRELOADED = [
+    "apollo_kernels", "torch._dynamo", "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp", "torch.distributed.optim", "torch.distributed.tensor.parallel",
+]  # fmt: skip
 
 
 class RankError(AssertionError):
@@ -35,6 +43,7 @@ def _serve(pipe):
     from torch import distributed
 
     torch.set_num_threads(1)
+    os.environ.pop("APOLLO_KERNELS_BACKEND", None)  # of the test that happened to start this
     while True:
         job = pipe.recv()
         if job is None:
@@ -61,7 +70,8 @@ class Ranks:
     """Workers, as many as the largest world that was asked for."""
 
     def __init__(self):
-        self.context = multiprocessing.get_context("spawn")
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOADED)
         self.workers = []
 
     def run(self, world, function, *arguments):
@@ -74,7 +84,7 @@ class Ranks:
             store = str(Path(folder) / "store")
             for rank, (_, pipe) in enumerate(self.workers[:world]):
                 pipe.send((function, rank, world, store, arguments))
-            answers = [self._answer(pipe) for _, pipe in self.workers[:world]]
+            answers = [self._answer(*worker) for worker in self.workers[:world]]
         wrong = [f"rank {rank}:\n{what}" for rank, (good, what) in enumerate(answers) if not good]
         if wrong:
             self.stop()
@@ -86,15 +96,17 @@ class Ranks:
             here, there = self.context.Pipe()
             process = self.context.Process(target=_serve, args=(there,), daemon=True)
             process.start()
+            there.close()  # or the end of the process would not be seen
             self.workers.append((process, here))
 
-    def _answer(self, pipe):
+    def _answer(self, process, pipe):
         if not pipe.poll(PATIENCE):
             return False, "no answer: it waits for another rank, or it has ended"
         try:
             return _unpacked(pipe.recv_bytes())
         except EOFError:
-            return False, "the process has ended"
+            process.join()
+            return False, f"ended with {process.exitcode}"
 
     def stop(self):
         for process, _ in self.workers:

@@ -100,11 +100,22 @@ def test_a_wrong_result_is_not_timed():
         agree(torch.full((3,), float("nan")), torch.ones(3, dtype=torch.float64), 1e-6, "x")
 
 
-def test_each_benchmark_runs_here_and_writes_its_files(tmp_path):
+def test_each_benchmark_runs_here_and_writes_its_files(tmp_path, monkeypatch):
+    """One as a command, the others in this process, which has imported torch."""
+    import bench_ops
+    import bench_step
+    import measure
+
+    def main(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        module.main()
+
+    monkeypatch.setattr(measure, "keep_freed_memory", lambda: None)  # it would stay so
+    monkeypatch.setattr(bench_ops, "DTYPES", {"bfloat16": torch.bfloat16})
     run("roofline.py", "--model", "60m", "--rank", 8, "--out", tmp_path)
-    run("bench_ops.py", "--model", "60m", "--quick", "--out", tmp_path)
+    main(bench_ops, "--model", "60m", "--quick", "--out", tmp_path)
     command = ("--models", "60m", "--rounds", 1, "--rank", 4, "--dtype", "bfloat16")
-    run("bench_step.py", *command, "--out", tmp_path)
+    main(bench_step, *command, "--out", tmp_path)
     for stem, kinds in {"roofline": "png", "ops": "", "step": "png"}.items():
         content = json.loads((tmp_path / f"{stem}.json").read_text())
         assert content["environment"]["torch"] == torch.__version__

@@ -3,7 +3,6 @@ whole optimizer in parts."""
 
 import hashlib
 
-import processes
 import pytest
 import torch
 from torch import distributed, nn
@@ -81,7 +80,8 @@ DDP = {
 }
 
 
-def replicas(rank, kind, how, steps):
+def replicas(kind, how, steps):
+    rank = distributed.get_rank()
     dtype = torch.bfloat16 if kind in ("stochastic rounding", "int8 weights") else torch.float32
     model = net(dtype)
     if kind == "int8 weights":
@@ -107,19 +107,19 @@ def replicas(rank, kind, how, steps):
 
 
 @pytest.mark.parametrize("how", DDP)
-def test_replicas_are_equal_however_gradients_are_reduced(how):
-    equal(processes.run(replicas, "channel", how, STEPS))
+def test_replicas_are_equal_however_gradients_are_reduced(group, how):
+    equal(group.run(2, replicas, "channel", how, STEPS))
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_replicas_are_equal_whatever_is_drawn(kind):
-    equal(processes.run(replicas, kind, "views", 100))
+def test_replicas_are_equal_whatever_is_drawn(group, kind):
+    equal(group.run(2, replicas, kind, "views", 100))
 
 
-def joined(rank):
+def joined():
     """Rank 0 has more batches. Afterwards weights are equal; the state is that of the last to end,
     as with every optimizer, and goes to the others by a state_dict."""
-    model = net()
+    rank, model = distributed.get_rank(), net()
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = APOLLO(apollo(replica, rank=4), lr=1e-2, update_proj_gap=20)
     digests = []
@@ -144,8 +144,8 @@ def joined(rank):
     return common, weights, behind, digests
 
 
-def test_replicas_are_equal_after_join():
-    common, weights, behind, after = zip(*processes.run(joined), strict=True)
+def test_replicas_are_equal_after_join(group):
+    common, weights, behind, after = zip(*group.run(2, joined), strict=True)
     equal(common)
     assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
     assert behind[0] != behind[1]
@@ -155,7 +155,7 @@ def test_replicas_are_equal_after_join():
 # ---- gradient release ----------------------------------------------------------------------------
 
 
-def released(rank, how):
+def released(how):
     """What is said, and whether anything was written."""
     model = net()
     optimizer = APOLLO(apollo(model, rank=4), gradient_release=how != "attached")
@@ -169,15 +169,15 @@ def released(rank, how):
     try:
         if how == "attached":
             optimizer.attach(replica)
-        backward(replica, batch(rank, 0))
+        backward(replica, batch(distributed.get_rank(), 0))
     except (RuntimeError, ValueError) as error:
         return str(error), digest(optimizer) == before
     return "", False
 
 
 @pytest.mark.parametrize("how", ["attached", "made with it", "composable"])
-def test_gradient_release_is_refused_on_every_rank(how):
-    for text, untouched in processes.run(released, how):
+def test_gradient_release_is_refused_on_every_rank(group, how):
+    for text, untouched in group.run(2, released, how):
         assert "averaged over the ranks" in text and "buckets" in text
         assert untouched
 
@@ -185,11 +185,11 @@ def test_gradient_release_is_refused_on_every_rank(how):
 # ---- ZeroRedundancyOptimizer ---------------------------------------------------------------------
 
 
-def redundancy_free(rank, maker, views, world=2):
+def redundancy_free(maker, views):
     """ZeroRedundancyOptimizer beside the whole optimizer; saved, and gone on with by a new one."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    options = dict(lr=1e-2, update_proj_gap=20)
+    rank, options = distributed.get_rank(), dict(lr=1e-2, update_proj_gap=20)
     models = [DistributedDataParallel(net(), gradient_as_bucket_view=views) for _ in range(2)]
 
     def parted():
@@ -226,19 +226,20 @@ def redundancy_free(rank, maker, views, world=2):
 
 @pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("maker", [apollo, apollo_mini])
-def test_zero_redundancy_is_the_whole_optimizer_in_parts(maker, views):
-    (mine, keys), (others, _) = processes.run(redundancy_free, maker, views)
+def test_zero_redundancy_is_the_whole_optimizer_in_parts(group, maker, views):
+    (mine, keys), (others, _) = group.run(2, redundancy_free, maker, views)
     assert len(mine) > 0 and len(others) > 0 and set(mine) & set(others) == set()
     found = {name: key for name, key in {**mine, **others}.items() if key is not None}
     assert found == keys and len(set(keys.values())) == 4
 
 
-def joined_without_redundancy(rank):
+def joined_without_redundancy():
     """A rank that has ended steps its part on, so that no state is left behind; what the others
     reduce reaches it in the buckets, of which its gradients are views."""
     from torch.distributed.algorithms.join import Join
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
+    rank = distributed.get_rank()
     replica = DistributedDataParallel(net(), gradient_as_bucket_view=True)
     optimizer = ZeroRedundancyOptimizer(apollo(replica, rank=4), optimizer_class=APOLLO, lr=1e-2)
 
@@ -255,13 +256,13 @@ def joined_without_redundancy(rank):
     return counts, [p.detach().clone() for p in replica.parameters()]
 
 
-def test_zero_redundancy_leaves_no_state_behind_in_join():
-    (counts, weights), (counts_1, weights_1) = processes.run(joined_without_redundancy)
+def test_zero_redundancy_leaves_no_state_behind_in_join(group):
+    (counts, weights), (counts_1, weights_1) = group.run(2, joined_without_redundancy)
     assert counts == counts_1 == {25}
     assert all(torch.equal(p, q) for p, q in zip(weights, weights_1, strict=True))
 
 
-def names_by_hand(rank):
+def names_by_hand():
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     pairs = list(net().named_parameters())
@@ -272,6 +273,6 @@ def names_by_hand(rank):
         return str(error)
 
 
-def test_names_that_zero_redundancy_cannot_match_are_refused():
-    for text in processes.run(names_by_hand):
+def test_names_that_zero_redundancy_cannot_match_are_refused(group):
+    for text in group.run(2, names_by_hand):
         assert "10 names for" in text and "param_groups(model)" in text

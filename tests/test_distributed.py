@@ -8,21 +8,12 @@ import conftest
 import helpers
 import mixture
 import pytest
-import ranks
 import sharded
 import torch
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without distributed"
 )
-
-
-@pytest.fixture(scope="module")
-def group():
-    """Processes that run a function as the ranks of a gloo group."""
-    found = ranks.Ranks()
-    yield found
-    found.stop()
 
 
 def compare(found, expected, tolerance):

@@ -3,7 +3,6 @@
 import copy
 import re
 
-import processes
 import pytest
 import torch
 from helpers import changed, refuses, snapshot
@@ -30,7 +29,7 @@ def message_of(call):
 # ---- FSDP1 ---------------------------------------------------------------------------------------
 
 
-def under_fsdp1(rank, sharding, use_orig_params):
+def under_fsdp1(sharding, use_orig_params):
     """What each way to an optimizer of a model under FSDP1 says."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
@@ -68,8 +67,8 @@ def under_fsdp1(rank, sharding, use_orig_params):
 
 @pytest.mark.parametrize("sharding", ["FULL_SHARD", "SHARD_GRAD_OP"])
 @pytest.mark.parametrize("use_orig_params", [True, False])
-def test_pieces_of_fsdp1_are_refused_on_every_rank(sharding, use_orig_params):
-    found = processes.run(under_fsdp1, sharding, use_orig_params)
+def test_pieces_of_fsdp1_are_refused_on_every_rank(group, sharding, use_orig_params):
+    found = group.run(2, under_fsdp1, sharding, use_orig_params)
     assert len(found[0]) == 10
     for said in found:
         assert said.pop("dense") == ""  # AdamW is the same on a piece
@@ -85,8 +84,8 @@ def test_pieces_of_fsdp1_are_refused_on_every_rank(sharding, use_orig_params):
             assert re.match(f"parameter {called}.*{cut}.*{INSTEAD}", text), (how, text)
 
 
-def test_what_fsdp1_leaves_whole_is_taken():
-    found = processes.run(under_fsdp1, "NO_SHARD", True)
+def test_what_fsdp1_leaves_whole_is_taken(group):
+    found = group.run(2, under_fsdp1, "NO_SHARD", True)
     for said in found:
         assert set(said.pop("wrote")) != set()
         assert not any(said.values())

@@ -5,7 +5,6 @@ import functools
 import math
 
 import pytest
-import ranks
 import sharded
 import torch
 from torch import distributed, nn
@@ -16,14 +15,6 @@ from apollo_kernels import APOLLO, Int8Weight, dequantize_, quantize_
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 # A layer of two dimensions returns a view of its product, as any nn.Linear of three does.
 pytestmark = [pytestmark, pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")]
-
-
-@pytest.fixture(scope="module")
-def group():
-    """Processes that run a function as the ranks of a gloo group."""
-    found = ranks.Ranks()
-    yield found
-    found.stop()
 
 
 INT8 = ["0", "1", "3", "5"]

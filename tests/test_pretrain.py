@@ -15,9 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-import processes
 import pytest
+import ranks
 import torch
+from torch import distributed
 
 from apollo_kernels import APOLLO, apollo
 from apollo_kernels.release import Release
@@ -260,15 +261,6 @@ def test_the_demo_prints_a_table_and_draws_a_picture(run, text, tmp_path):
 TOGETHER = [str(x) for x in [*MICRO, "--batch-size", 6, "--steps", 6]]
 
 
-@pytest.fixture(scope="module")
-def group():
-    import ranks
-
-    found = ranks.Ranks()
-    yield found
-    found.stop()
-
-
 def losses_in(path):
     with path.open() as file:
         return [float(row["loss"]) for row in csv.DictReader(file)]
@@ -366,7 +358,7 @@ def test_torchrun_goes_on_after_a_worker_was_killed(group, text, tmp_path):
     assert losses(log) == losses(tmp_path / "whole.csv")
 
 
-def killed_in_its_second_save(rank, path, moment):
+def killed_in_its_second_save(path, moment):
     """Trains two steps and saves after each; rank 1, or the one that writes the metadata, is killed
     with the data of the second checkpoint on the disk. Returns nothing: no rank gets so far."""
     from torch.distributed.checkpoint import FileSystemWriter
@@ -389,20 +381,20 @@ def killed_in_its_second_save(rank, path, moment):
     for step in (1, 2):
         model(torch.ones(4, 8)).square().sum().backward()
         optimizer.step()
-        if step == 2 and rank == (moment == "write_data"):
+        if step == 2 and distributed.get_rank() == (moment == "write_data"):
             setattr(FileSystemWriter, moment, die)
         processes.save(path, model, optimizer, {"step": step})
-        if step == 1 and rank == 0:
+        if step == 1 and distributed.get_rank() == 0:
             (path / "first").write_bytes((path / "step-1" / "__0_0.distcp").read_bytes())
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("moment", ["write_data", "finish"])
-def test_a_process_killed_in_a_save_leaves_the_checkpoint_before_it(run, tmp_path, moment):
+def test_a_process_killed_in_a_save_leaves_the_checkpoint_before_it(run, group, tmp_path, moment):
     import parallel
 
-    with pytest.raises(AssertionError, match=r"ended with -9"):
-        processes.run(killed_in_its_second_save, tmp_path, moment)
+    with pytest.raises(ranks.RankError, match=r"ended with -9"):
+        group.run(2, killed_in_its_second_save, tmp_path, moment)
     assert (tmp_path / "step-2").is_dir()  # it had begun
     assert parallel.newest(tmp_path) == tmp_path / "step-1"
     assert (tmp_path / "step-1" / "__0_0.distcp").read_bytes() == (tmp_path / "first").read_bytes()
