@@ -84,10 +84,10 @@ class Memory:
         """Raises ValueError if FSDP1 has taken the parameters out of their model since they were
         added (use_orig_params=False): no step would do anything.
 
-        It leaves no mark on them. But none of them has a gradient, while a flat buffer has one that
-        was made of parameters of this shape and name. Only an optimizer that has not yet seen a
-        gradient looks, and no more than three times: a step before the first backward is no
-        mistake, and a look goes through all objects of the process.
+        It leaves no mark on them. But none of them has a gradient or stands in a module, while a
+        flat buffer has one that was made of parameters of this shape and name. Only an optimizer
+        that has not yet seen a gradient looks, and no more than three times: a step before the
+        first backward is no mistake, and a look goes through all objects of the process.
         """
         if not self._looks:
             return
@@ -99,13 +99,20 @@ class Memory:
             for index, group in enumerate(groups):
                 called = group.get("param_names", [fqn] * len(group["params"]))
                 for place, (p, name) in enumerate(zip(group["params"], called, strict=True)):
-                    if p.shape == shape and f".{name}".endswith(f".{fqn}"):
+                    alike = p.shape == shape and f".{name}".endswith(f".{fqn}")
+                    if alike and not _stands_in_a_dict(p):
                         raise ValueError(
                             f"{name_of(index, place)}, of shape {tuple(shape)}, is in its model no "
                             "more, and no parameter of this optimizer has a gradient: FSDP1 has "
                             "put a flat buffer in its place since the optimizer was made, whose "
                             f"steps would do nothing{_INSTEAD}"
                         )
+
+
+def _stands_in_a_dict(p: Tensor) -> bool:
+    """Whether a dict has it as a value, as a module has its parameters."""
+    dicts = (found for found in gc.get_referrers(p) if type(found) is dict)
+    return any(value is p for found in dicts for value in found.values())
 
 
 def _taken_by_fsdp1() -> Iterator[tuple[torch.Size, str]]:
