@@ -287,7 +287,7 @@ def test_the_command_line_knows_mixtures(capsys):
 def test_a_mixture_that_the_estimate_does_not_know_is_named(change, piece):
     config = {
         "model_type": "qwen3_moe", "hidden_size": 8, "intermediate_size": 8, "vocab_size": 8,
-        "num_hidden_layers": 1, "num_attention_heads": 1, "num_experts": 4,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_experts": 4,
         "num_experts_per_tok": 2, "moe_intermediate_size": 8,
     }  # fmt: skip
     assert estimate.of_config(config).experts == 4
