@@ -34,7 +34,7 @@ import training  # of examples/, which rivals has put on the path
 from apollo_kernels.commands import contest
 
 Losses = dict[float, float]  # of a sweep: factor of the learning rate -> final loss
-FARTHEST = 256  # times the rate that a sweep begins at
+FARTHEST = 32  # times the rate that a sweep begins at
 NOISE = 0.005  # nats between two draws of the projection at one seed (DESIGN.md, sparse projection)
 
 

@@ -70,10 +70,10 @@ def _apollo_torch(matrices: list[Any], lr: float, rank: int) -> torch.optim.Opti
 
 
 RIVALS = {
-    "Adafactor": (2e-2, _adafactor, "torch"),
-    "Muon": (2e-3, _muon, "torch"),
-    "CAME": (1e-3, _came, "came_pytorch"),
-    "GaLore": (1e-2, _galore, "galore_torch"),
+    "Adafactor": (4e-2, _adafactor, "torch"),
+    "Muon": (4e-3, _muon, "torch"),
+    "CAME": (1e-3 / 32, _came, "came_pytorch"),
+    "GaLore": (5e-3, _galore, "galore_torch"),
     "apollo_torch": (training.LEARNING_RATES["apollo"], _apollo_torch, "apollo_torch"),
 }
 RANKED = ("GaLore", "apollo_torch")

@@ -323,10 +323,15 @@ def optimizer_of(net, **options):
 
 
 def sharded_model(mesh, reshard=True, policy=None):
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    """``policy``: of mixed precision; or "offload", by which shards and gradients are the CPU's."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     net, mesh = model(), mesh_of(mesh)
-    options = {"mp_policy": MixedPrecisionPolicy(**policy)} if policy else {}
+    options = {}
+    if policy == "offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    elif policy:
+        options["mp_policy"] = MixedPrecisionPolicy(**policy)
     for layer in (net[1], net[3]):
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, **options)
     fully_shard(net, mesh=mesh, **options)

@@ -508,6 +508,14 @@ def test_a_mixed_precision_policy_leaves_float_shards_to_step(group):
     assert losses != expected
 
 
+def test_a_policy_that_offloads_to_the_cpu_leaves_the_steps_as_they_are(group):
+    for found, expected in zip(
+        *(group.run(2, sharded.fsdp, (2,), range(5), {}, False, p) for p in ("offload", None)),
+        strict=True,
+    ):
+        close(found, expected, 0)
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
