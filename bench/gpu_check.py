@@ -65,7 +65,9 @@ def parts(out: Path, gpu: bool) -> list[Part]:
         str(ROOT / "tests/test_gpu.py"),
     ]
     # Kernels that Triton compiles take seconds each: several processes where pytest-xdist is there.
-    workers = ["-n", "6"] if gpu and importlib.util.find_spec("xdist") else []
+    # (On an H200 12 of them took 98 s; one alone was not through after 200.)
+    processes = str(min(12, os.cpu_count() or 1))
+    workers = ["-n", processes] if gpu and importlib.util.find_spec("xdist") else []
     sanitizer = [cuda_tool("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "9"]
     # Bounds and first reads show only where each tensor has an allocation of its own.
     apart = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
