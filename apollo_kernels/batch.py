@@ -70,6 +70,16 @@ class Signals:
     found_inf: Tensor | None = None
     clip: Tensor | None = None
 
+    def skips(self) -> bool:
+        """Whether every write is skipped. The host waits for found_inf, as in ``factor``."""
+        return self.found_inf is not None and bool(self.found_inf)
+
+    def factor(self, maximize: bool) -> float:
+        """What the gradient is multiplied with."""
+        sign = -1.0 if maximize else 1.0
+        unscaled = sign if self.grad_scale is None else sign / float(self.grad_scale)
+        return unscaled * (1.0 if self.clip is None else float(self.clip))
+
 
 @dataclass(frozen=True)
 class Part:

@@ -72,7 +72,7 @@ def arrange(z: Tensor, wanted: str) -> Tensor:
     return tiles.view(-(-rank // 32) * 2, 16, -1, 16, 2).permute(2, 0, 3, 1, 4).contiguous()
 
 
-def _walk(x: Tensor) -> tuple[int, int, int, bool]:
+def walk(x: Tensor) -> tuple[int, int, int, bool]:
     """X [C, K] as passes walk it: C, K, how far apart its rows or columns are, and which."""
     by_row = x.stride(1) == 1
     return *x.shape, x.stride(0) if by_row else x.stride(1), by_row
@@ -83,25 +83,31 @@ def _sums(channels: int, rank: int) -> tuple[Tensor, Tensor]:
     return r, torch.empty((channels,), dtype=torch.float32, device="cpu")
 
 
+def padded(z: Tensor, form: str) -> int:
+    """How many rows z has as ``arrange`` made it, with the zeros."""
+    if form.startswith("tiles"):
+        return 16 * z.shape[1]
+    return z.shape[1] if form == "pairs" else 0
+
+
 def project(x: Tensor, z: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """As reference.project, from X [C, K] and z arranged for it: R [C, r], q [C] float32."""
-    form, walk, threads = layout(x, rank), _walk(x), torch.get_num_threads()
+    form, sides, threads = layout(x, rank), walk(x), torch.get_num_threads()
     r, q = _sums(len(x), rank)
     scale, out = rank**-0.5, (r.data_ptr(), q.data_ptr(), threads)
     element = ELEMENTS[x.dtype]
     if form == "rows":
-        _C.cpu_project_thin(x.data_ptr(), element, *walk, z.data_ptr(), rank, scale, *out)
+        _C.cpu_project_thin(x.data_ptr(), element, *sides, z.data_ptr(), rank, scale, *out)
     elif form == "pairs":
-        _C.cpu_project_bf16(x.data_ptr(), *walk, z.data_ptr(), rank, z.shape[1], scale, *out)
+        _C.cpu_project_bf16(x.data_ptr(), *sides, z.data_ptr(), rank, padded(z, form), scale, *out)
     elif form == "scaled":  # the BLAS multiplies, and q is all that is left to do
-        _C.cpu_project_thin(x.data_ptr(), element, *walk, 0, 0, 1.0, *out)
+        _C.cpu_project_thin(x.data_ptr(), element, *sides, 0, 0, 1.0, *out)
         few = max(1, WIDENED // x.shape[1]) if x.dtype != torch.float32 else len(x)
         for part, out in zip(x.split(few), r.split(few), strict=True):
             torch.mm(part.float(), z.t(), out=out)
     else:
-        padded = 16 * z.shape[1]
         _C.cpu_project_tiles(
-            x.data_ptr(), element, *walk, z.data_ptr(), rank, padded, scale, *out
+            x.data_ptr(), element, *sides, z.data_ptr(), rank, padded(z, form), scale, *out
         )  # fmt: skip
     return r, q
 
@@ -115,7 +121,7 @@ def project_sparse(x: Tensor, places: Tensor, rank: int) -> tuple[Tensor, Tensor
     """As reference.project_sparse, with float32 sums: R [C, r], q [C] float32."""
     r, q = _sums(len(x), rank)
     _C.cpu_project_sparse(
-        x.data_ptr(), ELEMENTS[x.dtype], *_walk(x), places.data_ptr(), rank, r.data_ptr(),
+        x.data_ptr(), ELEMENTS[x.dtype], *walk(x), places.data_ptr(), rank, r.data_ptr(),
         q.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return r, q
@@ -166,22 +172,26 @@ class ProjectionCache:
         self._owners: dict[int, tuple[weakref.ref, set[int]]] = {}
         self._lock = threading.RLock()  # an owner may end while this thread is in here
 
-    def get(self, owner: object, key: int, wanted: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """``make()``, or what it made before for this owner and key if that was ``wanted``."""
+    def get(
+        self, owner: object, key: int, wanted: Hashable, make: Callable[[], Tensor]
+    ) -> tuple[Tensor, bool]:
+        """``make()``, or what it made before for this owner and key if that was ``wanted``; and
+        whether it is held."""
         place = id(owner), key
         with self._lock:
             have = self._entries.get(place)
             if have is not None and have[0] == wanted:
-                return have[1]
+                return have[1], True
             self._drop(place)
         p = make()
         size = p.numel() * p.element_size()
         with self._lock:
-            if place not in self._entries and self.nbytes + size <= self.limit:
+            holds = place not in self._entries and self.nbytes + size <= self.limit
+            if holds:
                 self._entries[place] = (wanted, p)
                 self.nbytes += size
                 self._keys_of(owner).add(key)
-        return p
+        return p, holds
 
     def _drop(self, place: tuple[int, int]) -> None:
         entry = self._entries.pop(place, None)

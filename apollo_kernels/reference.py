@@ -15,12 +15,14 @@ import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from apollo_kernels import cpu, int8, moments
+from apollo_kernels import cpu, cpu_batch, int8, moments
 from apollo_kernels.batch import NORM_GROWTH, TINY, Dense, Hyper, LowRank, Signals
+from apollo_kernels.cpu_batch import CpuBatch
 from apollo_kernels.philox import ROUNDING_INT8, draw, moment_bits, rounding_bits, scaled, sparse
 
 _CHUNK = 2**20  # elements widened at a time: bounds the temporaries and keeps them in cache
@@ -326,11 +328,15 @@ def takes(item: LowRank | Dense) -> bool:
 
 
 def family(item: LowRank | Dense) -> Hashable:
-    """Every matrix is a batch of its own: its gradient is still in the caches for ``apply``."""
-    return id(item)
+    """Matrices that one compiled call steps; or else each is a batch of its own, so that its
+    gradient is still in the caches for ``apply``."""
+    compiled = isinstance(item, LowRank) and cpu_batch.takes(item)
+    return CpuBatch if compiled else id(item)
 
 
-def build(items: Sequence[LowRank], *, separate: bool) -> LowRankBatch:
+def build(items: Sequence[LowRank], *, separate: bool) -> LowRankBatch | CpuBatch:
+    if cpu_batch.takes(items[0]):
+        return CpuBatch(items, list(map(LowRankBatch, items)), separate)
     (item,) = items
     return LowRankBatch(item) if item.part is None else PartBatch(item)
 
@@ -340,23 +346,9 @@ def build_dense(items: Sequence[Dense]) -> DenseBatch:
     return DenseBatch(item)
 
 
-def _gradient_factor(hyper: Hyper, signals: Signals) -> float:
-    """What the gradient is multiplied with, but for the clipping."""
-    sign = -1.0 if hyper.maximize else 1.0
-    return sign if signals.grad_scale is None else sign / float(signals.grad_scale)
-
-
-def _whole_factor(hyper: Hyper, signals: Signals) -> float:
-    return _gradient_factor(hyper, signals) * (1.0 if signals.clip is None else float(signals.clip))
-
-
 def _times(factor: float, r: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """R and q of ``factor`` times the gradient, in place; a float32 factor^2 may be 0."""
     return (r, q) if factor == 1 else (r.mul_(factor), q.mul_(factor).mul_(factor))
-
-
-def _skipped(signals: Signals) -> bool:
-    return signals.found_inf is not None and bool(signals.found_inf)
 
 
 @functools.cache
@@ -369,6 +361,10 @@ def _count(signals: Signals, *places: int) -> None:
     signals.counters.add_(_outcome(places, signals.counters.device))
 
 
+def _is_sparse(distribution: str, rank: int) -> bool:
+    return distribution == "sparse" and rank > 1  # at rank 1 it is a dense row of signs
+
+
 class LowRankBatch:
     """One matrix. ``lend`` gives it the gradient, which it keeps for one step only."""
 
@@ -378,6 +374,7 @@ class LowRankBatch:
         # What compiled passes can walk stays so for as long as the batch is used (plan.py).
         x = item.grad if item.rows else item.grad.t()
         self.native_project = cpu.supported(x)
+        self.form = cpu.layout(x, item.exp_avg.shape[1])  # of z, for a compiled pass
         self.native_scale = cpu.supported(item.exp_avg, item.exp_avg_sq)
         same_order = (self.w.stride(1) == 1) == (x.stride(1) == 1)
         self.native_apply = same_order and cpu.supported(self.w, x)
@@ -398,7 +395,7 @@ class LowRankBatch:
             self.x = grad if self.item.rows else grad.t()
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
-        self.skipped = _skipped(signals)
+        self.skipped = signals.skips()
         item, x = self.item, self.x
         assert x is not None
         if self.skipped:
@@ -413,28 +410,46 @@ class LowRankBatch:
         """R and q, by the pass that suits x, with whatever of the projection is kept."""
         item = self.item
         rank, dtype, start = item.exp_avg.shape[1], item.exp_avg.dtype, self.start
+        is_sparse = _is_sparse(distribution, rank)
+        if self.native_project and not (is_sparse and start % rank):  # they begin with a block
+            _, p, _ = self.native_projection(epoch, distribution)
+            return (cpu.project_sparse if is_sparse else cpu.project)(x, p, rank)
+        device = x.device
         drawn = (item.key, epoch, rank, x.shape[1])
-
-        def kept(form: str, make: Callable[[], Tensor]) -> Tensor:
-            wanted = (*drawn, start, distribution, x.device, form)
-            return cpu.projections.get(item.step, item.key, wanted, make)
-
-        if distribution == "sparse" and rank > 1:  # at rank 1 it is a dense row of signs
-            if self.native_project and start % rank == 0:  # the passes begin with a block
-                places = kept("places", lambda: cpu.places(*sparse(*drawn, start=start)))
-                return cpu.project_sparse(x, places, rank)
-            row, sign = kept(
-                "pair", lambda: torch.stack(sparse(*drawn, start=start, device=x.device))
+        if is_sparse:
+            pair, _ = self._kept(
+                "pair",
+                (epoch, distribution, device),
+                lambda: torch.stack(sparse(*drawn, start=start, device=device)),
             )
+            row, sign = pair
             return project_sparse(x, row, sign, rank, dtype, start)
+        p, _ = self._kept(
+            "scaled",
+            (epoch, distribution, device),
+            lambda: scaled(draw(*drawn, distribution, start=start, device=device), dtype),
+        )
+        return project(x, p)
 
-        def z() -> Tensor:
-            return draw(*drawn, distribution, start=start, device=x.device)
+    def native_projection(self, epoch: int, distribution: str) -> tuple[str, Tensor, bool]:
+        """P as a compiled pass reads it, how it is laid out, and whether it is kept for later."""
+        item, start = self.item, self.start
+        rank, k = item.exp_avg.shape[1], self.w.shape[1]
+        drawn = (item.key, epoch, rank, k)
 
-        if self.native_project:
-            form = cpu.layout(x, rank)
-            return cpu.project(x, kept(form, lambda: cpu.arrange(z(), form)), rank)
-        return project(x, kept(str(dtype), lambda: scaled(z(), dtype)))
+        def make() -> Tensor:
+            if form == "places":
+                return cpu.places(*sparse(*drawn, start=start))
+            return cpu.arrange(draw(*drawn, distribution, start=start), form)
+
+        form = "places" if _is_sparse(distribution, rank) else self.form
+        return form, *self._kept(form, (epoch, distribution), make)
+
+    def _kept(
+        self, form: str, of: tuple[Any, ...], make: Callable[[], Tensor]
+    ) -> tuple[Tensor, bool]:
+        wanted = (form, self.item.exp_avg.shape[1], self.w.shape[1], self.start, *of)
+        return cpu.projections.get(self.item.step, self.item.key, wanted, make)
 
     def square_norm(self) -> Tensor:
         if self.q is None:
@@ -444,7 +459,7 @@ class LowRankBatch:
     def scale(self, hyper: Hyper, signals: Signals) -> None:
         if self.skipped:
             return
-        factor = _whole_factor(hyper, signals)
+        factor = signals.factor(hyper.maximize)
         s, u2 = self._scaled(hyper, factor)
         self._limit(s, u2, factor, hyper, signals)
 
@@ -530,7 +545,7 @@ class PartBatch(LowRankBatch):
     def scale(self, hyper: Hyper, signals: Signals) -> None:
         if self.skipped:
             return
-        factor = _whole_factor(hyper, signals)
+        factor = signals.factor(hyper.maximize)
         if hyper.scale_type == "channel":
             self.s_here, u2 = self._scaled(hyper, factor)
             if self.owners > 1:
@@ -565,7 +580,7 @@ class PartBatch(LowRankBatch):
             self.s_here = torch.tensor([ratio], dtype=dtype, device=self.norms.device)
             sums = [ratio * ratio * q]
         assert self.s_here is not None
-        self._limit(self.s_here, sums[0], _whole_factor(hyper, signals), hyper, signals)
+        self._limit(self.s_here, sums[0], signals.factor(hyper.maximize), hyper, signals)
 
 
 def _filled(t: Tensor, size: int) -> Tensor:
@@ -590,10 +605,10 @@ class DenseBatch:
     def adamw(self, hyper: Hyper, signals: Signals) -> None:
         item, grad = self.item, self.grad
         assert grad is not None
-        if _skipped(signals):
+        if signals.skips():
             return
         item.step.add_(1)
-        factor = _whole_factor(hyper, signals)
+        factor = signals.factor(hyper.maximize)
         step, finite = int(item.step), True
         moments_of = _Moments(item, step % 2**32)
 

@@ -10,6 +10,7 @@
 #include "cpu_bf16.h"
 #include "cpu_moments.h"
 #include "cpu_sparse.h"
+#include "cpu_step.h"
 #include "cpu_stream.h"
 #include "cpu_tiles.h"
 #include "kernel_bindings.h"
@@ -111,6 +112,22 @@ void cpu_apply(uintptr_t w, uintptr_t x, int element, int64_t outer, int64_t inn
                     threads);
 }
 
+std::vector<int64_t> cpu_epochs(uintptr_t matrices, int64_t count, int64_t update_proj_gap) {
+  const auto* a = reinterpret_cast<const apollo::CpuMatrix*>(matrices);
+  std::vector<int64_t> epochs;
+  for (int64_t i = 0; i < count; ++i) epochs.push_back(apollo::cpu_epoch(a[i], update_proj_gap));
+  return epochs;
+}
+
+void cpu_step(uintptr_t matrices, int64_t count, double lr, double beta1, double beta2, double eps,
+              double weight_decay, double scale, bool correct_bias, bool per_channel,
+              bool scale_front, bool disable_nl, double factor, uintptr_t counters, int threads) {
+  apollo::cpu_step(reinterpret_cast<const apollo::CpuMatrix*>(matrices), count,
+                   {lr, beta1, beta2, eps, weight_decay, scale, correct_bias, per_channel,
+                    scale_front, disable_nl},
+                   factor, reinterpret_cast<int64_t*>(counters), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -146,6 +163,11 @@ PYBIND11_MODULE(_C, module) {
              "The moments and the scales, and returns u^2; CpuMoments (cpu_moments.h).");
   module.def("cpu_apply", &cpu_apply, free,
              "The update of a matrix; the arguments are CpuApply's (cpu_stream.h).");
+  module.attr("CPU_MATRIX_BYTES") = sizeof(apollo::CpuMatrix);
+  module.def("cpu_epochs", &cpu_epochs,
+             "The epoch of each matrix's projection at its next step (cpu_step.h).");
+  module.def("cpu_step", &cpu_step, free,
+             "The step of several matrices: a table of CpuMatrix, then CpuHyper (cpu_step.h).");
   apollo::bind_tensor_facts(module);
 #if APOLLO_HAS_KERNELS
   apollo::bind_kernels(module);

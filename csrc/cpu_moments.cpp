@@ -66,31 +66,48 @@ float ratio(const Squares& squares) {
 
 }  // namespace
 
-float cpu_scale(const CpuMoments& a, int threads) {
-  // Stretches do not depend on the number of threads, and are added up in their order.
-  const int64_t size = a.channels * a.rank, stretch = a.per_channel ? a.rank : 4096;
-  const int64_t count = (size + stretch - 1) / stretch;
-  std::vector<Squares> squares(static_cast<size_t>(count));
-  if (size < (1 << 15)) threads = 1;  // a thread costs microseconds
-  parallel(count, std::max<int64_t>(1, 4096 / stretch), threads,
-           [&a, &squares, size, stretch](int64_t begin, int64_t end) {
-             for (int64_t i = begin; i < end; ++i) {
-               squares[size_t(i)] = update(a, i * stretch, std::min(size, (i + 1) * stretch));
-             }
-           });
-  float s = 0;
-  if (!a.per_channel) {
-    Squares all{0, 0};
-    for (const Squares& part : squares) all.r += part.r, all.n += part.n;
-    a.s[0] = s = ratio(all);
+void cpu_scale_channels(const CpuMoments& a) {
+  for (int64_t c = 0; c < a.channels; ++c) {
+    a.s[c] = ratio(update(a, c * a.rank, (c + 1) * a.rank));
   }
+}
+
+float cpu_square_norm(const CpuMoments& a) {
   double norm = 0;
   for (int64_t c = 0; c < a.channels; ++c) {
-    if (a.per_channel) a.s[c] = s = ratio(squares[size_t(c)]);
+    const float s = a.s[a.per_channel ? c : 0];
     const float q = a.q[c] * a.factor * a.factor;  // a float32 factor^2 may be 0
     norm += double(s * s * q);
   }
   return float(norm);
+}
+
+float cpu_scale(const CpuMoments& a, int threads) {
+  const int64_t size = a.channels * a.rank;
+  if (size < (1 << 15)) threads = 1;  // a thread costs microseconds
+  if (a.per_channel) {
+    parallel(a.channels, std::max<int64_t>(1, 4096 / a.rank), threads,
+             [&a](int64_t begin, int64_t end) {
+               CpuMoments some = a;
+               some.r += begin * a.rank, some.m += begin * a.rank, some.v += begin * a.rank;
+               some.s += begin, some.channels = end - begin;
+               cpu_scale_channels(some);
+             });
+    return cpu_square_norm(a);
+  }
+  // Stretches do not depend on the number of threads, and are added up in their order.
+  constexpr int64_t kStretch = 4096;
+  const int64_t count = (size + kStretch - 1) / kStretch;
+  std::vector<Squares> squares(static_cast<size_t>(count));
+  parallel(count, 1, threads, [&a, &squares, size](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      squares[size_t(i)] = update(a, i * kStretch, std::min(size, (i + 1) * kStretch));
+    }
+  });
+  Squares all{0, 0};
+  for (const Squares& part : squares) all.r += part.r, all.n += part.n;
+  a.s[0] = ratio(all);
+  return cpu_square_norm(a);
 }
 
 }  // namespace apollo
@@ -99,6 +116,8 @@ float cpu_scale(const CpuMoments& a, int threads) {
 
 namespace apollo {
 float cpu_scale(const CpuMoments&, int) { return 0; }
+void cpu_scale_channels(const CpuMoments&) {}
+float cpu_square_norm(const CpuMoments&) { return 0; }
 }  // namespace apollo
 
 #endif

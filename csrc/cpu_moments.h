@@ -20,4 +20,8 @@ struct CpuMoments {
 // Returns u^2, the squared norm of the scaled gradient, as float32 has it.
 float cpu_scale(const CpuMoments& args, int threads);
 
+// The two halves of it for "channel": moments and s on this thread, without q; and u^2 of all.
+void cpu_scale_channels(const CpuMoments& args);
+float cpu_square_norm(const CpuMoments& args);
+
 }  // namespace apollo
