@@ -20,56 +20,76 @@ APOLLO_AVX512 inline __m512 with_sign(__m512 x, __m512i sign) {
 // stretches of R, and inside of each 8 places are swapped alike (DESIGN.md, "Random numbers"), so
 // its first column says everything.
 struct Share {
+  float signs[kLanes];       // +-1 for each row
   int64_t k;                 // column of the first lane
+  int32_t turn;              // lane l belongs to row j + (l xor turn)
   __mmask16 ahead, wrapped;  // lanes that lie from k on, and those that lie `rank` columns before
-  int64_t turn;              // lane l belongs to row j + (l xor turn)
 };
+
+APOLLO_AVX512 inline __m512i swapped(int32_t turn) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_xor_si512(lane, _mm512_set1_epi32(turn));
+}
 
 APOLLO_AVX512 inline Share share_of(const CpuSparse& a, int64_t j, int64_t block) {
   const int64_t size = std::min(a.rank, a.k - block), first = a.places[block] & ~kMinus;
   const int64_t turn = a.rank % 8 == 0 ? first % 8 : 0, start = first - turn;
   const int64_t i = j >= start ? j - start : j - start + a.rank;  // in the block
   const __mmask16 own = mask16(a.rank - j), before_wrap = mask16(a.rank - i);
-  const __mmask16 ahead = i < size ? mask16(size - i) : __mmask16(0);
+  const __mmask16 ahead = i < size ? __mmask16(mask16(size - i) & own) : __mmask16(0);
   const __mmask16 wrapped = __mmask16(mask16(a.rank - i + size) & ~before_wrap & own);
-  return {block + i, __mmask16(ahead & own), wrapped, turn};
+  const uint32_t* place = a.places + block + i;
+  __m512i sign = _mm512_maskz_loadu_epi32(ahead, place);
+  if (wrapped) sign = _mm512_mask_loadu_epi32(sign, wrapped, place - a.rank);
+  sign = _mm512_and_si512(sign, _mm512_set1_epi32(int32_t(kMinus)));
+  const __m512 signs = with_sign(_mm512_set1_ps(1), sign);
+  Share share{{}, block + i, int32_t(turn), ahead, wrapped};
+  _mm512_storeu_ps(share.signs, _mm512_permutexvar_ps(swapped(share.turn), signs));
+  return share;
+}
+
+// Of all windows of 16 rows, and in each of all blocks.
+std::vector<Share> all_shares(const CpuSparse& a) {
+  std::vector<Share> shares;
+  shares.reserve(size_t((a.rank + kLanes - 1) / kLanes * ((a.k + a.rank - 1) / a.rank)));
+  for (int64_t j = 0; j < a.rank; j += kLanes) {
+    for (int64_t block = 0; block < a.k; block += a.rank) shares.push_back(share_of(a, j, block));
+  }
+  return shares;
 }
 
 template <class Element, int M, bool WRAPS>
 APOLLO_AVX512 inline void add_share(const CpuSparse& a, const Share& from,
                                     const typename Element::Stored* x, __m512* sums,
                                     __m512* squares) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i swapped = _mm512_xor_si512(lane, _mm512_set1_epi32(int32_t(from.turn)));
-  const uint32_t* place = a.places + from.k;
-  __m512i sign = _mm512_maskz_loadu_epi32(from.ahead, place);
-  if (WRAPS) sign = _mm512_mask_loadu_epi32(sign, from.wrapped, place - a.rank);
-  sign = _mm512_and_si512(sign, _mm512_set1_epi32(int32_t(kMinus)));
+  const __m512i lanes = swapped(from.turn);
+  const __m512 signs = _mm512_loadu_ps(from.signs);
   x += from.k;
   for (int m = 0; m < M; ++m, x += a.ld) {
     prefetch(x, M * a.ld * int64_t(sizeof *x));
     __m512 v = Element::load(x, from.ahead);
     if (WRAPS) v = _mm512_mask_mov_ps(v, from.wrapped, Element::load(x - a.rank, from.wrapped));
     squares[m] = _mm512_fmadd_ps(v, v, squares[m]);
-    sums[m] = _mm512_add_ps(sums[m], _mm512_permutexvar_ps(swapped, with_sign(v, sign)));
+    sums[m] = _mm512_fmadd_ps(_mm512_permutexvar_ps(lanes, v), signs, sums[m]);
   }
 }
 
 // M contiguous channels, 16 rows of R at a time, which gather what is theirs from every block.
 template <class Element, int M>
-APOLLO_AVX512 void project_rows(const CpuSparse& a, int64_t c) {
+APOLLO_AVX512 void project_rows(const CpuSparse& a, const Share* share, int64_t c) {
   const auto* x = static_cast<const typename Element::Stored*>(a.x) + c * a.ld;
-  __m512 squares[M], sums[M];
+  __m512 squares[M];
   for (auto& lanes : squares) lanes = _mm512_setzero_ps();
   for (int64_t j = 0; j < a.rank; j += kLanes) {
-    for (auto& lanes : sums) lanes = _mm512_setzero_ps();
-    for (int64_t block = 0; block < a.k; block += a.rank) {
-      const Share from = share_of(a, j, block);
-      from.wrapped ? add_share<Element, M, true>(a, from, x, sums, squares)
-                   : add_share<Element, M, false>(a, from, x, sums, squares);
+    __m512 sums[M], own[M];  // in registers
+    for (int m = 0; m < M; ++m) sums[m] = _mm512_setzero_ps(), own[m] = squares[m];
+    for (int64_t block = 0; block < a.k; block += a.rank, ++share) {
+      share->wrapped ? add_share<Element, M, true>(a, *share, x, sums, own)
+                     : add_share<Element, M, false>(a, *share, x, sums, own);
     }
     for (int m = 0; m < M; ++m) {
       Float32::store(a.r + (c + m) * a.rank + j, mask16(a.rank - j), sums[m]);
+      squares[m] = own[m];
     }
   }
   for (int m = 0; m < M; ++m) a.q[c + m] = _mm512_reduce_add_ps(squares[m]);
@@ -122,9 +142,10 @@ void all_few_rows(const CpuSparse& a, int64_t begin, int64_t end) {
 
 template <class Element>
 void all_rows(const CpuSparse& a, int64_t begin, int64_t end) {
+  const std::vector<Share> shares = all_shares(a);
   int64_t c = begin;
-  for (; c + 8 <= end; c += 8) project_rows<Element, 8>(a, c);
-  for (; c < end; ++c) project_rows<Element, 1>(a, c);
+  for (; c + 8 <= end; c += 8) project_rows<Element, 8>(a, shares.data(), c);
+  for (; c < end; ++c) project_rows<Element, 1>(a, shares.data(), c);
 }
 
 // COUNT rows of x from k on, for `size` neighbouring channels: each is added to its row of sums.
