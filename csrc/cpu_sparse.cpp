@@ -148,61 +148,101 @@ void all_rows(const CpuSparse& a, int64_t begin, int64_t end) {
   for (; c < end; ++c) project_rows<Element, 1>(a, shares.data(), c);
 }
 
-// COUNT rows of x from k on, for `size` neighbouring channels: each is added to its row of sums.
-template <class Element, int COUNT>
-APOLLO_AVX512 void add_columns(const CpuSparse& a, int64_t c, int64_t size, int64_t k, float* sums,
-                               int64_t width, float* squares) {
-  const auto* x = static_cast<const typename Element::Stored*>(a.x) + k * a.ld + c;
-  float* row[COUNT];
-  __m512i sign[COUNT];
-  for (int n = 0; n < COUNT; ++n) {
-    row[n] = sums + int64_t(a.places[k + n] & ~kMinus) * width;
-    sign[n] = _mm512_set1_epi32(int32_t(a.places[k + n] & kMinus));
+constexpr int64_t kWindow = 64;  // neighbouring columns of X, that are channels
+constexpr int kVectors = kWindow / kLanes;
+
+// The column of X that each block adds to each row of R, [blocks, rank], with the sign in the top
+// bit; kNone where the last block has none.
+constexpr uint32_t kNone = 0xFFFFFFFFu;
+
+std::vector<uint32_t> columns_of_rows(const CpuSparse& a) {
+  std::vector<uint32_t> found(size_t((a.k + a.rank - 1) / a.rank * a.rank), kNone);
+  for (int64_t k = 0; k < a.k; ++k) {
+    const uint32_t place = a.places[k];
+    found[size_t(k / a.rank * a.rank + (place & ~kMinus))] = uint32_t(k) | (place & kMinus);
   }
-  for (int64_t i = 0; i < size; i += kLanes) {
-    const __mmask16 mask = mask16(size - i);
-    __m512 square = _mm512_loadu_ps(squares + i);
-    for (int n = 0; n < COUNT; ++n) {
-      prefetch(x + n * a.ld + i, COUNT * a.ld * int64_t(sizeof *x));
-      const __m512 v = Element::load(x + n * a.ld + i, mask);
-      square = _mm512_fmadd_ps(v, v, square);
-      const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(row[n] + i), with_sign(v, sign[n]));
-      _mm512_storeu_ps(row[n] + i, sum);
+  return found;
+}
+
+// Row j of R for one window, from all blocks.
+template <class Element>
+APOLLO_AVX512 inline void add_columns(const CpuSparse& a, const typename Element::Stored* x,
+                                      const uint32_t* column, const __mmask16* masks,
+                                      __m512* squares, float* row) {
+  __m512 sums[kVectors];
+  for (auto& sum : sums) sum = _mm512_setzero_ps();
+  for (int64_t block = 0; block < a.k; block += a.rank, column += a.rank) {
+    if (*column == kNone) break;
+    const auto* from = x + int64_t(*column & ~kMinus) * a.ld;
+    const __m512 sign = _mm512_set1_ps(*column & kMinus ? -1.0f : 1.0f);
+    for (int i = 0; i < kVectors; ++i, from += kLanes) {
+      prefetch(from, kWindow * int64_t(sizeof *from));
+      const __m512 v = Element::load(from, masks[i]);
+      squares[i] = _mm512_fmadd_ps(v, v, squares[i]);
+      sums[i] = _mm512_fmadd_ps(v, sign, sums[i]);
     }
-    _mm512_storeu_ps(squares + i, square);
+  }
+  for (int i = 0; i < kVectors; ++i) _mm512_storeu_ps(row + kLanes * i, sums[i]);
+}
+
+// 16 rows that lie kWindow apart become 16 columns: `to` has rows of `width`, of which `count` are
+// written, and of each as many elements as the mask says.
+APOLLO_AVX512 inline void transpose(const float* from, float* to, int64_t width, int64_t count,
+                                    __mmask16 mask) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + kWindow * i);
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // fours: column 4 q + n of rows i to i + 3 in quarter q
+    for (int n = 0; n < 4; ++n) {
+      const __m512d low = _mm512_castps_pd(b[i + n / 2]), high = _mm512_castps_pd(b[i + 2 + n / 2]);
+      a[i + n] =
+          _mm512_castpd_ps(n % 2 ? _mm512_unpackhi_pd(low, high) : _mm512_unpacklo_pd(low, high));
+    }
+  }
+  for (int n = 0; n < 4; ++n) {  // quarters of four vectors
+    const __m512 even01 = _mm512_shuffle_f32x4(a[n], a[4 + n], 0x88);
+    const __m512 odd01 = _mm512_shuffle_f32x4(a[n], a[4 + n], 0xDD);
+    const __m512 even23 = _mm512_shuffle_f32x4(a[8 + n], a[12 + n], 0x88);
+    const __m512 odd23 = _mm512_shuffle_f32x4(a[8 + n], a[12 + n], 0xDD);
+    b[n] = _mm512_shuffle_f32x4(even01, even23, 0x88);
+    b[8 + n] = _mm512_shuffle_f32x4(even01, even23, 0xDD);
+    b[4 + n] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+    b[12 + n] = _mm512_shuffle_f32x4(odd01, odd23, 0xDD);
+  }
+  for (int i = 0; i < 16; ++i) {
+    if (i < count) _mm512_mask_storeu_ps(to + i * width, mask, b[i]);
   }
 }
 
-// Neighbouring columns are channels: as many at a time as keep their sums, [rank, width], in the
-// second cache, for rows of x are pages apart and should be read in long runs.
+// Each row of R gathers what is its own: one column of X, a row in memory, from every block.
 template <class Element>
 APOLLO_AVX512 void all_columns(const CpuSparse& a, int64_t begin, int64_t end) {
-  const int64_t most = std::max<int64_t>(64, std::min<int64_t>(1024, 65536 / a.rank) / 16 * 16);
-  const int64_t span = std::min(most, (end - begin + kLanes - 1) / kLanes * kLanes);
-  const int64_t width = span + kLanes;  // no power of two, so that rows spread over the cache
-  std::vector<float> sums(static_cast<size_t>(a.rank * width));
-  std::vector<float> squares(static_cast<size_t>(span));
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i down = _mm512_mullo_epi32(lane, _mm512_set1_epi32(int32_t(width)));
-  for (int64_t c = begin; c < end; c += span) {
-    const int64_t size = std::min(span, end - c);
-    std::fill(sums.begin(), sums.end(), 0.0f);
-    std::fill(squares.begin(), squares.end(), 0.0f);
-    int64_t k = 0;
-    for (; k + 4 <= a.k; k += 4) {
-      add_columns<Element, 4>(a, c, size, k, sums.data(), width, squares.data());
+  const std::vector<uint32_t> columns = columns_of_rows(a);
+  alignas(64) float rows[kLanes * kWindow];
+  std::fill(rows, rows + kLanes * kWindow, 0.0f);
+  for (int64_t c = begin; c < end; c += kWindow) {
+    const auto* x = static_cast<const typename Element::Stored*>(a.x) + c;
+    __mmask16 masks[kVectors];
+    __m512 squares[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+      masks[i] = end - c > kLanes * i ? mask16(end - c - kLanes * i) : __mmask16(0);
+      squares[i] = _mm512_setzero_ps();
     }
-    for (; k < a.k; ++k) {
-      add_columns<Element, 1>(a, c, size, k, sums.data(), width, squares.data());
-    }
-    std::copy(squares.begin(), squares.begin() + size, a.q + c);
     for (int64_t j = 0; j < a.rank; j += kLanes) {
-      const __mmask16 mask = mask16(a.rank - j);
-      for (int64_t i = 0; i < size; ++i) {
-        const __m512 rows = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, down,
-                                                     sums.data() + j * width + i, sizeof(float));
-        _mm512_mask_storeu_ps(a.r + (c + i) * a.rank + j, mask, rows);
+      const int64_t own = std::min(kLanes, a.rank - j);
+      for (int64_t n = 0; n < own; ++n) {
+        add_columns<Element>(a, x, &columns[size_t(j + n)], masks, squares, rows + kWindow * n);
       }
+      for (int i = 0; i < kVectors; ++i) {
+        const int64_t first = c + kLanes * i;
+        transpose(rows + kLanes * i, a.r + first * a.rank + j, a.rank, end - first, mask16(own));
+      }
+    }
+    for (int i = 0; i < kVectors; ++i) {
+      _mm512_mask_storeu_ps(a.q + c + kLanes * i, masks[i], squares[i]);
     }
   }
 }

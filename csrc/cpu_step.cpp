@@ -19,7 +19,8 @@ namespace apollo {
 namespace {
 
 constexpr double kTiny = 1e-8, kNormGrowth = 1.01;  // batch.py's
-constexpr int64_t kBlock = 64;                      // channels whose R stays in the first caches
+constexpr int64_t kPanel = 64;                      // channels that a pass likes to have together
+constexpr int64_t kHeld = 32768;                    // floats of R that stay in the second cache
 
 // R and q of channels [begin, end), on this thread.
 void project(const CpuMatrix& a, int64_t begin, int64_t end, float* r, float* q) {
@@ -52,7 +53,7 @@ float project_and_scale(const CpuMatrix& a, const CpuHyper& h, float factor, int
   std::vector<float> q(static_cast<size_t>(a.channels));
   CpuMoments all{nullptr, q.data(), a.m,   a.v,    a.channels,    a.rank,
                  h.beta1, h.beta2,  h.eps, factor, h.per_channel, a.s};
-  const int64_t grain = a.rows && a.form != CpuForm::kTiles ? 8 : kBlock;
+  const int64_t grain = a.rows && a.form != CpuForm::kTiles ? 8 : kPanel;
   if (!h.per_channel) {
     std::vector<float> r(static_cast<size_t>(a.channels * a.rank));
     all.r = r.data();
@@ -62,8 +63,8 @@ float project_and_scale(const CpuMatrix& a, const CpuHyper& h, float factor, int
     return cpu_scale(all, threads);
   }
   parallel(a.channels, grain, threads, [&](int64_t begin, int64_t end) {
-    // Columns are read in runs as long as this thread's share.
-    const int64_t block = a.rows ? std::min(kBlock, end - begin) : end - begin;
+    const int64_t most = std::max(kPanel, kHeld / a.rank / kPanel * kPanel);
+    const int64_t block = std::min(most, end - begin);
     std::vector<float> r(static_cast<size_t>(block * a.rank));
     for (int64_t c = begin; c < end; c += block) {
       const int64_t count = std::min(block, end - c);
