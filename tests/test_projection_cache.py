@@ -18,8 +18,8 @@ def test_kept_projections_are_bounded_never_stale_and_end_with_their_owner():
             args = (key, epoch, 8, 100, "gaussian")
             expected = philox.draw(*args) * 2
             for _ in range(2):
-                found = cache.get(owner, key, args, lambda args=args: philox.draw(*args) * 2)
-                assert torch.equal(found, expected)
+                found, held = cache.get(owner, key, args, lambda args=args: philox.draw(*args) * 2)
+                assert torch.equal(found, expected) and held == (key < 3)
             assert cache.nbytes <= cache.limit
     assert cache.nbytes == cache.limit
     del owner, owners
