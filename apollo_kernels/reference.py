@@ -6,7 +6,8 @@
 
 Arithmetic runs in float64 for float64 weights and in float32 for all others, with one rounding at
 the store. The functions say what every back end computes; the two batches at the end of the file
-are the back end itself, one matrix or one dense parameter each.
+are the back end itself, one matrix or one dense parameter each. cpu_batch.py puts matrices together
+that a compiled call can step.
 """
 
 from __future__ import annotations

@@ -158,4 +158,4 @@ def test_a_matrix_that_cannot_be_walked_is_a_batch_of_its_own():
 
 
 def test_the_table_is_what_the_call_reads():
-    assert native._C.CPU_MATRIX_BYTES == 8 * len(cpu_batch.FIELDS)
+    assert 8 * len(cpu_batch.FIELDS) == native._C.CPU_MATRIX_BYTES
