@@ -1,6 +1,6 @@
 """What does it cost in loss? One small LLaMA under each optimizer, on the same batches.
 
-    python bench/convergence.py [--ranks 16 64 128] [--seeds 0 1 2] [--jobs 2] [--out DIR]
+    python bench/convergence.py [--ranks 32 64] [--seeds 0 1 2] [--jobs 2] [--out DIR]
 
 AdamW; APOLLO with each distribution and rank, and with int8 weights; APOLLO-Mini; and the rivals of
 rivals.py that are installed. --sweep also looks for the learning rate of each: at the first seed it
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -249,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--ranks", type=int, nargs="+", help="default: an eighth and a quarter")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--size", choices=("demo", "paper"), help="default: paper on a GPU")
     parser.add_argument("--preset", choices=training.PRESETS)
@@ -257,14 +258,15 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--only", metavar="WORD", help="AdamW, and what has this in its name")
     parser.add_argument("--sweep", action="store_true", help="also the learning rates of ours")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: the cores, one on a GPU")
     parser.add_argument("--threads", type=int, help="of PyTorch; default: as many as it takes")
     parser.add_argument("--out", type=Path, help="default bench/results/<card>")
     args = parser.parse_args()
     for name in ("ranks", "seeds", "steps", "threads", "jobs"):
         values = getattr(args, name)
         least = 0 if name == "seeds" else 1
-        if any(v < least for v in (values if isinstance(values, list) else [values or least])):
+        values = values if isinstance(values, list) else [least if values is None else values]
+        if any(v < least for v in values):
             parser.error(f"--{name} must be at least {least}, got {values}")
     device = measure.default_device()
     out = args.out or measure.ROOT / "bench/results" / measure.card_name(device)
@@ -275,11 +277,13 @@ def main() -> None:
         data = training.load_data(base.data, base.seq_len)
     except training.Stop as stop:
         parser.error(str(stop))
-    everything = entries(args.ranks)
+    hidden = training.PRESETS[base.preset][0]
+    everything = entries(args.ranks or [max(1, hidden // 8), max(1, hidden // 4)])
     chosen = [e for e in everything if e.optimizer == "adamw" or (args.only or "") in e.label]
     if len(chosen) == 1:
         parser.error(f"--only {args.only!r}: there are {[e.label for e in everything]}")
-    trainer = Trainer(base, data, out, args.jobs, args.threads)
+    jobs = args.jobs or (1 if device.type == "cuda" else os.cpu_count() or 1)
+    trainer = Trainer(base, data, out, jobs, args.threads)
     factors = dict.fromkeys(chosen, 1.0)
     swept = [entry for entry in chosen if args.sweep or entry.swept]
     factors |= trainer.sweep(swept, args.seeds[0])

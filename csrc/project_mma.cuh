@@ -157,9 +157,15 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
   __syncthreads();  // the first stages are there
 #pragma unroll 1
   for (int step = 0; step < steps; step += kSteps) {
-    product.multiply(shared, step, [&] {
+    const auto make_next = [&] {
       if (step + kSteps < steps) make(step + kSteps);
-    });
+    };
+    if constexpr (std::is_same_v<DISTRIBUTION, ExactGaussian>) {
+      make_next();  // a second copy of this code would not find the registers that it needs
+      product.multiply(shared, step, [] {});
+    } else {
+      product.multiply(shared, step, make_next);
+    }
     __syncthreads();  // the next stages are there, and these were read by all
   }
   float* scratch = reinterpret_cast<float*>(shared);

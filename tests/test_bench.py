@@ -141,7 +141,7 @@ def test_convergence_keeps_finished_runs_and_repeats_changed_ones(tmp_path, monk
 
     def compare(steps, *ranks):
         trained.clear()
-        words = ["--preset", "micro", "--steps", steps, "--seeds", 0, "--data", text]
+        words = ["--preset", "micro", "--steps", steps, "--seeds", 0, "--data", text, "--jobs", 1]
         words += ["--only", "sparse", "--out", tmp_path, "--ranks", *ranks]
         monkeypatch.setattr(sys, "argv", ["convergence.py", *map(str, words)])
         convergence.main()
