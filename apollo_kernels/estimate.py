@@ -681,7 +681,7 @@ def command(options: Any) -> str:
 
     if options.png is not None:
         matplotlib_figure("--png")
-    check_target(options.png)
+    check_target(options.png, options.force)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
     kinds = {"both": (True, False), "on": (True,), "off": (False,)}[options.checkpointing]
     found = estimate(
@@ -731,3 +731,4 @@ def add_arguments(parser: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.add_argument("--png", metavar="FILE", help="stacked bars (needs matplotlib)")
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")

@@ -378,6 +378,9 @@ def test_bench_has_a_table_a_csv_and_a_picture(small, tmp_path, capsys):
     header, *lines = (tmp_path / "step.csv").read_text().splitlines()
     assert header.startswith("model,dtype,optimizer") and len(lines) >= 5
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["bench", str(small), "--rounds", "2", *files[2:]]) == 2
+    assert "step.png' exists: add --force to replace it" in capsys.readouterr().err
+    assert main(["bench", str(small), "--rounds", "1", *files[2:], "--force"]) == 0
 
 
 def test_bench_json_has_the_rows_and_what_they_depend_on(small, capsys):

@@ -147,6 +147,9 @@ def test_png_is_written(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path = tmp_path / "bars.png"
     assert main(["estimate", "7b", "--png", str(path)]) == 0
+    assert main(["estimate", "7b", "--png", str(path)]) == 2
+    assert "bars.png' exists: add --force to replace it" in capsys.readouterr().err
+    assert main(["estimate", "7b", "--png", str(path), "--force"]) == 0
     assert path.read_bytes().startswith(PNG) and path.stat().st_size > 10_000
 
 

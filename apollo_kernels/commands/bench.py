@@ -55,6 +55,7 @@ def add_arguments(parser: Any) -> None:
     add("--json", action="store_true", help="rows as JSON instead of the table")
     add("--csv", metavar="FILE", help="also write the rows there")
     add("--png", metavar="FILE", help="also a picture (needs matplotlib)")
+    add("--force", action="store_true", help="replace files that exist")
 
 
 def _device(asked: str | None) -> torch.device:
@@ -95,7 +96,7 @@ def command(options: Any) -> str:
     if options.png is not None:
         matplotlib_figure("--png")
     for path in (options.csv, options.png):  # whether they can be written, before a minute passes
-        check_target(path)
+        check_target(path, options.force)
     timing.keep_freed_memory()
     every = contest.entrants(model, options.rank or min(256, max(1, model.hidden // 4)), device)
     if not options.all:

@@ -301,11 +301,9 @@ def _one(
 
 def command(asked: Any) -> str:
     source, target = Path(asked.source), Path(asked.target)
-    if target.exists() and not asked.force:
-        raise ValueError(f"{str(target)!r} exists: add --force to replace it")
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{str(target)!r} cannot be written: give a file in a folder that exists")
-    check_target(target)
+    check_target(target, asked.force)
     whole = _read(source, asked.allow_unsafe_pickle)
     found, place = _found_in(whole, source)
     groups, states = parts_of(found, str(source))

@@ -76,13 +76,16 @@ class Progress:
             self.stream.flush()
 
 
-def check_target(path: str | Path | None) -> None:
-    """Raises ValueError, in one line, if ``write_whole`` could not write there, before the work is
-    done whose result is to be written. None is right."""
+def check_target(path: str | Path | None, replace: bool) -> None:
+    """Raises ValueError, in one line, if ``write_whole`` could not write there, or would write over
+    a file that nobody said to ``replace``; before the work is done whose result is to be written.
+    None is right."""
     if path is not None:
         path = Path(path)
         if path.is_dir():
             raise ValueError(f"{path}: Is a directory")
+        if path.exists() and not replace:
+            raise ValueError(f"{str(path)!r} exists: add --force to replace it")
         with _temporary(path):
             pass
 

@@ -277,8 +277,6 @@ def command(options: Any) -> str:
         path = Path(options.png)
     if any(path.exists() and path.samefile(name) for name in options.logs):
         raise ValueError(f"--png {str(path)!r} is a log that is drawn")
-    if path.exists() and not options.force:
-        raise ValueError(f"{str(path)!r} exists: add --force to replace it, or --png FILE")
-    check_target(path)
+    check_target(path, options.force)
     draw(logs, options.title, path)
     return str(path)
