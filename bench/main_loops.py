@@ -125,7 +125,7 @@ def _number(function: Function, loop: Loop, of_kind: Callable[[Instruction], boo
 
 def _guarded(function: Function, loop: Loop) -> bool:
     """It reads or writes element by element somewhere: several scalars for each vector."""
-    return _scalars(function, loop) >= 2
+    return _scalars(function, loop) >= 1.5
 
 
 def _scalars(function: Function, loop: Loop) -> float:

@@ -59,6 +59,13 @@ APOLLO_DEVICE float approx_reciprocal(float x) {
   return y;
 }
 
+// 80 of sm_80; 0 on the emulated device.
+#if defined(__CUDA_ARCH__)
+constexpr int kArchitecture = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArchitecture = 0;
+#endif
+
 // x, of which the compiler knows nothing: what follows from it is worked out where it is needed,
 // and holds no register in a loop.
 APOLLO_DEVICE int made_again(int x) {

@@ -135,9 +135,7 @@ struct Drawing {
   // Every stage does where a call serves one or less; the branch that says so costs 5 % of the
   // instructions. On Blackwell it stays: without it the compiler moves so much that it spills.
   APOLLO_DEVICE static bool begins_call(uint32_t k0) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
-    if (!kServesMany) return true;
-#endif
+    if (!kServesMany && kArchitecture < 100) return true;
     return k0 % DISTRIBUTION::kCallLength == 0;
   }
 

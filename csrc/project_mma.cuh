@@ -54,7 +54,7 @@ struct Product {
     if (makes_first) make();
 #pragma unroll
     for (int i = 0; i < Tile<T>::kSteps; ++i) {
-      add(shared + Layout::x(step + i), shared + Layout::z(step + i));
+      add(shared + Layout::x(step, i), shared + Layout::z(step, i));
     }
     if (!makes_first) make();
   }
@@ -148,7 +148,7 @@ APOLLO_DEVICE void project_tile(const Matrix& p, const Launch& launch, unsigned 
     source.fetch(shared, step);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      drawing.store(shared + Layout::z(step + i), uint32_t(k_begin) + uint32_t(step + i) * kStep);
+      drawing.store(shared + Layout::z(step, i), uint32_t(k_begin) + uint32_t(step + i) * kStep);
     }
     source.finish(shared, step);
     product.publish();

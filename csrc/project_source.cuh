@@ -22,7 +22,17 @@ struct Tile {
   static constexpr int kStage = kPieces<T> * kPlane;
   static constexpr int kSteps = kPieces<T> == 1 ? 2 : 1;
   static constexpr int kStages = 2 * kSteps;
-  APOLLO_DEVICE static int stage(int step) { return step % kStages * kStage; }
+  // On Ampere and Ada instructions are what binds, and these are worth 7 % of them: one guard for
+  // all stages of a turn, and places in shared memory whose first term the compiler cannot see
+  // through, or else it makes an address of each sum where an instruction adds a constant for
+  // nothing. Hopper gains nothing by either, and on Blackwell kernels would spill.
+  static constexpr bool kSpelledOut = kArchitecture < 90;
+  // Of the stage `i` after `step`, a multiple of kSteps, in units of `bytes`.
+  APOLLO_DEVICE static int place(int step, int i, int bytes) {
+    if (!kSpelledOut) return (step + i) % kStages * bytes;
+    return made_again(int(uint32_t(step) % kStages) * bytes) + i * bytes;
+  }
+  APOLLO_DEVICE static int stage(int step, int i) { return place(step, i, kStage); }
 };
 constexpr int kPanel = 64 * kStep * 2;  // bytes of 64 channels in a plane
 
@@ -146,25 +156,40 @@ struct Copied : Vectors<T, BY_ROW, SQUARES> {
     Base::begin(p, c0, k_begin, of_k);
   }
   APOLLO_DEVICE void fetch(unsigned char* stages_smem, int step) {
+    constexpr int kSteps = Tile<T>::kSteps;
+    if constexpr (!Tile<T>::kSpelledOut) {
 #pragma unroll
-    for (int i = 0; i < Tile<T>::kSteps; ++i) {
-      fetch_one(stages_smem + Tile<T>::stage(step + i), step + i);
+      for (int s = 0; s < kSteps; ++s) {
+        unsigned char* to_smem = stages_smem + Tile<T>::stage(step, s);
+        step + s < Base::whole ? copy(to_smem) : copy_guarded(to_smem, step + s);
+        Base::src_gmem += Base::stage_stride;
+      }
+    } else if (step + kSteps <= Base::whole) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        copy(stages_smem + Tile<T>::stage(step, s));
+        Base::src_gmem += Base::stage_stride;
+      }
+    } else {
+#pragma unroll 1
+      for (int s = 0; s < kSteps; ++s) {
+        copy_guarded(stages_smem + Tile<T>::stage(step, s), step + s);
+        Base::src_gmem += Base::stage_stride;
+      }
     }
     commit_copies();
   }
-  APOLLO_DEVICE void fetch_one(unsigned char* to_smem, int step) {
-    if (step < Base::whole) {
+  APOLLO_DEVICE void copy(unsigned char* to_smem) {
 #pragma unroll
-      for (int i = 0; i < Base::kVectors; ++i) copy16(to_smem + Base::place(i), Base::source(i));
-    } else {
+    for (int i = 0; i < Base::kVectors; ++i) copy16(to_smem + Base::place(i), Base::source(i));
+  }
+  APOLLO_DEVICE void copy_guarded(unsigned char* to_smem, int step) {
 #pragma unroll 1
-      for (int i = 0; i < Base::kVectors; ++i) {
-        Pack<T, Base::kVector> pack;
-        Base::load_guarded(pack, i, step);
-        *reinterpret_cast<uint4*>(to_smem + Base::place(i)) = pack.words[0];
-      }
+    for (int i = 0; i < Base::kVectors; ++i) {
+      Pack<T, Base::kVector> pack;
+      Base::load_guarded(pack, i, step);
+      *reinterpret_cast<uint4*>(to_smem + Base::place(i)) = pack.words[0];
     }
-    Base::src_gmem += Base::stage_stride;
   }
   // Each thread squares what it has copied itself, so that it need wait for no other.
   APOLLO_DEVICE void finish(const unsigned char* stages_smem, int step) {
@@ -172,7 +197,7 @@ struct Copied : Vectors<T, BY_ROW, SQUARES> {
     if constexpr (SQUARES) {
 #pragma unroll
       for (int s = 0; s < Tile<T>::kSteps; ++s) {
-        const unsigned char* from_smem = stages_smem + Tile<T>::stage(step + s);
+        const unsigned char* from_smem = stages_smem + Tile<T>::stage(step, s);
 #pragma unroll
         for (int i = 0; i < Base::kVectors; ++i) {
           Pack<T, Base::kVector> pack;
@@ -198,7 +223,7 @@ struct Split : Vectors<T, BY_ROW, SQUARES> {
     load(0);
   }
   APOLLO_DEVICE void fetch(unsigned char* stages_smem, int step) {
-    store(stages_smem + Tile<T>::stage(step));
+    store(stages_smem + Tile<T>::stage(step, 0));
     load(step + 1);
   }
   APOLLO_DEVICE void finish(const unsigned char*, int) {}
@@ -242,8 +267,8 @@ struct TileLayout {
   static constexpr int kShared = kZ + Tile<T>::kStages * kZStage;
   static_assert(kShared <= kSharedLimit);
   static_assert(8 * kTileThreads * 4 <= kShared, "q's scratch lies in the stages");
-  APOLLO_DEVICE static int x(int step) { return Tile<T>::stage(step); }
-  APOLLO_DEVICE static int z(int step) { return kZ + step % Tile<T>::kStages * kZStage; }
+  APOLLO_DEVICE static int x(int step, int i) { return Tile<T>::stage(step, i); }
+  APOLLO_DEVICE static int z(int step, int i) { return kZ + Tile<T>::place(step, i, kZStage); }
 };
 
 }  // namespace apollo

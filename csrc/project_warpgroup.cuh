@@ -102,8 +102,8 @@ struct WarpgroupProduct {
   APOLLO_DEVICE void multiply(const unsigned char*, int step, MAKE make) {
 #pragma unroll
     for (int i = 0; i < Tile<T>::kSteps; ++i) {
-      const uint32_t a = x + uint32_t(Layout::x(step + i)) / 16;
-      const uint32_t b = z + uint32_t(Layout::z(step + i) - Layout::kZ) / 16;
+      const uint32_t a = x + uint32_t(Layout::x(step, i)) / 16;
+      const uint32_t b = z + uint32_t(Layout::z(step, i) - Layout::kZ) / 16;
       begin_products<!BY_ROW>(sums,
                               {matrix_at<kRowBytes>(a), matrix_at<kRowBytes>(a + kSecondHalf)},
                               {matrix_at<64>(b), matrix_at<64>(b + 2)});

@@ -1086,8 +1086,8 @@ TRITON = [
     ),
     Mutant(
         "a part's rounding begins at row 0", "triton/apply.py",
-        "i0 += tl.load(row + tables.LOW_RANK.row).to(tl.int32)",
-        "i0 += 0",
+        "i0 += tl.load(row + tables.LOW_RANK.row).to(tl.int32)\n            l0",
+        "l0",
         "test_parts.py::test_parts_are_rounded_by_their_place_in_the_whole[triton-ends10-0-False]",
     ),
     Mutant(

@@ -244,8 +244,9 @@ class Translator:
 
     def op_cvt(self, op, args, t):
         to, of, how = op[-2], op[-1], set(op[1:-2])
-        if (to, of) == ("bf16x2", "f32") and how == {"rn"}:
-            high, low = (f"to_bf16({self.source(a, 'f32')}).astype(u4)" for a in args[1:])
+        if to in ("bf16x2", "f16x2") and of == "f32" and how == {"rn"}:
+            half = "to_bf16({})" if to == "bf16x2" else "{}.astype(f2).view(u2)"
+            high, low = (f"{half.format(self.source(a, 'f32'))}.astype(u4)" for a in args[1:])
             self.assign(args[0], "b32", f"({high} << 16) | {low}")
             return
         x, flush = self.source(args[1], of), "ftz" if "ftz" in how else ""
