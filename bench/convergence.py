@@ -258,7 +258,9 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--only", metavar="WORD", help="AdamW, and what has this in its name")
     parser.add_argument("--sweep", action="store_true", help="also the learning rates of ours")
-    parser.add_argument("--jobs", type=int, help="runs at a time; default: the cores, one on a GPU")
+    parser.add_argument(
+        "--jobs", type=int, help="runs at a time; default: the cores, up to 8; on a GPU 1"
+    )
     parser.add_argument("--threads", type=int, help="of PyTorch; default: as many as it takes")
     parser.add_argument("--out", type=Path, help="default bench/results/<card>")
     args = parser.parse_args()
@@ -282,7 +284,7 @@ def main() -> None:
     chosen = [e for e in everything if e.optimizer == "adamw" or (args.only or "") in e.label]
     if len(chosen) == 1:
         parser.error(f"--only {args.only!r}: there are {[e.label for e in everything]}")
-    jobs = args.jobs or (1 if device.type == "cuda" else os.cpu_count() or 1)
+    jobs = args.jobs or (1 if device.type == "cuda" else min(8, os.cpu_count() or 1))
     trainer = Trainer(base, data, out, jobs, args.threads)
     factors = dict.fromkeys(chosen, 1.0)
     swept = [entry for entry in chosen if args.sweep or entry.swept]

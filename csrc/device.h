@@ -6,6 +6,17 @@
 #include <cstdint>
 #include <cstring>
 
+namespace apollo {
+
+// 80 for sm_80; 0 where no card is compiled for.
+#if defined(__CUDA_ARCH__)
+constexpr int kArchitecture = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArchitecture = 0;
+#endif
+
+}  // namespace apollo
+
 #if defined(__CUDACC__)
 
 #include <cuda_runtime.h>
@@ -58,13 +69,6 @@ APOLLO_DEVICE float approx_reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-
-// 80 of sm_80; 0 on the emulated device.
-#if defined(__CUDA_ARCH__)
-constexpr int kArchitecture = __CUDA_ARCH__ / 10;
-#else
-constexpr int kArchitecture = 0;
-#endif
 
 // x, of which the compiler knows nothing: what follows from it is worked out where it is needed,
 // and holds no register in a loop.
