@@ -149,7 +149,8 @@ class Batch(Protocol):
     """Low-rank matrices of one device that take their step together: three calls, in this order."""
 
     def project(self, hyper: Hyper, signals: Signals) -> None:
-        """R and q of every matrix; unless built ``separate``, the moments may follow at once."""
+        """R and q of every matrix. Unless built ``separate``, a batch may do what is due as early
+        or as late as suits it: the moments here already, or all three in ``apply``."""
 
     def square_norm(self) -> Tensor:
         """float64 []: the sum of all q, as the gradients are. After ``project``, if separate."""

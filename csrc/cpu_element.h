@@ -74,6 +74,9 @@ struct Float16 {
   }
 };
 
+// Bytes of an element in memory.
+inline int64_t size_of(CpuElement element) { return element == CpuElement::kFloat32 ? 4 : 2; }
+
 // Calls pass(Float32{}) or its like for the element at hand.
 template <class Pass>
 void with_element(CpuElement element, const Pass& pass) {

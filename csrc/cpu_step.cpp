@@ -25,8 +25,8 @@ constexpr int64_t kHeld = 32768;                    // floats of R that stay in 
 // R and q of channels [begin, end), on this thread.
 void project(const CpuMatrix& a, int64_t begin, int64_t end, float* r, float* q) {
   const auto element = static_cast<CpuElement>(a.element);
-  const int64_t bytes = element == CpuElement::kFloat32 ? 4 : 2;
-  const auto* x = static_cast<const char*>(a.x) + begin * bytes * (a.rows ? a.x_ld : 1);
+  const int64_t apart = (a.rows ? a.x_ld : 1) * size_of(element);
+  const auto* x = static_cast<const char*>(a.x) + begin * apart;
   const auto* z = static_cast<const uint16_t*>(a.z);
   const float root = float(1 / std::sqrt(double(a.rank)));
   const int64_t count = end - begin;
